@@ -1,0 +1,21 @@
+"""Which layers are distilled, and by how much: arms, layer matching, losses of a step, reward."""
+
+from __future__ import annotations
+
+from optima_fast.distill.arms import arm_name, arms, parse_arm
+from optima_fast.distill.distiller import Distillable, Distiller, LayerPair, StepLosses
+from optima_fast.distill.matching import match_layers
+from optima_fast.distill.reward import parse_reward, relative_drop
+
+__all__ = [
+    "Distillable",
+    "Distiller",
+    "LayerPair",
+    "StepLosses",
+    "arm_name",
+    "arms",
+    "match_layers",
+    "parse_arm",
+    "parse_reward",
+    "relative_drop",
+]

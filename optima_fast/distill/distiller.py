@@ -1,0 +1,335 @@
+"""The loss of one distillation step, Eq. 5, for the modules that an arm selects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from optima_fast.distill.arms import Arm
+from optima_fast.distill.matching import match_layers
+from optima_fast.losses import attention_mse, hidden_mse
+
+Batch = Mapping[str, Tensor]
+
+
+class Record(Protocol):
+    """What a model returns: logits, and the taps and token masks of the layers asked for."""
+
+    @property
+    def logits(self) -> Tensor | None: ...
+    @property
+    def taps(self) -> Mapping[str, Sequence[Any]]: ...
+    @property
+    def masks(self) -> Mapping[str, Tensor | None]: ...
+
+
+class Distillable(Protocol):
+    """What a :class:`Distiller` needs of a student or a teacher.
+
+    ``optima_fast.models.TaskModel`` is one; any model that yields ``hidden`` [B, N, d], ``q`` and
+    ``k`` [B, H, N, d_h] for the layers in a request (module name to 0-based indices) can be.
+    """
+
+    layer_counts: Mapping[str, int]
+    widths: Mapping[str, int]
+    causal: Mapping[str, bool]
+
+    def __call__(
+        self, batch: Batch, *, taps: Mapping[str, Sequence[int]] | None = None, lse: bool = False
+    ) -> Record: ...
+
+    def record(
+        self, batch: Batch, taps: Mapping[str, Sequence[int]], *, lse: bool = False
+    ) -> Record: ...
+
+
+class LayerPair(NamedTuple):
+    """One student layer and the teacher layer it learns from, both 0-based."""
+
+    module: str
+    student: int
+    teacher: int
+
+    def __str__(self) -> str:
+        return f"{self.module} layer {self.student + 1} from teacher layer {self.teacher + 1}"
+
+
+class StepLosses(NamedTuple):
+    """Eq. 5 and its terms, before their weights. ``hidden`` and ``attention`` are [L], as pairs."""
+
+    total: Tensor
+    prediction: Tensor
+    kl: Tensor | None
+    hidden: Tensor | None
+    attention: Tensor | None
+    pairs: tuple[LayerPair, ...]
+
+
+class Distiller(nn.Module):
+    r"""Compares a student with its frozen teacher, layer by layer, in the modules of an arm.
+
+    .. math:: L = L_{pred} + a_1 KL(t \| s) + a_2 \sum_l \mathrm{MSE}(H_t^l, H_s^l W^l)
+              + a_3 \sum_l \mathrm{MSE}(A_t^l, A_s^l)
+
+    (Liang et al., NeurIPS 2023, Eq. 5, with :math:`a_1, a_2, a_3` = ``kl_weight``,
+    ``hidden_weight``, ``attention_weight``.) The teacher runs without gradient and only as far as
+    an arm needs; neither it nor the student is part of this module, whose only parameters are the
+    projections :math:`W^l`, [d_s, d_t], one per matched student layer.
+
+    Args:
+        student: the model to train.
+        teacher: the model to learn from; put in eval mode, its parameters frozen.
+        modules: names of the modules to match; default all that the student has.
+        hidden_weight: :math:`a_2`.
+        attention_weight: :math:`a_3`.
+        kl_weight: :math:`a_1`; at 0 the teacher's logits are not computed.
+        attention_target: ``"scores"`` (before softmax) or ``"probs"``.
+        hidden_scale: ``"none"``, or ``"variance"`` to divide each layer's hidden loss by the
+            variance of the teacher's states around their mean over the batch's tokens, so that it
+            is the share of variance not yet explained.
+        reduction: ``"sum"`` over layers, or ``"mean"``.
+        cross_attention: match the decoder's cross-attention too.
+        backend: of the losses, see :func:`optima_fast.hidden_mse`.
+
+    Raises:
+        ValueError: an unknown module or option; a student deeper than its teacher.
+
+    Example::
+
+        distiller = Distiller(student, teacher)
+        step = distiller(batch, ("image",), predict=task.loss)
+        step.total.backward()
+    """
+
+    def __init__(
+        self,
+        student: Distillable,
+        teacher: Distillable,
+        *,
+        modules: Sequence[str] | None = None,
+        hidden_weight: float = 1.0,
+        attention_weight: float = 1e-2,
+        kl_weight: float = 0.0,
+        attention_target: str = "scores",
+        hidden_scale: str = "none",
+        reduction: str = "sum",
+        cross_attention: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        names = tuple(student.layer_counts if modules is None else modules)
+        for name in names:
+            if name not in student.layer_counts or name not in teacher.layer_counts:
+                raise ValueError(
+                    f"modules must be of both models, got {name!r}; the student has "
+                    f"{list(student.layer_counts)}, the teacher {list(teacher.layer_counts)}"
+                )
+        for option, value, allowed in (
+            ("attention_target", attention_target, ("scores", "probs")),
+            ("hidden_scale", hidden_scale, ("none", "variance")),
+            ("reduction", reduction, ("sum", "mean")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{option} must be one of {allowed}, got {value!r}")
+        for option, weight in (
+            ("hidden_weight", hidden_weight),
+            ("attention_weight", attention_weight),
+            ("kl_weight", kl_weight),
+        ):
+            if not 0.0 <= weight < float("inf"):
+                raise ValueError(f"{option} must be finite and not negative, got {weight}")
+
+        # a tuple hides the models from nn.Module: neither belongs to this module's state
+        self._models = (student, teacher)
+        self.modules_matched = names
+        self.hidden_weight = hidden_weight
+        self.attention_weight = attention_weight
+        self.kl_weight = kl_weight
+        self.attention_target = attention_target
+        self.hidden_scale = hidden_scale
+        self.reduction = reduction
+        self.cross_attention = cross_attention
+        self.backend = backend
+        self.pairs = {
+            name: tuple(
+                LayerPair(name, s, t)
+                for s, t in match_layers(student.layer_counts[name], teacher.layer_counts[name])
+            )
+            for name in names
+        }
+        self.projections = nn.ParameterDict()
+        for name in names:
+            d_s, d_t = student.widths[name], teacher.widths[name]
+            for pair in self.pairs[name]:
+                # nn.Linear's own initialisation
+                self.projections[f"{name}_{pair.student}"] = nn.Parameter(
+                    torch.empty(d_s, d_t).uniform_(-(d_s**-0.5), d_s**-0.5)
+                )
+        if isinstance(teacher, nn.Module):
+            teacher.eval().requires_grad_(False)
+
+    @property
+    def student(self) -> Distillable:
+        return self._models[0]
+
+    @property
+    def teacher(self) -> Distillable:
+        return self._models[1]
+
+    def forward(
+        self,
+        batch: Batch,
+        arm: Arm,
+        *,
+        predict: Callable[[Tensor, Batch], Tensor],
+        divergence: Callable[[Tensor, Tensor, Batch], Tensor] | None = None,
+    ) -> StepLosses:
+        """Eq. 5 on one batch.
+
+        Args:
+            batch: whatever both models take.
+            arm: the modules whose layers are distilled now; may be empty.
+            predict: ``(student_logits, batch) -> scalar`` prediction loss.
+            divergence: ``(student_logits, teacher_logits, batch) -> scalar``; needed when
+                ``kl_weight`` is not 0.
+
+        Returns:
+            The weighted total and each term.
+        """
+        if self.kl_weight and divergence is None:
+            raise ValueError(f"kl_weight is {self.kl_weight}: pass divergence=")
+        return self._losses(
+            batch, arm, predict=predict, divergence=divergence if self.kl_weight else None
+        )
+
+    @torch.no_grad()
+    def measure(
+        self, batch: Batch, *, divergence: Callable[[Tensor, Tensor, Batch], Tensor]
+    ) -> dict[str, float]:
+        """The three distillation losses of the full model, for the reward (Eq. 6).
+
+        The student is put in eval mode for it and back afterwards.
+
+        Returns:
+            ``{"kl", "hidden", "attention"}``, layers reduced as in training, unweighted.
+        """
+        student = self.student
+        training = isinstance(student, nn.Module) and student.training
+        if training:
+            student.eval()  # type: ignore[attr-defined]
+        try:
+            step = self._losses(batch, self.modules_matched, predict=None, divergence=divergence)
+        finally:
+            if training:
+                student.train()  # type: ignore[attr-defined]
+        assert step.kl is not None
+        terms = (step.kl, self._reduce(step.hidden), self._reduce(step.attention))
+        kl, hidden, attention = torch.stack([term.double() for term in terms]).tolist()
+        return {"kl": kl, "hidden": hidden, "attention": attention}
+
+    def _losses(
+        self,
+        batch: Batch,
+        arm: Arm,
+        *,
+        predict: Callable[[Tensor, Batch], Tensor] | None,
+        divergence: Callable[[Tensor, Tensor, Batch], Tensor] | None,
+    ) -> StepLosses:
+        for name in arm:
+            if name not in self.pairs:
+                raise ValueError(f"arm {arm}: {name!r} is not one of {self.modules_matched}")
+        pairs = tuple(pair for name in arm for pair in self.pairs[name])
+        lse = self.attention_target == "probs"
+
+        # the student's request is always the whole one, so that no arm means another graph
+        everything = {n: [p.student for p in self.pairs[n]] for n in self.modules_matched}
+        student = self.student(batch, taps=everything, lse=lse)
+        assert student.logits is not None
+        prediction = (
+            predict(student.logits, batch) if predict else student.logits.new_zeros(())
+        ).float()
+
+        kl = hidden = attention = None
+        total = prediction
+        if divergence is not None or pairs:
+            request = {name: [p.teacher for p in self.pairs[name]] for name in arm}
+            with torch.no_grad():
+                if divergence is not None:
+                    teacher = self.teacher(batch, taps=request, lse=lse)
+                else:
+                    teacher = self.teacher.record(batch, request, lse=lse)
+            if divergence is not None:
+                assert teacher.logits is not None
+                kl = divergence(student.logits, teacher.logits, batch).float()
+                total = total + self.kl_weight * kl
+            if pairs:
+                hidden = self._hidden(arm, student, teacher)
+                attention = self._attention(arm, student, teacher)
+                total = total + self.hidden_weight * self._reduce(hidden)
+                total = total + self.attention_weight * self._reduce(attention)
+        return StepLosses(total, prediction, kl, hidden, attention, pairs)
+
+    def _reduce(self, layers: Tensor | None) -> Tensor:
+        assert layers is not None
+        return layers.sum() if self.reduction == "sum" else layers.mean()
+
+    def _hidden(self, arm: Arm, student: Record, teacher: Record) -> Tensor:
+        targets = [tap.hidden for name in arm for tap in teacher.taps[name]]
+        masks = [student.masks[name] for name in arm for _ in self.pairs[name]]
+        losses = hidden_mse(
+            [tap.hidden for name in arm for tap in student.taps[name]],
+            targets,
+            [self.projections[f"{p.module}_{p.student}"] for name in arm for p in self.pairs[name]],
+            mask=masks,
+            backend=self.backend,
+        )
+        if self.hidden_scale == "variance":
+            losses = losses / torch.stack(
+                [_variance(t, m) for t, m in zip(targets, masks, strict=True)]
+            )
+        return losses
+
+    def _attention(self, arm: Arm, student: Record, teacher: Record) -> Tensor:
+        rows = []
+        for name in arm:
+            mask = student.masks[name]
+            causal = bool(self.student.causal[name])
+            for s, t in zip(student.taps[name], teacher.taps[name], strict=True):
+                rows.append((s.q, s.k, t.q, t.k, s.lse, t.lse, causal, mask, mask))
+                if self.cross_attention and s.cross_q is not None:
+                    rows.append(
+                        (s.cross_q, s.cross_k, t.cross_q, t.cross_k, None, None, False, mask, None)
+                    )
+        q_s, k_s, q_t, k_t, lse_s, lse_t, causal_, query_mask, key_mask = map(
+            list, zip(*rows, strict=True)
+        )
+        with_lse: dict[str, Any] = {}
+        if self.attention_target == "probs":
+            with_lse = {"student_lse": lse_s, "teacher_lse": lse_t}
+        return attention_mse(
+            q_s,
+            k_s,
+            q_t,
+            k_t,
+            target=self.attention_target,
+            causal=causal_,
+            query_mask=query_mask,
+            key_mask=key_mask,
+            backend=self.backend,
+            **with_lse,
+        )
+
+
+def _variance(states: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over features of the variance over counted tokens, [..., N, d] -> scalar; at least 1e-6."""
+    flat = states.detach().float().flatten(0, -2)
+    if mask is None:
+        return flat.var(dim=0, correction=0).mean().clamp_min(1e-6)
+    keep = mask.flatten().unsqueeze(-1)
+    flat = torch.where(keep, flat, 0.0)
+    count = keep.sum().clamp_min(1)
+    mean = flat.sum(0) / count
+    return (torch.where(keep, flat - mean, 0.0).square().sum(0) / count).mean().clamp_min(1e-6)
