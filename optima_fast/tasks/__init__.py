@@ -1,0 +1,43 @@
+"""The four tasks: data, batches, losses, metrics and baselines.
+
+`load(task, "digits")` is the built-in data; `load(task, FOLDER)` reads a data set in its official
+layout.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from optima_fast.errors import UserError
+from optima_fast.tasks.base import Split, TaskData, unknown
+from optima_fast.tasks.text import Vocabulary
+
+__all__ = ["TASKS", "Split", "TaskData", "Vocabulary", "load"]
+
+TASKS = ("vqa", "snli_ve", "nlvr2", "coco")
+
+
+def load(task: str, data: str = "digits", *, seed: int = 0, **options: Any) -> TaskData:
+    """A task and its data.
+
+    Args:
+        task: "vqa", "snli_ve", "nlvr2" or "coco".
+        data: "digits", the built-in data, or a folder that holds the task's data set.
+        seed: Of whatever is drawn.
+        options: Of the reader: `tasks.digits.Options` or those of `tasks.folders.load`.
+
+    Raises:
+        UserError: An unknown task or option, or a missing, empty or broken data set.
+    """
+    if task not in TASKS:
+        raise unknown("task", task, TASKS)
+    if data == "digits":
+        from optima_fast.tasks import digits
+
+        return digits.load(task, seed=seed, **options)
+    if not Path(data).is_dir():
+        raise UserError(
+            f"no data folder {data!r}: give an existing folder, or 'digits' for the built-in data"
+        )
+    from optima_fast.tasks import folders
+
+    return folders.load(task, Path(data), seed=seed, **options)

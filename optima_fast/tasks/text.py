@@ -1,0 +1,162 @@
+"""Word-level text: a tokenizer and a vocabulary of words and ids."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optima_fast.errors import UserError
+
+SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")
+_WORD = re.compile(r"\w+(?:'\w+)*")
+
+
+def tokenize(text: str) -> list[str]:
+    """Words of a text: lower case, punctuation dropped, inner apostrophes kept.
+
+    Example:
+        >>> tokenize("What's the LARGEST digit?")
+        ["what's", 'the', 'largest', 'digit']
+    """
+    return _WORD.findall(text.lower())
+
+
+class Vocabulary:
+    """Words and their ids; the ids 0 to 3 are padding, begin, end and the unknown word.
+
+    Args:
+        words: The words after the four special ones, each once, in the order of their ids.
+
+    Raises:
+        ValueError: A word is repeated, empty or one of the special ones.
+
+    Example:
+        >>> vocabulary = Vocabulary.build(["a bright three", "a three"])
+        >>> vocabulary.encode("a dim three", 6)
+        [1, 4, 3, 5, 2, 0]
+        >>> vocabulary.decode([1, 4, 5, 2, 0])
+        'a three'
+    """
+
+    pad_id, bos_id, eos_id, unk_id = range(4)
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self.words: tuple[str, ...] = (*SPECIALS, *words)
+        self._ids = {word: i for i, word in enumerate(self.words)}
+        if len(self._ids) != len(self.words) or "" in self._ids:
+            repeated = [
+                word for word, times in Counter(self.words).items() if times > 1 or not word
+            ]
+            raise ValueError(
+                f"words must be distinct, not empty and none of {SPECIALS}, got {repeated[:5]}"
+            )
+
+    @classmethod
+    def build(
+        cls, texts: Iterable[str], *, min_count: int = 1, max_size: int | None = None
+    ) -> "Vocabulary":
+        """The words of `texts`, the frequent ones first and equally frequent ones by name.
+
+        Args:
+            texts: Training texts.
+            min_count: Words that occur less often are left out, at least 1.
+            max_size: Size including the four special words; None for no limit.
+
+        Raises:
+            ValueError: `min_count` below 1, `max_size` below 5, or no word is left.
+        """
+        if min_count < 1:
+            raise ValueError(f"min_count must be at least 1, got {min_count}")
+        if max_size is not None and max_size <= len(SPECIALS):
+            raise ValueError(
+                f"max_size must be above {len(SPECIALS)}, the special words, got {max_size}"
+            )
+        counts = Counter(word for text in texts for word in tokenize(text))
+        ranked = sorted(counts, key=lambda word: (-counts[word], word))
+        words = [word for word in ranked if counts[word] >= min_count]
+        if not words:
+            raise ValueError(f"no word occurs min_count={min_count} times in the given texts")
+        return cls(words if max_size is None else words[: max_size - len(SPECIALS)])
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Vocabulary) and self.words == other.words
+
+    def __hash__(self) -> int:
+        return hash(self.words)
+
+    def __contains__(self, word: str) -> bool:
+        return word in self._ids
+
+    def id(self, word: str) -> int:
+        """Id of a word; `unk_id` if it is not in the vocabulary."""
+        return self._ids.get(word, self.unk_id)
+
+    def encode(self, text: str, length: int) -> list[int]:
+        """Exactly `length` ids: begin, words, end, padding.
+
+        A text with more than `length - 2` words keeps its first ones, and its end mark.
+
+        Raises:
+            ValueError: `length` is below 3.
+        """
+        if length < 3:
+            raise ValueError(f"length must be at least 3 (begin, a word, end), got {length}")
+        ids = [self.bos_id, *map(self.id, tokenize(text)[: length - 2]), self.eos_id]
+        return ids + [self.pad_id] * (length - len(ids))
+
+    def encode_all(self, texts: Sequence[str], length: int) -> Tensor:
+        """`encode` of each text: int64 `[len(texts), length]`."""
+        known: dict[str, list[int]] = {}
+        for text in texts:
+            if text not in known:
+                known[text] = self.encode(text, length)
+        return torch.tensor([known[text] for text in texts], dtype=torch.int64).view(-1, length)
+
+    def decode(self, ids: Sequence[int] | Tensor) -> str:
+        """Words of `ids` up to the first end mark, joined by spaces; padding and begin are skipped.
+
+        Raises:
+            ValueError: An id is outside the vocabulary.
+        """
+        words = []
+        for i in ids.tolist() if isinstance(ids, Tensor) else ids:
+            if not 0 <= i < len(self.words):
+                raise ValueError(f"ids must be in 0 .. {len(self.words) - 1}, got {i}")
+            if i == self.eos_id:
+                break
+            if i not in (self.pad_id, self.bos_id):
+                words.append(self.words[i])
+        return " ".join(words)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form, read back by `from_dict`."""
+        return {"kind": "word", "words": list(self.words[len(SPECIALS) :])}
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> "Vocabulary":
+        """The vocabulary that `to_dict` wrote.
+
+        Raises:
+            UserError: `state` is not such a form.
+        """
+        words = state.get("words") if isinstance(state, Mapping) else None
+        if (
+            not isinstance(words, Sequence)
+            or isinstance(words, str)
+            or state.get("kind") != "word"
+            or not all(isinstance(word, str) for word in words)
+        ):
+            raise UserError(
+                "a saved vocabulary must be {'kind': 'word', 'words': [...]}, "
+                f"got {str(state)[:80]}: the file is damaged or of another kind"
+            )
+        try:
+            return cls(words)
+        except ValueError as error:
+            raise UserError(f"a saved vocabulary is damaged: {error}") from error
