@@ -1,0 +1,143 @@
+"""Files that are whole or not there: written under a temporary name, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from optima_fast.errors import UserError
+
+KEEP = 2  # checkpoints of a run; the one before the newest survives a damaged newest
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Call ``write`` on a temporary file beside ``path``, flush it to disk and rename it.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written; ``path`` is as it was.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:
+        # torch.save reports a failed write as a RuntimeError
+        partial.unlink(missing_ok=True)
+        cause = error if isinstance(error, OSError) else error.__cause__ or error.__context__
+        why = getattr(cause, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"cannot save {path}: {why}; earlier files are intact") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """:func:`write_atomically` of UTF-8 text."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: Path, value: object) -> None:
+    """:func:`write_atomically` of indented JSON; NaN is refused."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in ``path``.
+
+    Raises:
+        UserError: no such file, or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+
+
+def save_weights(path: Path, model: nn.Module) -> None:
+    """The model's parameters and buffers as safetensors."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    data = safetensors.torch.save(state)
+    write_atomically(path, lambda file: file.write(data))
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Strictly load what :func:`save_weights` wrote.
+
+    Raises:
+        UserError: no such file, a damaged one, or weights of another model.
+    """
+    try:
+        state = safetensors.torch.load_file(path)
+    except FileNotFoundError as error:
+        raise UserError(f"no weights at {path}") from error
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged or no safetensors file: {error}") from error
+    _load_state(path, model, state)
+
+
+def _load_state(path: Path, model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    own = model.state_dict()
+    missing = sorted(own.keys() - state.keys())
+    extra = sorted(state.keys() - own.keys())
+    other = sorted(n for n in own.keys() & state.keys() if own[n].shape != state[n].shape)
+    problems = [
+        f"{len(names)} {what} (first {names[0]!r})"
+        for what, names in (("missing", missing), ("unexpected", extra), ("of other shape", other))
+        if names
+    ]
+    if problems:
+        raise UserError(f"{path} holds the weights of another model: {', '.join(problems)}")
+    model.load_state_dict(state)
+
+
+def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
+    """Write ``folder/step-XXXXXXXX.pt`` and delete all but the newest :data:`KEEP`.
+
+    ``state`` holds tensors and plain Python values only, so that it can be read back without
+    running code from the file.
+    """
+    path = folder / f"step-{step:08d}.pt"
+    write_atomically(path, lambda file: torch.save(dict(state), file))
+    for old in _checkpoints(folder)[:-KEEP]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of the highest step in ``folder``, if there is one."""
+    found = _checkpoints(folder)
+    return found[-1] if found else None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-????????.pt")) if folder.is_dir() else []
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint; nothing in it is executed.
+
+    Raises:
+        UserError: the file is truncated, damaged or no checkpoint; names the one before it.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}")
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        before = [p for p in _checkpoints(path.parent) if p.name < path.name]
+        way_out = f"delete it to go on from {before[-1].name}" if before else "delete it to start over"
+        reason = (str(error).splitlines() or ["truncated"])[0][:160]
+        raise UserError(f"checkpoint {path} is damaged ({reason}); {way_out}") from error
+    return state

@@ -1,0 +1,312 @@
+"""Settings of a run: one dataclass whose fields are the flags and the YAML keys."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from optima_fast.distill import arms, parse_arm, parse_reward
+from optima_fast.errors import UserError
+from optima_fast.models import MODULES
+
+METHODS = ("optima", "layerwise", "random", "fixed", "kd", "finetune")
+TASKS = ("vqa", "snli_ve", "nlvr2", "coco")
+
+
+def _field(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything a run depends on. ``None`` means the default for the task and data at hand."""
+
+    task: str = _field("vqa", "the task to distil on", TASKS)
+    data: str = _field("digits", "digits (built in), or a folder in the task's official layout")
+    method: str = _field("optima", "how modules are chosen, or no layerwise distillation", METHODS)
+    arm: str | None = _field(None, "modules for --method fixed, such as image+text")
+    policy: str = _field("paper", "bandit of --method optima, see optima_fast.bandit.names()")
+    reward: str = _field("paper", "reward terms: paper, or a list of kl,hidden,attention")
+
+    teacher: str | None = _field(None, "a preset (trained on the task first) or a run folder")
+    student: str | None = _field(None, "a preset")
+    student_init: str | None = _field(None, "teacher, random, or the run folder of another model")
+    dropout: float = _field(0.0, "dropout before the task's classifier")
+
+    steps: int | None = _field(None, "optimizer steps in all")
+    round_steps: int | None = _field(None, "P, steps per round of the bandit")
+    init_rounds: int | None = _field(None, "T0, rounds per arm before the bandit chooses")
+    gamma: float = _field(0.98, "share of the old mean in the bandit's moving average")
+    variance_scale: float = _field(1.0, "factor on the bandit's sampling variance")
+    reward_examples: int | None = _field(None, "training examples the reward is measured on")
+
+    batch_size: int | None = _field(None, "images (nlvr2: sentences) per step")
+    lr: float | None = _field(None, "peak learning rate")
+    head_lr: float | None = _field(None, "peak learning rate of the task head; default --lr")
+    warmup_steps: int | None = _field(None, "steps of linear warm-up")
+    weight_decay: float = _field(0.1, "decoupled weight decay")
+    clip: float = _field(1.0, "largest gradient norm")
+    hidden_weight: float = _field(1.0, "a2, weight of the hidden-state losses")
+    attention_weight: float = _field(1e-2, "a3, weight of the attention losses")
+    kl_weight: float | None = _field(None, "a1, weight of the KL term; default 1 for kd, else 0")
+    attention_target: str = _field("scores", "what attention losses compare", ("scores", "probs"))
+    hidden_scale: str = _field("none", "divide hidden losses by the teacher's", ("none", "variance"))
+    reduction: str = _field("sum", "over the layers of a loss", ("sum", "mean"))
+    cross_attention: bool = _field(False, "match the decoder's cross-attention too")
+
+    teacher_steps: int | None = _field(None, "optimizer steps of the teacher's own training")
+    teacher_lr: float | None = _field(None, "its peak learning rate")
+    teacher_batch_size: int | None = _field(None, "its images per step")
+    cell_stage: float = _field(0.0, "digits: share of steps that also name the digit in each cell")
+
+    seed: int = _field(0, "student's start, order of the batches, bandit")
+    teacher_seed: int = _field(0, "the same for the teacher's own training")
+    data_seed: int = _field(0, "what the built-in data is drawn from")
+    device: str = _field("auto", "auto, cpu, cuda or cuda:N")
+    compile: str = _field("auto", "torch.compile: auto is on for CUDA only", ("auto", "on", "off"))
+    precision: str = _field("auto", "auto is bf16 on CUDA, else fp32", ("auto", "fp32", "bf16"))
+    threads: int = _field(0, "CPU threads; 0 is one per core that this process may use")
+    log_every: int | None = _field(None, "steps between lines of metrics.jsonl")
+    eval_every: int | None = _field(None, "steps between measurements on the validation split")
+    checkpoint_every: int | None = _field(None, "steps between checkpoints")
+    out: str | None = _field(None, "run folder; default runs/TASK-METHOD-seedSEED")
+    cache: str | None = _field(None, "where trained teachers are kept; default ~/.cache/optima_fast")
+    resume: str = _field("auto", "auto, never, or the run folder to go on with")
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            choices = field.metadata["choices"]
+            if choices is not None and value not in choices:
+                raise UserError(_no_choice(flag(field.name), str(value), choices))
+        self._check_numbers()
+        parse_reward(self.reward)
+        if self.method == "fixed":
+            if self.arm is None:
+                raise UserError("--method fixed needs --arm, such as --arm image+text")
+            parse_arm(self.arm, MODULES)
+        elif self.arm is not None:
+            raise UserError(f"--arm {self.arm} is for --method fixed, not --method {self.method}")
+        if self.device != "auto" and self.device.partition(":")[0] not in ("cpu", "cuda"):
+            raise UserError(f"--device must be auto, cpu, cuda or cuda:N, got {self.device!r}")
+        if self.method == "optima" and None not in (
+            self.steps,
+            self.round_steps,
+            self.init_rounds,
+        ):
+            self._check_rounds()
+
+    def _check_numbers(self) -> None:
+        positive = ("steps", "round_steps", "reward_examples", "batch_size", "lr", "clip")
+        positive += ("head_lr", "teacher_steps", "teacher_lr", "teacher_batch_size", "log_every")
+        positive += ("eval_every", "checkpoint_every")
+        zero = ("init_rounds", "warmup_steps", "weight_decay", "hidden_weight", "variance_scale")
+        zero += ("attention_weight", "kl_weight", "seed", "teacher_seed", "data_seed", "threads")
+        for name in positive + zero:
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not math.isfinite(value) or value < 0 or (name in positive and value == 0):
+                kind = "positive" if name in positive else "0 or more"
+                raise UserError(f"{flag(name)} must be {kind} and finite, got {value}")
+        if not 0.0 < self.gamma <= 1.0:
+            raise UserError(f"--gamma must be above 0 and at most 1, got {self.gamma}")
+        for name in ("dropout", "cell_stage"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise UserError(f"{flag(name)} must be in [0, 1), got {getattr(self, name)}")
+        if self.steps is not None and (self.warmup_steps or 0) >= self.steps:
+            raise UserError(
+                f"--warmup-steps {self.warmup_steps} must be below --steps {self.steps}"
+            )
+
+    def _check_rounds(self) -> None:
+        assert self.steps is not None and self.round_steps is not None
+        assert self.init_rounds is not None
+        rounds, count = self.steps // self.round_steps, len(arms(MODULES))
+        if rounds < count * self.init_rounds:
+            raise UserError(
+                f"--method optima pulls each of {count} arms {self.init_rounds} times first, "
+                f"{count * self.init_rounds} rounds of {self.round_steps} steps, but --steps "
+                f"{self.steps} gives {rounds}: raise --steps, or lower --round-steps or "
+                "--init-rounds"
+            )
+
+
+# what the paper (and CoCa, where the paper refers to it) trains with, by task
+_PAPER: dict[str, dict[str, Any]] = {
+    "vqa": {"batch_size": 64, "teacher_steps": 100_000, "teacher_lr": 2e-5},
+    "snli_ve": {"batch_size": 128, "teacher_steps": 50_000, "teacher_lr": 5e-5},
+    "nlvr2": {"batch_size": 64, "teacher_steps": 50_000, "teacher_lr": 2e-5},
+    "coco": {"batch_size": 128, "teacher_steps": 50_000, "teacher_lr": 1e-5},
+}
+_PAPER_COMMON: dict[str, Any] = {
+    "teacher": "coca_large",
+    "student": "coca_tiny12",
+    "steps": 100_000,
+    "round_steps": 100,
+    "init_rounds": 10,
+    "lr": 1e-3,
+    "warmup_steps": 1000,
+    "reward_examples": 256,
+}
+
+# the built-in data: scaled down to minutes on two CPU cores; bench/README.md has the measurements
+DIGITS_SCALE: dict[str, Any] = {
+    "teacher": "digits_teacher",
+    "student": "digits_student",
+    "steps": 1000,
+    "round_steps": 10,
+    "init_rounds": 2,
+    "lr": 3e-3,
+    "warmup_steps": 50,
+    "batch_size": 64,
+    "reward_examples": 256,
+    "teacher_steps": 1500,
+    "teacher_lr": 1e-3,
+}
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """Fill every ``None`` that stands for a default of the task, data or method."""
+    if config.data == "digits":
+        defaults = dict(DIGITS_SCALE)
+    else:
+        defaults = _PAPER_COMMON | _PAPER[config.task]
+    steps = config.steps or defaults["steps"]
+    # a short run of a few steps keeps its shape: a twentieth of warm-up, not more steps than it has
+    defaults["warmup_steps"] = min(defaults["warmup_steps"], steps // 20)
+    defaults["teacher_batch_size"] = config.batch_size or defaults["batch_size"]
+    defaults["head_lr"] = config.lr or defaults["lr"]
+    defaults["kl_weight"] = 1.0 if config.method == "kd" else 0.0
+    defaults["log_every"] = max(1, steps // 100)
+    defaults["eval_every"] = max(1, steps // 4)
+    defaults["checkpoint_every"] = max(1, steps // 10)
+    missing = {k: v for k, v in defaults.items() if getattr(config, k) is None}
+    return dataclasses.replace(config, **missing)
+
+
+def flag(name: str) -> str:
+    """``round_steps`` as ``--round-steps``."""
+    return "--" + name.replace("_", "-")
+
+
+def parse(argv: Sequence[str] | None, *, prog: str, description: str) -> TrainConfig:
+    """Settings from flags over ``--config FILE.yaml`` over the defaults.
+
+    Raises:
+        UserError: an unknown flag or key (with the nearest name), or a value of the wrong type.
+    """
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE.yaml", help="read settings from a YAML file")
+    for field in dataclasses.fields(TrainConfig):
+        parser.add_argument(
+            flag(field.name),
+            metavar=_metavar(field),
+            default=argparse.SUPPRESS,
+            help=field.metadata["help"] + _default_text(field),
+        )
+    known, rest = parser.parse_known_args(argv)
+    if rest:
+        names = [flag(f.name) for f in dataclasses.fields(TrainConfig)] + ["--config", "--help"]
+        raise UserError(_no_choice("flag", rest[0].partition("=")[0], names, list_all=False))
+    given = vars(known)
+    path = given.pop("config")
+    values = read_yaml(Path(path)) if path else {}
+    values |= {name: _convert(flag(name), name, text) for name, text in given.items()}
+    return TrainConfig(**values)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file, checked by name and type.
+
+    Raises:
+        UserError: no such file, not a mapping, an unknown key, a value of the wrong type.
+    """
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if loaded is None:
+        loaded = {}
+    if not isinstance(loaded, Mapping):
+        raise UserError(f"{path} must hold 'key: value' lines, got a {type(loaded).__name__}")
+    names = [f.name for f in dataclasses.fields(TrainConfig)]
+    values = {}
+    for key, value in loaded.items():
+        name = str(key).replace("-", "_")
+        if name not in names:
+            raise UserError(_no_choice(f"{path}: key", str(key), names, list_all=False))
+        values[name] = _convert(f"{path}: {key}", name, value)
+    return values
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The settings as YAML that :func:`read_yaml` reads back to the same values."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def _convert(where: str, name: str, value: Any) -> Any:
+    """``value`` in the type of the field ``name``."""
+    kinds = _kinds(name)
+    if value is None or (isinstance(value, str) and value == "none"):
+        if types.NoneType in kinds:
+            return None
+        raise UserError(f"{where} must not be empty")
+    kind = next(k for k in kinds if k is not types.NoneType)
+    if kind is bool:
+        text = str(value).lower()
+        if text in ("true", "false"):
+            return text == "true"
+    elif not isinstance(value, (bool, Mapping, list)):
+        try:
+            # YAML reads 1e-3 as a string and 1 as an int where a float is meant
+            if kind is not int or float(value) == int(float(value)):
+                return kind(value) if kind is not int else int(float(value))
+        except (ValueError, OverflowError):
+            pass
+    raise UserError(f"{where} must be {_KIND_NAMES[kind]}, got {value!r}")
+
+
+_KIND_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def _kinds(name: str) -> tuple[type, ...]:
+    hint = typing.get_type_hints(TrainConfig)[name]
+    return typing.get_args(hint) or (hint,)
+
+
+def _metavar(field: dataclasses.Field[Any]) -> str:
+    choices = field.metadata["choices"]
+    if choices:
+        return "|".join(choices)
+    kind = next(k for k in _kinds(field.name) if k is not types.NoneType)
+    return {int: "N", float: "X", bool: "true|false", str: "NAME"}[kind]
+
+
+def _default_text(field: dataclasses.Field[Any]) -> str:
+    return "" if field.default is None else f" (default {field.default})"
+
+
+def _no_choice(what: str, got: str, choices: Sequence[str], *, list_all: bool = True) -> str:
+    near = difflib.get_close_matches(got, choices, 1, cutoff=0.5)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    if list_all:
+        return f"{what} must be one of {', '.join(choices)}, got {got!r}{hint}"
+    return f"unknown {what} {got}{hint or '; --help lists them'}"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(message)
