@@ -321,6 +321,20 @@ class Classification(TaskData):
         }
 
 
+class SingleLabel(Classification):
+    """Classification with one right class an example: targets are int64 `[T]`."""
+
+    def loss(self, logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Cross entropy of `logits` `[T, classes]` with the classes, mean over examples."""
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return F.cross_entropy(logits.to(wide), batch["target"])
+
+    def scores(self, split: Split) -> Tensor:
+        """1 for the right class, 0 for the others."""
+        assert split.target is not None
+        return F.one_hot(split.target, self.num_classes).float()
+
+
 def _best_by_text(text: Tensor, scores: Tensor, asked: Tensor, otherwise: int) -> Tensor:
     """Class with the largest sum of scores for the very same text, `otherwise` if it is new."""
     known, where = torch.unique(text, dim=0, return_inverse=True)

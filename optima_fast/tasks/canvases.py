@@ -12,7 +12,7 @@ all of it. A cell may be covered by a grey patch, and then holds nothing that ca
 All arithmetic is on integers, so a seed gives the same bytes on every machine.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from functools import lru_cache
 
 import numpy as np
@@ -104,6 +104,10 @@ class Canvases:
     def __len__(self) -> int:
         return len(self.image)
 
+    def take(self, rows: Ints) -> "Canvases":
+        """The canvases `rows`, in that order."""
+        return Canvases(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
     @property
     def count(self) -> Ints:
         """Number of digits that can be seen, int64 `[n]`."""
@@ -143,20 +147,20 @@ def compose(
         split: "train", "validation" or "test".
         rng: Where every choice comes from.
         noise: Standard deviation of the noise (uniform), as a part of full brightness.
-        covers: Numbers of covered cells, one of them drawn for each canvas.
+        covers: Numbers of covered cells, 0 .. 3, one of them drawn for each canvas; at least one
+            digit can always be seen.
     """
     source, digits = scans()
     own = scan_split()[split]
     order = rng.permuted(np.tile(np.arange(CELLS), (n, 1)), axis=1)
-    present = order < rng.integers(1, CELLS + 1, (n, 1))
+    hidden = np.array(covers)[rng.integers(0, len(covers), (n, 1))]
+    covered = order >= CELLS - hidden
+    present = order < rng.integers(1, CELLS + 1 - hidden)
     scan = own[rng.integers(0, len(own), (n, CELLS))]
     tone = rng.permuted(np.tile(np.arange(TONES), (n, 1)), axis=1)
     size = rng.integers(0, len(SIZES), (n, CELLS))
     room = CELL + 1 - np.array(SIZES)[size]
     top, left = rng.integers(0, room), rng.integers(0, room)
-    hidden = rng.permuted(np.tile(np.arange(CELLS), (n, 1)), axis=1)
-    covered = hidden < np.array(covers)[rng.integers(0, len(covers), (n, 1))]
-    present &= ~covered
 
     cells = np.zeros((n, CELLS, CELL, CELL), dtype=np.uint8)
     cells[covered] = PATCH_LEVEL

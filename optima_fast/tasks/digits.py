@@ -9,10 +9,11 @@ a plateau.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from optima_fast.errors import UserError
 from optima_fast.tasks import digits_language as language
@@ -23,14 +24,27 @@ from optima_fast.tasks.canvases import (
     EMPTY,
     PLACES,
     Canvases,
+    Rng,
     compose,
     generator,
 )
+from optima_fast.tasks.coco import Coco
+from optima_fast.tasks.nlvr2 import CLASSES as NLVR2_CLASSES
+from optima_fast.tasks.nlvr2 import Nlvr2
+from optima_fast.tasks.snli_ve import CLASSES as SNLI_VE_CLASSES
+from optima_fast.tasks.snli_ve import SnliVe
 from optima_fast.tasks.text import Vocabulary, tokenize
 from optima_fast.tasks.vqa import Vqa, soft_scores
 
 __all__ = ["CELL_CLASSES", "EMPTY", "PLACES", "Options", "load"]
 
+TASKS: Mapping[str, tuple[type[TaskData], tuple[str, ...]]] = {
+    "vqa": (Vqa, language.ANSWERS),
+    "snli_ve": (SnliVe, SNLI_VE_CLASSES),
+    "nlvr2": (Nlvr2, NLVR2_CLASSES),
+    "coco": (Coco, ()),
+}
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {}
 SPLITS = ("train", "validation", "test")
 
 
@@ -71,14 +85,45 @@ class Options:
                 raise UserError(f"{name} of the built-in data must be in 0 .. 1, got {value!r}")
 
 
-def _vqa(canvases: Canvases, options: Options, kinds: Sequence[str], seed: Sequence[int]) -> Any:
-    named, texts, votes = language.questions(
-        canvases, kinds, options.texts_per_image, options.annotator_error, generator(*seed)
-    )
-    return named, texts, soft_scores(votes)
+KINDS: Mapping[str, tuple[str, ...]] = {
+    "vqa": tuple(language.QUESTIONS),
+    "snli_ve": tuple(dict.fromkeys(claim.kind for claim in language.STATEMENTS)),
+    "nlvr2": tuple(dict.fromkeys(claim.kind for claim in language.SENTENCES)),
+    "coco": ("caption",),
+}
+COVERS = {"snli_ve": (0, 1, 1)}  # covered cells of a canvas, drawn from these
 
 
-KINDS = {"vqa": tuple(language.QUESTIONS)}
+@dataclasses.dataclass(frozen=True)
+class _Said:
+    """What is said about the canvases of a split, `rows` of examples about the same images."""
+
+    texts: list[str]
+    rows: Tensor  # int64 [rows, k], the images of a row
+    kinds: list[str] | None = None
+    target: Tensor | None = None
+    references: list[list[str]] | None = None
+
+
+def _say(task: str, canvases: Canvases, options: Options, rng: Rng) -> _Said:
+    """The texts and targets of a task on given canvases."""
+    per, own = options.texts_per_image, torch.arange(len(canvases))[:, None]
+    kinds = options.kinds or KINDS[task]
+    if task == "coco":
+        written = language.captions(canvases, per, rng)
+        return _Said([text for group in written for text in group], own, references=written)
+    if task == "vqa":
+        named, texts, votes = language.questions(canvases, kinds, per, options.annotator_error, rng)
+        return _Said(texts, own, named, soft_scores(votes))
+    if task == "snli_ve":
+        said = [claim for claim in language.STATEMENTS if claim.kind in kinds]
+        named, texts, label = language.claims(said, (canvases,), 3, per, rng)
+    else:
+        said = [claim for claim in language.SENTENCES if claim.kind in kinds]
+        own = own[: len(own) // 2 * 2].view(-1, 2)
+        views = (canvases.take(own[:, 0].numpy()), canvases.take(own[:, 1].numpy()))
+        named, texts, label = language.claims(said, views, 2, per, rng)
+    return _Said(texts, own, named, torch.from_numpy(label))
 
 
 def load(task: str, *, seed: int = 0, **options: Any) -> TaskData:
@@ -94,57 +139,70 @@ def load(task: str, *, seed: int = 0, **options: Any) -> TaskData:
     """
     if task not in KINDS:
         raise unknown("task", task, KINDS)
-    names = [f.name for f in dataclasses.fields(Options)]
-    for name in options:
-        if name not in names:
-            raise unknown("option of the built-in data", name, names)
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise UserError(f"seed must be an integer >= 0, got {seed!r}")
-    chosen = Options(**options)
-    kinds = _kinds(task, chosen)
-    parts = {}
+    chosen = _options(task, options)
+    said, drawn = {}, {}
     for number, name in enumerate(SPLITS):
         stream = (seed, list(KINDS).index(task), number)
-        canvases = compose(
-            getattr(chosen, f"{name}_images"), name, generator(*stream, 0), noise=chosen.noise
-        )
-        parts[name] = (canvases, *_vqa(canvases, chosen, kinds, (*stream, 1)))
-    vocabulary = Vocabulary.build(parts["train"][2])
-    length = max(len(tokenize(text)) for _, _, texts, _ in parts.values() for text in texts) + 2
-    splits = {}
-    for name, (canvases, named, texts, target) in parts.items():
-        per = chosen.texts_per_image
-        splits[name] = Split(
-            canvases.images(),
-            vocabulary.encode_all(texts, length),
-            torch.arange(len(canvases)).repeat_interleave(per),
-            target,
-            image_labels={"cells": canvases.cells()},
-            kinds=named,
-            group=per,
+        n = getattr(chosen, f"{name}_images")
+        covers = COVERS.get(task, (0,))
+        drawn[name] = compose(n, name, generator(*stream, 0), noise=chosen.noise, covers=covers)
+        said[name] = _say(task, drawn[name], chosen, generator(*stream, 1))
+    vocabulary = Vocabulary.build(said["train"].texts)
+    length = max(len(tokenize(text)) for part in said.values() for text in part.texts) + 2
+    splits = {
+        name: Split(
+            drawn[name].images(),
+            vocabulary.encode_all(part.texts, length),
+            part.rows.repeat_interleave(chosen.texts_per_image, 0),
+            part.target,
+            image_labels={"cells": drawn[name].cells()},
+            kinds=part.kinds,
+            references=part.references,
+            group=chosen.texts_per_image,
             name=name,
         )
-    return Vqa(
+        for name, part in said.items()
+    }
+    made, classes = TASKS[task]
+    return made(
         vocabulary=vocabulary,
         text_length=length,
         image_size=CANVAS,
         channels=1,
-        classes=language.ANSWERS,
+        classes=classes,
         **splits,
     )
 
 
-def _kinds(task: str, options: Options) -> tuple[str, ...]:
-    known = KINDS[task]
-    kinds = known if options.kinds is None else tuple(options.kinds)
-    for kind in kinds:
-        if kind not in known:
-            raise unknown(f"kind of {task} text", kind, known)
-    if len(set(kinds)) != len(kinds) or not kinds:
-        raise UserError(f"kinds must be distinct and at least one, got {kinds}")
-    if options.texts_per_image > len(kinds):
+def _options(task: str, given: Mapping[str, Any]) -> Options:
+    names = [f.name for f in dataclasses.fields(Options)]
+    for name in given:
+        if name not in names:
+            raise unknown("option of the built-in data", name, names)
+    options = Options(**{**DEFAULTS.get(task, {}), **given})
+    kinds, known = options.kinds, KINDS[task]
+    if kinds is not None:
+        for kind in kinds:
+            if kind not in known:
+                raise unknown(f"kind of {task} text", kind, known)
+        if not kinds or len(set(kinds)) != len(kinds):
+            raise UserError(f"kinds must be distinct and at least one, got {kinds}")
+    texts = {
+        "vqa": len(kinds or known),
+        "snli_ve": sum(claim.kind in (kinds or known) for claim in language.STATEMENTS),
+        "nlvr2": sum(claim.kind in (kinds or known) for claim in language.SENTENCES),
+    }.get(task)
+    if texts is not None and options.texts_per_image > texts:
         raise UserError(
-            f"texts_per_image must be at most {len(kinds)}, the number of kinds, "
-            f"got {options.texts_per_image}"
+            f"texts_per_image must be at most {texts}, the different texts of {task} "
+            f"with kinds {kinds or known}, got {options.texts_per_image}"
         )
-    return kinds
+    if task == "nlvr2":
+        for name in SPLITS:
+            if getattr(options, f"{name}_images") < 2:
+                raise UserError(
+                    f"{name}_images must be at least 2 for nlvr2, which shows pairs, got 1"
+                )
+    return options

@@ -8,8 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from optima_fast.tasks.canvases import CELLS, EMPTY, PLACES, TONES, Canvases, Ints, Rng
+from optima_fast.tasks.canvases import EMPTY, PLACES, Canvases, Ints, Rng
+
+Bools = NDArray[np.bool_]
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 ANSWERS = (*map(str, range(10)), "even", "odd")
 ANNOTATORS = 10
@@ -83,3 +87,247 @@ def questions(
     which = rng.integers(0, [[len(wordings[k])] for k in asked])[:, 0]
     texts = [wordings[k][w] for k, w in zip(asked, which, strict=True)]
     return [kinds[k] for k in asked], texts, votes
+
+
+ENTAILMENT, NEUTRAL, CONTRADICTION = range(3)
+NOT_SAID = -1  # the text does not apply
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A text in several wordings and its label for each canvas (or pair of canvases)."""
+
+    kind: str
+    wordings: tuple[str, ...]
+    label: Callable[..., Ints]
+
+
+def _verdict(certain: Bools, impossible: Bools) -> Ints:
+    """Entailment where the claim holds whatever the covers hide, contradiction where it cannot."""
+    return np.where(certain, ENTAILMENT, np.where(impossible, CONTRADICTION, NEUTRAL))
+
+
+def _some(has: Callable[[Ints], Bools]) -> Callable[[Canvases], Ints]:
+    """Some digit has a property; a cover may hide such a digit."""
+
+    def label(c: Canvases) -> Ints:
+        seen = ((c.digit < EMPTY) & has(c.digit)).any(1)
+        return _verdict(seen, ~seen & ~c.covered.any(1))
+
+    return label
+
+
+def _every(has: Callable[[Ints], Bools]) -> Callable[[Canvases], Ints]:
+    """Every digit has a property; a cover may hide one that has not."""
+
+    def label(c: Canvases) -> Ints:
+        broken = ((c.digit < EMPTY) & ~has(c.digit)).any(1)
+        return _verdict(~broken & ~c.covered.any(1), broken)
+
+    return label
+
+
+def _at_least(k: int) -> Callable[[Canvases], Ints]:
+    """There are at least k digits; a cover hides one or none."""
+    return lambda c: _verdict(c.count >= k, c.count + c.covered.sum(1) < k)
+
+
+def _at(cell: int, has: Callable[[Ints], Bools]) -> Callable[[Canvases], Ints]:
+    """The digit in a cell has a property; not said of an empty cell."""
+
+    def label(c: Canvases) -> Ints:
+        holds, hidden = has(c.digit[:, cell]), c.covered[:, cell]
+        verdict = _verdict(holds & ~hidden, ~holds & ~hidden)
+        return np.where((c.digit[:, cell] == EMPTY) & ~hidden, NOT_SAID, verdict)
+
+    return label
+
+
+def _even(d: Ints) -> Bools:
+    return d % 2 == 0
+
+
+def _odd(d: Ints) -> Bools:
+    return d % 2 == 1
+
+
+STATEMENTS: tuple[Claim, ...] = (
+    *(
+        Claim("some", (f"there is an {name} digit", f"some digit is {name}"), _some(has))
+        for name, has in (("even", _even), ("odd", _odd))
+    ),
+    *(
+        Claim("every", (f"every digit is {name}", f"all digits are {name}"), _every(has))
+        for name, has in (("even", _even), ("odd", _odd))
+    ),
+    *(
+        Claim("above", (f"some digit is above {WORDS[k]}",), _some(lambda d, k=k: d > k))
+        for k in (4, 5, 6, 7)
+    ),
+    *(
+        Claim("below", (f"some digit is below {WORDS[k]}",), _some(lambda d, k=k: d < k))
+        for k in (2, 3, 4, 5)
+    ),
+    *(Claim("count", (f"there are at least {WORDS[k]} digits",), _at_least(k)) for k in (2, 3)),
+    *(
+        Claim("place", (f"the digit at the {place} is {name}",), _at(i, has))
+        for i, place in enumerate(PLACES)
+        for name, has in (("even", _even), ("odd", _odd))
+    ),
+)
+
+
+def _compare(left: Ints, right: Ints) -> Ints:
+    """1 where left > right, 0 where left < right, not said where they are equal."""
+    return np.where(left == right, NOT_SAID, left > right).astype(np.int64)
+
+
+def _holds(c: Canvases, has: Callable[[Ints], Bools]) -> Bools:
+    return ((c.digit < EMPTY) & has(c.digit)).any(1)
+
+
+SENTENCES: tuple[Claim, ...] = (
+    Claim(
+        "more",
+        (
+            "the left image has more digits than the right one",
+            "there are fewer digits in the right image than in the left one",
+        ),
+        lambda a, b: _compare(a.count, b.count),
+    ),
+    Claim(
+        "more",
+        (
+            "the right image has more digits than the left one",
+            "there are fewer digits in the left image than in the right one",
+        ),
+        lambda a, b: _compare(b.count, a.count),
+    ),
+    Claim(
+        "largest",
+        ("the largest digit is in the left image",),
+        lambda a, b: _compare(a.largest, b.largest),
+    ),
+    Claim(
+        "largest",
+        ("the largest digit is in the right image",),
+        lambda a, b: _compare(b.largest, a.largest),
+    ),
+    Claim(
+        "smallest",
+        ("the smallest digit is in the left image",),
+        lambda a, b: _compare(b.smallest, a.smallest),
+    ),
+    Claim(
+        "smallest",
+        ("the smallest digit is in the right image",),
+        lambda a, b: _compare(a.smallest, b.smallest),
+    ),
+    *(
+        Claim(
+            "both",
+            (f"both images show an {name} digit", f"there is an {name} digit in each image"),
+            lambda a, b, has=has: (_holds(a, has) & _holds(b, has)).astype(np.int64),
+        )
+        for name, has in (("even", _even), ("odd", _odd))
+    ),
+    *(
+        Claim(
+            "neither",
+            (f"neither image shows an {name} digit", f"no image has an {name} digit"),
+            lambda a, b, has=has: (~_holds(a, has) & ~_holds(b, has)).astype(np.int64),
+        )
+        for name, has in (("even", _even), ("odd", _odd))
+    ),
+    *(
+        Claim(
+            "total",
+            (f"there are at least {WORDS[k]} digits in total",),
+            lambda a, b, k=k: (a.count + b.count >= k).astype(np.int64),
+        )
+        for k in (4, 5, 6)
+    ),
+)
+
+
+def deal(labels: Ints, classes: int, per_row: int, rng: Rng) -> Ints:
+    """Choose `per_row` texts for each row such that each text has each label equally often.
+
+    Row by row, the texts chosen are those whose label on this row is least ahead of that text's
+    rarest label, then those said least often so far, then at random.
+
+    Args:
+        labels: int64 `[rows, texts]`, 0 .. classes - 1, negative where a text does not apply.
+
+    Returns:
+        int64 `[rows, per_row]`, the texts chosen; they differ within a row.
+    """
+    rows, texts = labels.shape
+    seen = np.zeros((texts, classes), dtype=np.int64)
+    every = np.arange(texts)
+    chance = rng.permuted(np.tile(every, (rows, 1)), axis=1)
+    chosen = np.empty((rows, per_row), dtype=np.int64)
+    for row in range(rows):
+        label = labels[row]
+        ahead = seen[every, label] - seen.min(1)
+        order = np.lexsort((chance[row], seen.sum(1), ahead, label < 0))[:per_row]
+        chosen[row] = order
+        seen[order, label[order]] += 1
+    return chosen
+
+
+def claims(
+    said: Sequence[Claim], views: tuple[Canvases, ...], classes: int, per_row: int, rng: Rng
+) -> tuple[list[str], list[str], Ints]:
+    """Say `per_row` claims about each row of the given canvases.
+
+    Args:
+        views: Canvases of one length; a claim's label is a function of them all.
+
+    Returns:
+        Kinds, texts and labels int64 of all examples; those of a row are neighbours.
+    """
+    labels = np.stack([claim.label(*views) for claim in said], axis=1)
+    chosen = deal(labels, classes, per_row, rng)
+    label = np.take_along_axis(labels, chosen, axis=1).reshape(-1)
+    wording = rng.integers(0, 1 << 30, label.shape)
+    picked = [said[i] for i in chosen.reshape(-1)]
+    texts = [c.wordings[w % len(c.wordings)] for c, w in zip(picked, wording, strict=True)]
+    return [c.kind for c in picked], texts, label
+
+
+def captions(canvases: Canvases, per_image: int, rng: Rng) -> list[list[str]]:
+    """`per_image` captions of each canvas: which digits, which of them is brightest, how many.
+
+    A caption names the digits in rising order, or the brightest first; openings, nouns and
+    adjectives have synonyms, and all choices are drawn.
+    """
+    n = len(canvases)
+    draws = rng.integers(0, 1 << 30, (n, per_image, 3)).tolist()
+    result = []
+    for digit, tone, drawn in zip(
+        canvases.digit.tolist(), canvases.tone.tolist(), draws, strict=True
+    ):
+        ranked = sorted((d, t) for d, t in zip(digit, tone, strict=True) if t >= 0)
+        result.append([_caption(ranked, *draw) for draw in drawn])
+    return result
+
+
+def _caption(ranked: list[tuple[int, int]], form: int, synonym: int, order: int) -> str:
+    """A caption of (digit, tone) pairs in rising order; the numbers choose form and words."""
+    brightest = max(ranked, key=lambda pair: pair[1])
+    if order % 2:
+        ranked = [brightest, *(pair for pair in ranked if pair is not brightest)]
+    adjective = ("bright", "shining")[synonym % 2]
+    names = [
+        f"a {adjective} {WORDS[pair[0]]}" if pair is brightest else f"a {WORDS[pair[0]]}"
+        for pair in ranked
+    ]
+    listed = ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else names[0]
+    noun = ("digit", "number")[synonym // 2 % 2] + ("s" if len(names) > 1 else "")
+    return (
+        listed,
+        f"a picture of {listed}",
+        f"{WORDS[len(names)]} {noun}: {listed}",
+        f"an image with {WORDS[len(names)]} {noun}, {listed}",
+    )[form % 4]

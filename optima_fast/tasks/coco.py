@@ -1,0 +1,111 @@
+"""Captioning: the words of a caption one by one; greedy decoding, CIDEr-D."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from optima_fast.tasks.base import Split, TaskData, evaluating, mean_kl
+
+
+class Coco(TaskData):
+    """Captioning; the text is the target, one of an image's captions an example.
+
+    `logits` are `[T, L - 1, V]` and predict `text[:, 1:]`; padding does not count.
+    """
+
+    task: ClassVar[str] = "coco"
+    head: ClassVar[str] = "caption"
+    metric_name: ClassVar[str] = "cider"
+
+    def loss(self, logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Cross entropy with the next word, mean over words that are not padding."""
+        target = batch["text"][:, 1:]
+        counts = target != self.vocabulary.pad_id
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return F.cross_entropy(logits[counts].to(wide), target[counts])
+
+    def divergence(
+        self, student_logits: Tensor, teacher_logits: Tensor, batch: Mapping[str, Tensor]
+    ) -> Tensor:
+        """KL(teacher || student) over the words at temperature 1, mean over words as in `loss`."""
+        counts = batch["text"][:, 1:] != self.vocabulary.pad_id
+        return mean_kl(student_logits[counts], teacher_logits[counts])
+
+    def evaluate(
+        self,
+        model: nn.Module,
+        split: Split,
+        *,
+        batch_size: int = 256,
+        device: torch.device | str = "cpu",
+    ) -> dict[str, float]:
+        """CIDEr-D of one greedy caption an image against all its references.
+
+        Returns:
+            `cider`, on the scale where the references of people reach about 1.
+        """
+        captions = self.captions(model, split, batch_size=batch_size, device=device)
+        return {"cider": cider(captions, references(split))}
+
+    def captions(
+        self,
+        model: nn.Module,
+        split: Split,
+        *,
+        batch_size: int = 256,
+        device: torch.device | str = "cpu",
+    ) -> list[str]:
+        """A greedy caption of each image of the split, in order."""
+        from optima_fast.models.generate import greedy
+
+        words = self.vocabulary
+        result: list[str] = []
+        with evaluating(model):
+            for ids in torch.split(torch.arange(len(split.images)), batch_size):
+                written = greedy(
+                    model,
+                    split.images[ids].to(device),
+                    bos_id=words.bos_id,
+                    eos_id=words.eos_id,
+                    max_length=self.text_length,
+                )
+                result += [words.decode(row) for row in written.cpu()]
+        return result
+
+    def baselines(self) -> dict[str, float]:
+        """CIDEr-D on the test split of two captions that are the same for every image.
+
+        `majority` is the most frequent training caption. `text_only` is, of the 50 most frequent
+        captions and 50 more spread over the training split, the one with the largest CIDEr-D on
+        the references of up to 200 training images.
+        """
+        known = references(self.train)
+        counts = Counter(caption for group in known for caption in group)
+        ranked = sorted(counts, key=lambda caption: (-counts[caption], caption))
+        spread = known[:: -(-len(known) // 50)]
+        candidates = list(dict.fromkeys([*ranked[:50], *(group[0] for group in spread)]))
+        sample = known[:: -(-len(known) // 200)]
+        blind = max(candidates, key=lambda caption: cider([caption] * len(sample), sample))
+        asked = references(self.test)
+        return {
+            "majority": cider([ranked[0]] * len(asked), asked),
+            "text_only": cider([blind] * len(asked), asked),
+        }
+
+
+def references(split: Split) -> Sequence[Sequence[str]]:
+    """The captions of each image of a captioning split."""
+    if split.references is None:
+        raise ValueError(f"the {split.name} split must have references to be captioned")
+    return split.references
+
+
+def cider(captions: Sequence[str], known: Sequence[Sequence[str]]) -> float:
+    """Corpus CIDEr-D of one caption an image."""
+    from optima_fast.tasks import caption_metrics
+
+    return caption_metrics.cider(captions, known, tokenized=False)[0]
