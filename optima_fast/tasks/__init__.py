@@ -40,4 +40,5 @@ def load(task: str, data: str = "digits", *, seed: int = 0, **options: Any) -> T
         )
     from optima_fast.tasks import folders
 
-    return folders.load(task, Path(data), seed=seed, **options)
+    read: TaskData = folders.load(task, Path(data), seed=seed, **options)
+    return read

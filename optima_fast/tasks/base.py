@@ -168,7 +168,8 @@ class Split:
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        for index in torch.arange(len(self)).split(batch_size):
+        for start in range(0, len(self), batch_size):
+            index = torch.arange(start, min(start + batch_size, len(self)))
             yield index, self.batch(index)
 
 

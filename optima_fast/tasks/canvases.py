@@ -80,7 +80,8 @@ def resize(levels: Bytes, size: int) -> Bytes:
     x = x[:, low] * low_weight[:, None] + x[:, low + 1] * high_weight[:, None]
     x = x[:, :, low] * low_weight + x[:, :, low + 1] * high_weight
     whole = 16 * unit * unit
-    return ((x * 255 + whole // 2) // whole).astype(np.uint8)
+    resized: Bytes = ((x * 255 + whole // 2) // whole).astype(np.uint8)
+    return resized
 
 
 @dataclass(frozen=True)
@@ -111,22 +112,26 @@ class Canvases:
     @property
     def count(self) -> Ints:
         """Number of digits that can be seen, int64 `[n]`."""
-        return (self.digit < EMPTY).sum(1)
+        value: Ints = (self.digit < EMPTY).sum(1)
+        return value
 
     @property
     def largest(self) -> Ints:
         """Largest digit that can be seen, -1 if there is none."""
-        return np.where(self.digit < EMPTY, self.digit, -1).max(1)
+        value: Ints = np.where(self.digit < EMPTY, self.digit, -1).max(1)
+        return value
 
     @property
     def smallest(self) -> Ints:
         """Smallest digit that can be seen, `EMPTY` if there is none."""
-        return self.digit.min(1)
+        value: Ints = self.digit.min(1)
+        return value
 
     @property
     def brightest(self) -> Ints:
         """The digit of the brightest tone."""
-        return self.digit[np.arange(len(self)), self.tone.argmax(1)]
+        value: Ints = self.digit[np.arange(len(self)), self.tone.argmax(1)]
+        return value
 
     def images(self) -> ArrayImages:
         """The canvases as float32 images `[n, 1, 24, 24]` in 0 .. 1."""

@@ -48,8 +48,10 @@ class Coco(TaskData):
         Returns:
             `cider`, on the scale where the references of people reach about 1.
         """
+        from optima_fast.tasks.caption_metrics import cider
+
         captions = self.captions(model, split, batch_size=batch_size, device=device)
-        return {"cider": cider(captions, references(split))}
+        return {"cider": cider(captions, references(split))[0]}
 
     def captions(
         self,
@@ -79,21 +81,27 @@ class Coco(TaskData):
     def baselines(self) -> dict[str, float]:
         """CIDEr-D on the test split of two captions that are the same for every image.
 
-        `majority` is the most frequent training caption. `text_only` is, of the 50 most frequent
-        captions and 50 more spread over the training split, the one with the largest CIDEr-D on
-        the references of up to 200 training images.
+        `majority` is the most frequent training caption. `text_only` is, of the 25 most frequent
+        captions and 75 more spread over the training split, the one with the largest CIDEr-D on
+        the references of at most 100 training images.
         """
-        known = references(self.train)
+        from optima_fast.tasks.caption_metrics import cider, tokenize
+
+        def words(caption: str) -> str:
+            return " ".join(tokenize(caption))
+
+        known, asked = references(self.train), references(self.test)
         counts = Counter(caption for group in known for caption in group)
         ranked = sorted(counts, key=lambda caption: (-counts[caption], caption))
-        spread = known[:: -(-len(known) // 50)]
-        candidates = list(dict.fromkeys([*ranked[:50], *(group[0] for group in spread)]))
-        sample = known[:: -(-len(known) // 200)]
-        blind = max(candidates, key=lambda caption: cider([caption] * len(sample), sample))
-        asked = references(self.test)
+        spread = [group[0] for group in known[:: -(-len(known) // 75)]]
+        sample = [list(map(words, group)) for group in known[:: -(-len(known) // 100)]]
+        blind = max(
+            map(words, [*ranked[:25], *spread]),
+            key=lambda caption: cider([caption] * len(sample), sample, tokenized=True)[0],
+        )
         return {
-            "majority": cider([ranked[0]] * len(asked), asked),
-            "text_only": cider([blind] * len(asked), asked),
+            name: cider([caption] * len(asked), asked)[0]
+            for name, caption in (("majority", ranked[0]), ("text_only", blind))
         }
 
 
@@ -102,10 +110,3 @@ def references(split: Split) -> Sequence[Sequence[str]]:
     if split.references is None:
         raise ValueError(f"the {split.name} split must have references to be captioned")
     return split.references
-
-
-def cider(captions: Sequence[str], known: Sequence[Sequence[str]]) -> float:
-    """Corpus CIDEr-D of one caption an image."""
-    from optima_fast.tasks import caption_metrics
-
-    return caption_metrics.cider(captions, known, tokenized=False)[0]

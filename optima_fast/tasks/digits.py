@@ -117,13 +117,13 @@ def _say(task: str, canvases: Canvases, options: Options, rng: Rng) -> _Said:
         return _Said(texts, own, named, soft_scores(votes))
     if task == "snli_ve":
         said = [claim for claim in language.STATEMENTS if claim.kind in kinds]
-        named, texts, label = language.claims(said, (canvases,), 3, per, rng)
+        rows, named, texts, label = language.claims(said, (canvases,), 3, per, rng)
     else:
         said = [claim for claim in language.SENTENCES if claim.kind in kinds]
         own = own[: len(own) // 2 * 2].view(-1, 2)
         views = (canvases.take(own[:, 0].numpy()), canvases.take(own[:, 1].numpy()))
-        named, texts, label = language.claims(said, views, 2, per, rng)
-    return _Said(texts, own, named, torch.from_numpy(label))
+        rows, named, texts, label = language.claims(said, views, 2, per, rng)
+    return _Said(texts, own[rows], named, torch.from_numpy(label))
 
 
 def load(task: str, *, seed: int = 0, **options: Any) -> TaskData:

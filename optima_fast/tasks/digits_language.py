@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from optima_fast.tasks.canvases import EMPTY, PLACES, Canvases, Ints, Rng
 
 Bools = NDArray[np.bool_]
+Property = Callable[[Ints], Bools]
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 ANSWERS = (*map(str, range(10)), "even", "odd")
@@ -107,22 +108,33 @@ def _verdict(certain: Bools, impossible: Bools) -> Ints:
     return np.where(certain, ENTAILMENT, np.where(impossible, CONTRADICTION, NEUTRAL))
 
 
-def _some(has: Callable[[Ints], Bools]) -> Callable[[Canvases], Ints]:
+def _any(cells: Bools) -> Bools:
+    """Whether any cell of each canvas: bool `[n, 4]` to `[n]`."""
+    found: Bools = np.logical_or.reduce(cells, axis=1)
+    return found
+
+
+def _holds(c: Canvases, has: Property) -> Bools:
+    """Whether some digit that can be seen has a property."""
+    return _any((c.digit < EMPTY) & has(c.digit))
+
+
+def _some(has: Property) -> Callable[[Canvases], Ints]:
     """Some digit has a property; a cover may hide such a digit."""
 
     def label(c: Canvases) -> Ints:
-        seen = ((c.digit < EMPTY) & has(c.digit)).any(1)
-        return _verdict(seen, ~seen & ~c.covered.any(1))
+        seen = _holds(c, has)
+        return _verdict(seen, ~seen & ~_any(c.covered))
 
     return label
 
 
-def _every(has: Callable[[Ints], Bools]) -> Callable[[Canvases], Ints]:
+def _every(has: Property) -> Callable[[Canvases], Ints]:
     """Every digit has a property; a cover may hide one that has not."""
 
     def label(c: Canvases) -> Ints:
-        broken = ((c.digit < EMPTY) & ~has(c.digit)).any(1)
-        return _verdict(~broken & ~c.covered.any(1), broken)
+        broken = _holds(c, lambda d: ~has(d))
+        return _verdict(~broken & ~_any(c.covered), broken)
 
     return label
 
@@ -132,7 +144,7 @@ def _at_least(k: int) -> Callable[[Canvases], Ints]:
     return lambda c: _verdict(c.count >= k, c.count + c.covered.sum(1) < k)
 
 
-def _at(cell: int, has: Callable[[Ints], Bools]) -> Callable[[Canvases], Ints]:
+def _at(cell: int, has: Property) -> Callable[[Canvases], Ints]:
     """The digit in a cell has a property; not said of an empty cell."""
 
     def label(c: Canvases) -> Ints:
@@ -144,11 +156,19 @@ def _at(cell: int, has: Callable[[Ints], Bools]) -> Callable[[Canvases], Ints]:
 
 
 def _even(d: Ints) -> Bools:
-    return d % 2 == 0
+    return np.equal(d % 2, 0)
 
 
 def _odd(d: Ints) -> Bools:
-    return d % 2 == 1
+    return np.equal(d % 2, 1)
+
+
+def _above(k: int) -> Property:
+    return lambda d: d > k
+
+
+def _below(k: int) -> Property:
+    return lambda d: d < k
 
 
 STATEMENTS: tuple[Claim, ...] = (
@@ -160,14 +180,8 @@ STATEMENTS: tuple[Claim, ...] = (
         Claim("every", (f"every digit is {name}", f"all digits are {name}"), _every(has))
         for name, has in (("even", _even), ("odd", _odd))
     ),
-    *(
-        Claim("above", (f"some digit is above {WORDS[k]}",), _some(lambda d, k=k: d > k))
-        for k in (4, 5, 6, 7)
-    ),
-    *(
-        Claim("below", (f"some digit is below {WORDS[k]}",), _some(lambda d, k=k: d < k))
-        for k in (2, 3, 4, 5)
-    ),
+    *(Claim("above", (f"some digit is above {WORDS[k]}",), _some(_above(k))) for k in (4, 5, 6, 7)),
+    *(Claim("below", (f"some digit is below {WORDS[k]}",), _some(_below(k))) for k in (2, 3, 4, 5)),
     *(Claim("count", (f"there are at least {WORDS[k]} digits",), _at_least(k)) for k in (2, 3)),
     *(
         Claim("place", (f"the digit at the {place} is {name}",), _at(i, has))
@@ -180,10 +194,6 @@ STATEMENTS: tuple[Claim, ...] = (
 def _compare(left: Ints, right: Ints) -> Ints:
     """1 where left > right, 0 where left < right, not said where they are equal."""
     return np.where(left == right, NOT_SAID, left > right).astype(np.int64)
-
-
-def _holds(c: Canvases, has: Callable[[Ints], Bools]) -> Bools:
-    return ((c.digit < EMPTY) & has(c.digit)).any(1)
 
 
 SENTENCES: tuple[Claim, ...] = (
@@ -257,7 +267,8 @@ def deal(labels: Ints, classes: int, per_row: int, rng: Rng) -> Ints:
     rarest label, then those said least often so far, then at random.
 
     Args:
-        labels: int64 `[rows, texts]`, 0 .. classes - 1, negative where a text does not apply.
+        labels: int64 `[rows, texts]`, 0 .. classes - 1, negative where a text does not apply; at
+            least `per_row` texts apply to each row.
 
     Returns:
         int64 `[rows, per_row]`, the texts chosen; they differ within a row.
@@ -278,22 +289,25 @@ def deal(labels: Ints, classes: int, per_row: int, rng: Rng) -> Ints:
 
 def claims(
     said: Sequence[Claim], views: tuple[Canvases, ...], classes: int, per_row: int, rng: Rng
-) -> tuple[list[str], list[str], Ints]:
+) -> tuple[Ints, list[str], list[str], Ints]:
     """Say `per_row` claims about each row of the given canvases.
 
     Args:
         views: Canvases of one length; a claim's label is a function of them all.
 
     Returns:
-        Kinds, texts and labels int64 of all examples; those of a row are neighbours.
+        The rows of which enough can be said, and kinds, texts and labels int64 of their examples;
+        those of a row are neighbours.
     """
     labels = np.stack([claim.label(*views) for claim in said], axis=1)
+    rows = np.flatnonzero((labels >= 0).sum(1) >= per_row)
+    labels = labels[rows]
     chosen = deal(labels, classes, per_row, rng)
     label = np.take_along_axis(labels, chosen, axis=1).reshape(-1)
     wording = rng.integers(0, 1 << 30, label.shape)
-    picked = [said[i] for i in chosen.reshape(-1)]
+    picked = [said[i] for i in chosen.reshape(-1).tolist()]
     texts = [c.wordings[w % len(c.wordings)] for c, w in zip(picked, wording, strict=True)]
-    return [c.kind for c in picked], texts, label
+    return rows, [c.kind for c in picked], texts, label
 
 
 def captions(canvases: Canvases, per_image: int, rng: Rng) -> list[list[str]]:
@@ -320,7 +334,9 @@ def _caption(ranked: list[tuple[int, int]], form: int, synonym: int, order: int)
         ranked = [brightest, *(pair for pair in ranked if pair is not brightest)]
     adjective = ("bright", "shining")[synonym % 2]
     names = [
-        f"a {adjective} {WORDS[pair[0]]}" if pair is brightest else f"a {WORDS[pair[0]]}"
+        f"a {adjective} {WORDS[pair[0]]}"
+        if pair is brightest
+        else f"{'an' if pair[0] == 8 else 'a'} {WORDS[pair[0]]}"
         for pair in ranked
     ]
     listed = ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else names[0]
