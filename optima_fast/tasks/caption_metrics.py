@@ -1,15 +1,16 @@
 """Captioning metrics without Java: CIDEr-D, BLEU-1..4, ROUGE-L and the Penn Treebank tokenizer.
 
-The numbers follow `pycocoevalcap` 1.2 (https://github.com/salaniz/pycocoevalcap), whose tokenizer is
-Stanford CoreNLP 3.4.1's `PTBTokenizer -preserveLines -lowerCase` with a list of punctuation removed.
+The numbers follow `pycocoevalcap` 1.2 (https://github.com/salaniz/pycocoevalcap), whose tokenizer
+is Stanford CoreNLP 3.4.1's `PTBTokenizer -preserveLines -lowerCase`, a list of punctuation removed.
 
-    CIDEr-D  (Vedantam et al., 2015, arXiv:1411.5726):
-        g_n(c)[w] = count_c(w) (log I - log max(1, df(w)))      df from the references, I = number of images
-        d_n(c, r) = sum_w min(g_n(c)[w], g_n(r)[w]) g_n(r)[w] / (|g_n(c)| |g_n(r)|) exp(-(l_c - l_r)^2 / (2 sigma^2))
-        score     = 10 mean_n mean_r d_n(c, r)                  n = 1..4, sigma = 6
-    BLEU-k   (Papineni et al., 2002): clipped n-gram precisions of the whole corpus, their geometric mean,
-        times exp(1 - r/c) where the candidates are shorter (c) than their closest references (r)
-    ROUGE-L  (Lin, 2004): (1 + beta^2) P R / (R + beta^2 P), best precision and best recall over the references
+CIDEr-D (Vedantam et al., 2015, arXiv:1411.5726), I images, n = 1..4, sigma = 6:
+    g_n(c)[w]  = count_c(w) (log I - log max(1, df(w)))        df counted over the references
+    d_n(c, r)  = sum_w min(g_n(c)[w], g_n(r)[w]) g_n(r)[w] / (|g_n(c)| |g_n(r)|)
+    score(c)   = 10 mean_n mean_r d_n(c, r) exp(-(l_c - l_r)^2 / (2 sigma^2))
+BLEU-k (Papineni et al., 2002), clipped n-gram precisions p_n of the whole corpus:
+    score      = (p_1 ... p_k)^(1/k) min(1, exp(1 - r/c))      c, r: lengths, r of the closest
+ROUGE-L (Lin, 2004), P and R the best precision and recall over the references, beta = 1.2:
+    score(c)   = (1 + beta^2) P R / (R + beta^2 P)
 """
 
 import math
