@@ -293,23 +293,24 @@ class Distiller(nn.Module):
         return losses
 
     def _attention(self, arm: Arm, student: Record, teacher: Record) -> Tensor:
-        rows = []
+        rows, crossing = [], []
         for name in arm:
             mask = student.masks[name]
             causal = bool(self.student.causal[name])
             for s, t in zip(student.taps[name], teacher.taps[name], strict=True):
-                rows.append((s.q, s.k, t.q, t.k, s.lse, t.lse, causal, mask, mask))
                 if self.cross_attention and s.cross_q is not None:
-                    rows.append(
-                        (s.cross_q, s.cross_k, t.cross_q, t.cross_k, None, None, False, mask, None)
-                    )
+                    crossing.append((len(rows), s, t, mask))
+                rows.append((s.q, s.k, t.q, t.k, s.lse, t.lse, causal, mask, mask))
+        layers = len(rows)
+        for _, s, t, mask in crossing:
+            rows.append((s.cross_q, s.cross_k, t.cross_q, t.cross_k, None, None, False, mask, None))
         q_s, k_s, q_t, k_t, lse_s, lse_t, causal_, query_mask, key_mask = map(
             list, zip(*rows, strict=True)
         )
         with_lse: dict[str, Any] = {}
         if self.attention_target == "probs":
             with_lse = {"student_lse": lse_s, "teacher_lse": lse_t}
-        return attention_mse(
+        losses = attention_mse(
             q_s,
             k_s,
             q_t,
@@ -321,6 +322,11 @@ class Distiller(nn.Module):
             backend=self.backend,
             **with_lse,
         )
+        if not crossing:
+            return losses
+        # a layer's two attentions are one loss
+        owner = torch.tensor([row for row, *_ in crossing], device=losses.device)
+        return losses[:layers].index_add(0, owner, losses[layers:])
 
 
 def _variance(states: Tensor, mask: Tensor | None) -> Tensor:

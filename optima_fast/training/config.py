@@ -260,7 +260,7 @@ def to_yaml(config: TrainConfig) -> str:
 def _convert(where: str, name: str, value: Any) -> Any:
     """``value`` in the type of the field ``name``."""
     kinds = _kinds(name)
-    if value is None or (isinstance(value, str) and value == "none"):
+    if value is None or value == "":
         if types.NoneType in kinds:
             return None
         raise UserError(f"{where} must not be empty")

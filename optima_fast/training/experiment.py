@@ -1,0 +1,283 @@
+"""One run from settings to summary: data, teacher, student, training, test."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import optima_fast
+from optima_fast import models, tasks
+from optima_fast.errors import UserError
+from optima_fast.models import CoCaConfig, initialise, presets
+from optima_fast.models.task_model import TaskModel, build
+from optima_fast.tasks import TaskData
+from optima_fast.training import checkpoints, teachers
+from optima_fast.training.config import TrainConfig, resolve
+from optima_fast.training.display import Display
+from optima_fast.training.run import Run
+from optima_fast.training.threads import usable_cores
+from optima_fast.training.trainer import Trainer
+
+Summary = dict[str, Any]
+
+
+def run(config: TrainConfig, display: Display) -> tuple[Run, Summary]:
+    """Do, or go on with, the run that ``config`` describes.
+
+    Returns:
+        Its folder and its summary (also in ``summary.json``).
+
+    Raises:
+        UserError: a mistake in settings, data or files; nothing on disk was harmed.
+        Interrupted: Ctrl-C; the run can be gone on with.
+    """
+    config, folder = _place(config, display)
+    if folder.finished():
+        display.note(f"{folder.folder} is finished already; --resume never starts another run")
+        return folder, checkpoints.read_json(folder.summary_path)
+    device = prepare(config)
+    data = load_data(config)
+    began = time.perf_counter()
+    teacher, teacher_metric = _teacher(config, data, display, device)
+    teacher_seconds = time.perf_counter() - began
+    summary = train(config, folder, data, display, teacher, device)
+    summary |= {
+        "teacher_metric": teacher_metric,
+        "teacher_params": count(teacher) if teacher else None,
+    }
+    summary["seconds"]["teacher"] += teacher_seconds
+    checkpoints.write_json(folder.summary_path, summary)
+    return folder, summary
+
+
+def _place(config: TrainConfig, display: Display) -> tuple[TrainConfig, Run]:
+    """Resolve the settings and find the folder: a new one, or one to go on with."""
+    if config.resume not in ("auto", "never"):
+        folder = Run(config.resume)
+        before = folder.config()
+        settings = dataclasses.asdict(config)
+        defaults = dataclasses.asdict(TrainConfig())
+        given = {k: v for k, v in settings.items() if v != defaults[k] and k != "resume"}
+        config = dataclasses.replace(before, **given, resume=config.resume, out=config.resume)
+        folder.check_same(config)
+        return config, folder
+    config = resolve(config)
+    if config.out is None:
+        return _default_place(config)
+    folder = Run(config.out)
+    if folder.exists():
+        if config.resume == "never":
+            raise UserError(f"{folder.folder} already holds a run: choose another --out")
+        folder.check_same(config)
+    elif folder.folder.is_dir() and any(folder.folder.iterdir()):
+        raise UserError(f"{folder.folder} is not empty and holds no run: choose another --out")
+    return config, folder
+
+
+def _default_place(config: TrainConfig) -> tuple[TrainConfig, Run]:
+    """``runs/TASK-METHOD-seedN``, or the first of ``-2``, ``-3``, ... that is free or unfinished."""
+    arm = f"-{config.arm}" if config.arm else ""
+    name = f"{config.task}-{config.method}{arm}-seed{config.seed}"
+    for number in range(1, 10_000):
+        folder = Run(Path("runs") / (name if number == 1 else f"{name}-{number}"))
+        if folder.exists():
+            if config.resume == "never" or folder.finished():
+                continue
+            try:
+                folder.check_same(config)
+            except UserError:
+                continue
+        elif folder.folder.exists():
+            continue
+        return dataclasses.replace(config, out=str(folder.folder)), folder
+    raise UserError("ten thousand runs below runs/: choose an --out")
+
+
+def prepare(config: TrainConfig) -> torch.device:
+    """Set thread count and seed; the device to use.
+
+    Raises:
+        UserError: CUDA is asked for and not there.
+    """
+    torch.set_num_threads(config.threads or usable_cores())
+    torch.manual_seed(config.seed)
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(config.device)
+    except RuntimeError as error:
+        raise UserError(f"--device {config.device}: {error}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"--device {config.device}: this torch sees {torch.cuda.device_count()} CUDA devices"
+        )
+    return device
+
+
+def load_data(config: TrainConfig) -> TaskData:
+    """The task's data, sized for the student preset."""
+    if config.data == "digits":
+        return tasks.load(config.task, "digits", seed=config.data_seed)
+    shape = presets.get(config.student or "")
+    return tasks.load(
+        config.task,
+        config.data,
+        seed=config.data_seed,
+        image_size=shape.image_size,
+        text_length=shape.text_length,
+    )
+
+
+def _fitted(preset: str, data: TaskData) -> CoCaConfig:
+    """The preset with the vocabulary, text length and images of the data."""
+    return dataclasses.replace(
+        presets.get(preset),
+        vocab_size=len(data.vocabulary),
+        text_length=data.text_length,
+        image_size=data.image_size,
+        channels=data.channels,
+    )
+
+
+def _teacher(
+    config: TrainConfig, data: TaskData, display: Display, device: torch.device
+) -> tuple[TaskModel | None, float | None]:
+    """The teacher on its device with its metric on the test split, or None for finetune."""
+    if config.method == "finetune":
+        return None, None
+    name = config.teacher or ""
+    if name in presets.PRESETS:
+        own = resolve(teachers.teacher_config(config))
+        folder = teachers.cached_run(own)
+        if folder.finished():
+            display.note(f"teacher: {name}, trained before, from {folder.folder}")
+        else:
+            display.note(f"teacher: {name}, training it on {config.task} first (kept for later)")
+            prepare(own)
+            own = dataclasses.replace(own, out=str(folder.folder))
+            summary = train(own, folder, data, display, None, device)
+            checkpoints.write_json(folder.summary_path, summary)
+            prepare(config)
+    elif Path(name).is_dir():
+        folder = Run(name)
+        display.note(f"teacher: the model of {folder.folder}")
+    else:
+        near = models.nearest(name, presets.PRESETS)
+        raise UserError(f"--teacher {name!r} is neither a run folder nor a preset{near}")
+    teacher = folder.load_model(data).to(device)
+    metric = checkpoints.read_json(folder.summary_path)["student_metric"]
+    return teacher, float(metric)
+
+
+def _student(
+    config: TrainConfig, data: TaskData, teacher: TaskModel | None, display: Display
+) -> TaskModel:
+    """A fresh student, from layers of a model of the same widths where there is one."""
+    student = build(
+        _fitted(config.student or "", data), data.head, data.num_classes, config.dropout
+    )
+    source = config.student_init
+    if source is None:
+        same = teacher is not None and teacher.widths == student.widths
+        source = "teacher" if same else "random"
+    if source == "teacher":
+        if teacher is None:
+            raise UserError(f"--student-init teacher: --method {config.method} has no teacher")
+        initialise.from_layers(student.coca, teacher.coca)
+    elif source != "random":
+        if not Path(source).is_dir():
+            raise UserError(f"--student-init must be teacher, random or a run folder: {source!r}")
+        initialise.from_layers(student.coca, Run(source).load_model(data).coca)
+    return student
+
+
+def train(
+    config: TrainConfig,
+    folder: Run,
+    data: TaskData,
+    display: Display,
+    teacher: TaskModel | None,
+    device: torch.device,
+) -> Summary:
+    """Train (or go on training) one model in its folder, measure it on the test split, save it."""
+    student = _student(config, data, teacher, display).to(device)
+    compile_modules(config, [student, *([teacher] if teacher else [])], device)
+    trainer = Trainer(config, data, student, teacher, folder, display)
+    began = time.perf_counter()
+    before = data.evaluate(student, data.test, device=device)[data.metric_name]
+    measuring = time.perf_counter() - began
+
+    last = checkpoints.latest_checkpoint(folder.checkpoints)
+    if last is not None:
+        trainer.resume(last)
+        display.note(f"going on from {last} (step {trainer.step} of {trainer.steps})")
+    else:
+        folder.begin(config)
+        folder.truncate_metrics(0)
+    trainer.fit()
+
+    began = time.perf_counter()
+    test = data.evaluate(student, data.test, device=device)
+    validation = data.evaluate(student, data.validation, device=device)
+    baselines = data.baselines()
+    measuring += time.perf_counter() - began
+    folder.save_model(student, data, config)
+    return {
+        "task": config.task,
+        "data": config.data,
+        "method": config.method,
+        "arm": config.arm,
+        "policy": config.policy if config.method == "optima" else None,
+        "seed": config.seed,
+        "steps": config.steps,
+        "device": str(device),
+        "metric_name": data.metric_name,
+        "teacher_metric": None,
+        "student_metric": test[data.metric_name],
+        "student_metric_before": before,
+        "validation_metric": validation[data.metric_name],
+        "majority_metric": baselines["majority"],
+        "text_only_metric": baselines["text_only"],
+        "test": test,
+        "teacher_params": None,
+        "student_params": count(student),
+        "arms": trainer.pulls if config.method not in ("kd", "finetune") else {},
+        "seconds": {
+            "teacher": 0.0,
+            "distill": trainer.seconds["distill"],
+            "reward": trainer.seconds["reward"],
+            "eval": trainer.seconds["eval"] + measuring,
+        },
+        "versions": versions(),
+    }
+
+
+def compile_modules(
+    config: TrainConfig, task_models: list[TaskModel], device: torch.device
+) -> None:
+    """torch.compile each module in place, so that no choice of arm compiles anything anew."""
+    if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
+        for model in task_models:
+            for module in model.coca.compilable():
+                module.compile()
+
+
+def count(model: torch.nn.Module) -> int:
+    """Number of parameters."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def versions() -> Mapping[str, str]:
+    """What a number depends on besides the settings."""
+    return {
+        "optima_fast": optima_fast.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+    }

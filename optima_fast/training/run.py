@@ -1,0 +1,144 @@
+"""A run folder: settings, model, metrics, checkpoints, summary."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from optima_fast.errors import UserError
+from optima_fast.models import CoCaConfig
+from optima_fast.models.task_model import TaskModel, build
+from optima_fast.tasks import TaskData, Vocabulary
+from optima_fast.training import checkpoints
+from optima_fast.training.config import TrainConfig, flag, read_yaml, to_yaml
+
+# settings that say where and how a run executes, not what it computes
+_PLACE = ("out", "cache", "resume", "device", "threads", "checkpoint_every")
+
+
+class Run:
+    """The files of one run, below one folder."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.config_path = self.folder / "config.yaml"
+        self.metrics_path = self.folder / "metrics.jsonl"
+        self.summary_path = self.folder / "summary.json"
+        self.model_path = self.folder / "model.json"
+        self.weights_path = self.folder / "student.safetensors"
+        self.checkpoints = self.folder / "checkpoints"
+
+    def exists(self) -> bool:
+        return self.config_path.is_file()
+
+    def finished(self) -> bool:
+        return self.summary_path.is_file() and self.weights_path.is_file()
+
+    def config(self) -> TrainConfig:
+        """The resolved settings the run was started with.
+
+        Raises:
+            UserError: there is no run, or its file is damaged.
+        """
+        if not self.exists():
+            raise UserError(f"{self.folder} holds no run (no config.yaml)")
+        return TrainConfig(**read_yaml(self.config_path))
+
+    def begin(self, config: TrainConfig) -> None:
+        """Create the folder and write the settings."""
+        checkpoints.write_text(self.config_path, to_yaml(config))
+
+    def check_same(self, config: TrainConfig) -> None:
+        """Raise if ``config`` would compute something else than this run.
+
+        Raises:
+            UserError: naming the first setting that differs and both values.
+        """
+        before = dataclasses.asdict(self.config())
+        for name, value in self.computed_by(dataclasses.asdict(config)).items():
+            if before[name] != value:
+                raise UserError(
+                    f"{self.folder} holds a run of another configuration: {flag(name)} was "
+                    f"{before[name]} there and is {value} now; take the same value, or another "
+                    "--out"
+                )
+
+    @staticmethod
+    def computed_by(settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings that the result depends on."""
+        return {name: value for name, value in settings.items() if name not in _PLACE}
+
+    def append_metrics(self, line: Mapping[str, Any]) -> None:
+        """Add one JSON line to metrics.jsonl."""
+        text = json.dumps(_plain(line), allow_nan=False)
+        try:
+            with self.metrics_path.open("a", encoding="utf-8") as file:
+                file.write(text + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.metrics_path}: {error.strerror}") from error
+
+    def metrics_size(self) -> int:
+        return self.metrics_path.stat().st_size if self.metrics_path.exists() else 0
+
+    def truncate_metrics(self, size: int) -> None:
+        """Drop what was logged after the checkpoint that a run goes on from."""
+        if self.metrics_path.exists():
+            with self.metrics_path.open("r+b") as file:
+                file.truncate(size)
+
+    def save_model(self, model: TaskModel, data: TaskData, config: TrainConfig) -> None:
+        """Write ``student.safetensors`` and ``model.json``, enough to build the model again."""
+        checkpoints.save_weights(self.weights_path, model)
+        checkpoints.write_json(
+            self.model_path,
+            {
+                "format": 1,
+                "task": config.task,
+                "head": data.head,
+                "num_classes": data.num_classes,
+                "classes": list(data.classes),
+                "coca": model.coca.config.to_dict(),
+                "vocabulary": data.vocabulary.to_dict(),
+            },
+        )
+
+    def load_model(self, data: TaskData) -> TaskModel:
+        """The run's model, checked against the task and vocabulary of ``data``.
+
+        Raises:
+            UserError: no or damaged files, or a model of another task or vocabulary.
+        """
+        described = checkpoints.read_json(self.model_path)
+        try:
+            task, head, classes = (described[k] for k in ("task", "head", "num_classes"))
+            coca = CoCaConfig.from_dict(described["coca"])
+            vocabulary = Vocabulary.from_dict(described["vocabulary"])
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{self.model_path} does not describe a model: no {error}") from error
+        if (task, head, classes) != (data.task, data.head, data.num_classes):
+            raise UserError(
+                f"{self.folder} holds a model for {task} ({head} head, {classes} classes), not "
+                f"for {data.task} ({data.head} head, {data.num_classes} classes)"
+            )
+        if vocabulary.to_dict() != data.vocabulary.to_dict():
+            raise UserError(
+                f"{self.folder} was trained with another vocabulary ({len(vocabulary)} words "
+                f"against {len(data.vocabulary)}): use the same --data and --data-seed"
+            )
+        model = build(coca, data.head, data.num_classes)
+        checkpoints.load_weights(self.weights_path, model)
+        return model
+
+
+def _plain(value: Any) -> Any:
+    """Numbers that JSON lacks (NaN, infinity) as None, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and value != value or value in (float("inf"), float("-inf")):
+        return None
+    return value

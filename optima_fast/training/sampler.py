@@ -1,0 +1,52 @@
+"""Which examples each step sees: a function of the seed and the step alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from optima_fast.errors import UserError
+from optima_fast.tasks import Split
+
+
+class Sampler:
+    """Shuffles the runs of examples that show the same image, anew for each epoch.
+
+    It has no position to save: :meth:`at` gives any step's examples directly, so a resumed run
+    sees what the uninterrupted one would have.
+
+    Args:
+        split: what to draw from; ``split.group`` neighbours share their images and stay together.
+        batch_size: runs per step.
+        seed: of the order.
+
+    Raises:
+        UserError: the split holds fewer runs than one batch.
+    """
+
+    def __init__(self, split: Split, batch_size: int, seed: int) -> None:
+        self._group = split.group
+        self._runs = len(split) // split.group
+        if batch_size > self._runs:
+            raise UserError(
+                f"--batch-size {batch_size} is more than the {self._runs} images of the "
+                f"{split.name} split"
+            )
+        self._batch_size = batch_size
+        self._seed = seed
+        self._epoch = -1
+        self._order = np.empty(0, dtype=np.int64)
+
+    def at(self, step: int) -> Tensor:
+        """Indices of the examples of 0-based ``step``, int64."""
+        per_epoch = self._runs // self._batch_size
+        epoch, position = divmod(step, per_epoch)
+        if epoch != self._epoch:
+            self._order = np.random.Generator(np.random.PCG64([self._seed, epoch])).permutation(
+                self._runs
+            )
+            self._epoch = epoch
+        runs = self._order[position * self._batch_size : (position + 1) * self._batch_size]
+        examples = runs[:, None] * self._group + np.arange(self._group)
+        return torch.from_numpy(examples.reshape(-1).astype(np.int64))

@@ -1,0 +1,67 @@
+"""Where a run's teacher comes from: a run folder, or a preset trained on the task and kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+
+import optima_fast
+from optima_fast.training.config import TrainConfig
+from optima_fast.training.run import Run
+
+_ROOMS = ("models", "tasks", "training")
+
+
+def cache_folder(config: TrainConfig) -> Path:
+    """``--cache``, or ``$OPTIMA_FAST_CACHE``, or ``~/.cache/optima_fast``."""
+    chosen = config.cache or os.environ.get("OPTIMA_FAST_CACHE")
+    return Path(chosen) if chosen else Path.home() / ".cache" / "optima_fast"
+
+
+def teacher_config(config: TrainConfig) -> TrainConfig:
+    """Settings of the teacher's own training: finetuning of ``config.teacher`` on the same data."""
+    assert config.teacher_steps is not None
+    return TrainConfig(
+        task=config.task,
+        data=config.data,
+        method="finetune",
+        student=config.teacher,
+        student_init="random",
+        steps=config.teacher_steps,
+        lr=config.teacher_lr,
+        batch_size=config.teacher_batch_size,
+        weight_decay=config.weight_decay,
+        clip=config.clip,
+        cell_stage=0.2 if config.data == "digits" else 0.0,
+        seed=config.teacher_seed,
+        data_seed=config.data_seed,
+        device=config.device,
+        compile=config.compile,
+        precision=config.precision,
+        threads=config.threads,
+    )
+
+
+def cached_run(config: TrainConfig) -> Run:
+    """The folder that holds the trained teacher of these (its own, resolved) settings.
+
+    Its name is a digest of the settings, of the data's files, of this package's models, tasks and
+    training code and of the version of torch: when one of them changes, so does the folder.
+    """
+    digest = hashlib.sha256()
+    digest.update(json.dumps(Run.computed_by(dataclasses.asdict(config))).encode())
+    digest.update(torch.__version__.encode())
+    package = Path(optima_fast.__file__).parent
+    for room in _ROOMS:
+        for path in sorted((package / room).rglob("*.py")):
+            digest.update(path.read_bytes())
+    if config.data != "digits":
+        for path in sorted(Path(config.data).rglob("*.json*")):
+            digest.update(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
+    name = f"{config.task}-{config.student}-{digest.hexdigest()[:12]}"
+    return Run(cache_folder(config) / "teachers" / name)

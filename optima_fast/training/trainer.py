@@ -1,0 +1,420 @@
+"""The loop: Algorithm 1 of OPTIMA around an optimizer step."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optima_fast import bandit
+from optima_fast.distill import (
+    Distiller,
+    StepLosses,
+    arm_name,
+    arms,
+    parse_arm,
+    parse_reward,
+    relative_drop,
+)
+from optima_fast.errors import UserError
+from optima_fast.models import MODULES
+from optima_fast.models.task_model import TaskModel
+from optima_fast.tasks import TaskData
+from optima_fast.tasks.base import to_device
+from optima_fast.training import checkpoints
+from optima_fast.training.adafactor import Adafactor
+from optima_fast.training.cells import CellStage
+from optima_fast.training.config import TrainConfig
+from optima_fast.training.display import Display, Stage
+from optima_fast.training.run import Run
+from optima_fast.training.sampler import Sampler
+from optima_fast.training.schedule import lr_at
+
+
+class Interrupted(Exception):
+    """Ctrl-C: the run was saved after the step it was in."""
+
+
+class Trainer:
+    """Trains one student, with or without a teacher, and can stop and go on at any step.
+
+    Args:
+        config: resolved settings.
+        data: the task.
+        student: on the device it trains on.
+        teacher: on the same device, or None for ``--method finetune``.
+        run: where metrics and checkpoints go.
+        display: what the user sees.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: TaskData,
+        student: TaskModel,
+        teacher: TaskModel | None,
+        run: Run,
+        display: Display,
+    ) -> None:
+        assert config.steps and config.batch_size and config.lr and config.head_lr
+        assert config.round_steps and config.kl_weight is not None
+        self.config, self.data, self.student, self.run = config, data, student, run
+        self.display = display
+        self.device = next(student.parameters()).device
+        self.steps = config.steps
+        self.sampler = Sampler(data.train, config.batch_size, config.seed)
+        self.distiller = self._make_distiller(teacher)
+        self.cells = CellStage(config, data, student).to(self.device)
+        self.optimizer = self._make_optimizer()
+
+        self.arms = arms(MODULES)
+        self.policy, self.fixed_arm = self._make_policy()
+        self.reward_terms = parse_reward(config.reward)
+        self.reward_batches = self._draw_reward_batches()
+
+        self.step = 0
+        self.round = 0
+        self.arm = self.fixed_arm
+        self.choice = -1
+        self.before: dict[str, float] = {}
+        self.pulls = dict.fromkeys(map(arm_name, self.arms), 0)
+        self.seconds = {"distill": 0.0, "reward": 0.0, "eval": 0.0}
+        self.last_metric: float | None = None
+        self._stop = False
+
+    def _make_distiller(self, teacher: TaskModel | None) -> Distiller | None:
+        if teacher is None:
+            return None
+        config = self.config
+        assert config.kl_weight is not None
+        return Distiller(
+            self.student,
+            teacher,
+            modules=MODULES,
+            hidden_weight=config.hidden_weight,
+            attention_weight=config.attention_weight,
+            kl_weight=config.kl_weight,
+            attention_target=config.attention_target,
+            hidden_scale=config.hidden_scale,
+            reduction=config.reduction,
+            cross_attention=config.cross_attention,
+        ).to(self.device)
+
+    def _make_optimizer(self) -> Adafactor:
+        """The head apart, at its own rate; the teacher in none of the groups."""
+        head = [p for p in self.student.head.parameters() if p.requires_grad]
+        in_head = set(map(id, head))
+        rest = [p for p in self.student.parameters() if p.requires_grad and id(p) not in in_head]
+        rest += self.cells.parameters()
+        if self.distiller is not None:
+            rest += self.distiller.parameters()
+        groups = [{"params": rest, "peak": self.config.lr}]
+        if head:
+            groups.append({"params": head, "peak": self.config.head_lr})
+        return Adafactor(groups, weight_decay=self.config.weight_decay)
+
+    def _make_policy(self) -> tuple[bandit.Policy | None, tuple[str, ...]]:
+        """A policy that chooses each round, or the arm of every round."""
+        config = self.config
+        if config.method in ("kd", "finetune"):
+            return None, ()
+        if config.method == "layerwise":
+            return None, MODULES
+        if config.method == "fixed":
+            assert config.arm is not None
+            return None, parse_arm(config.arm, MODULES)
+        name = "random" if config.method == "random" else config.policy
+        options: dict[str, Any] = {"seed": config.seed}
+        if name == "paper":
+            options |= {
+                "gamma": config.gamma,
+                "init_rounds": config.init_rounds,
+                "variance_scale": config.variance_scale,
+            }
+        try:
+            return bandit.make(name, len(self.arms), **options), ()
+        except ValueError as error:
+            raise UserError(f"--policy: {error}") from error
+
+    # ------------------------------------------------------------------ the loop
+
+    def fit(self) -> None:
+        """Train to the last step, from wherever this trainer stands.
+
+        Raises:
+            Interrupted: Ctrl-C; a checkpoint was saved.
+            UserError: a loss or gradient is not finite, or a file cannot be written.
+        """
+        config = self.config
+        assert config.log_every and config.eval_every and config.checkpoint_every
+        first, began = self.step, time.monotonic()
+        name = "training" if self.distiller is None else "distilling"
+        with self._interruptible(), self.display.stage(name, self.steps, first) as stage:
+            while self.step < self.steps:
+                if self.distiller is not None and self.step % self._round_steps == 0:
+                    self._begin_round()
+                losses = self._train_step()
+                self.step += 1
+                at_end = self.step == self.steps
+                if self.distiller is not None and (self.step % self._round_steps == 0 or at_end):
+                    self._end_round()
+                if self.step % config.log_every == 0 or at_end:
+                    self._log(losses, stage, (time.monotonic() - began) / (self.step - first))
+                if self.step % config.eval_every == 0 and not at_end:
+                    self._evaluate()
+                if self.step % config.checkpoint_every == 0 or at_end or self._stop:
+                    self.save()
+                if self._stop and not at_end:
+                    raise Interrupted(f"stopped after step {self.step} of {self.steps}")
+
+    @property
+    def _round_steps(self) -> int:
+        assert self.config.round_steps is not None
+        return self.config.round_steps
+
+    def _train_step(self) -> StepLosses:
+        began = time.perf_counter()
+        config = self.config
+        assert config.warmup_steps is not None
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr_at(
+                self.step, peak=group["peak"], warmup=config.warmup_steps, steps=self.steps
+            )
+        indices = self.sampler.at(self.step)
+        batch = to_device(self.data.train.batch(indices), self.device)
+        self.student.train()
+        with self._autocast():
+            losses = self._losses(batch)
+        if not bool(torch.isfinite(losses.total)):
+            self._not_finite(losses, indices)
+        losses.total.backward()  # type: ignore[no-untyped-call]
+        norm = nn.utils.clip_grad_norm_(
+            [p for group in self.optimizer.param_groups for p in group["params"]], config.clip
+        )
+        if not bool(torch.isfinite(norm)):
+            self._not_finite(losses, indices)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.seconds["distill"] += time.perf_counter() - began
+        return losses
+
+    def _losses(self, batch: dict[str, Tensor]) -> StepLosses:
+        if self.cells.active(self.step):
+            loss = self.cells(self.student, batch)
+            return StepLosses(loss, loss, None, None, None, ())
+        if self.distiller is None:
+            logits = self.student(batch).logits
+            assert logits is not None
+            loss = self.data.loss(logits, batch).float()
+            return StepLosses(loss, loss, None, None, None, ())
+        losses: StepLosses = self.distiller(
+            batch, self.arm, predict=self.data.loss, divergence=self.data.divergence
+        )
+        return losses
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        bf16 = self.config.precision == "bf16" or (
+            self.config.precision == "auto" and self.device.type == "cuda"
+        )
+        return torch.autocast(self.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+
+    def _not_finite(self, losses: StepLosses, indices: Tensor) -> None:
+        """Say which term, layer and batch; the weights are those of the step before."""
+        terms = [("prediction", losses.prediction), ("kl", losses.kl)]
+        for name, layers in (("hidden", losses.hidden), ("attention", losses.attention)):
+            if layers is not None:
+                pairs = zip(losses.pairs, layers, strict=True)
+                terms += [(f"{name} of {pair}", value) for pair, value in pairs]
+        bad = [(n, float(v.detach())) for n, v in terms if v is not None and not v.isfinite().all()]
+        where, value = bad[0] if bad else ("the gradient norm", float("nan"))
+        path = self.run.folder / "nonfinite.json"
+        examples = indices.tolist()
+        report = {"step": self.step, "terms": [n for n, _ in bad] or [where], "examples": examples}
+        checkpoints.write_json(path, report)
+        last = checkpoints.latest_checkpoint(self.run.checkpoints)
+        kept = f"last good checkpoint: {last}" if last else "there is no checkpoint yet"
+        raise UserError(
+            f"step {self.step + 1}: {where} is {value}, so no step was taken; training examples "
+            f"{', '.join(map(str, examples[:4]))}, ... (all in {path}); {kept}; "
+            "a lower --lr may help"
+        )
+
+    # ------------------------------------------------------------------ rounds of the bandit
+
+    def _begin_round(self) -> None:
+        if self.policy is not None:
+            self.choice = self.policy.select()
+            self.arm = self.arms[self.choice]
+            if not self.before and self._rewarded:
+                self.before = self._measure()
+        if self.arm:
+            self.pulls[arm_name(self.arm)] += 1
+
+    @property
+    def _rewarded(self) -> bool:
+        return self.config.method == "optima"
+
+    def _end_round(self) -> None:
+        self.round += 1
+        if self.policy is None:
+            return
+        line: dict[str, Any] = {"step": self.step, "round": self.round, "arm": arm_name(self.arm)}
+        reward = 0.0
+        if self._rewarded:
+            after = self._measure()
+            reward, drops = relative_drop(self.before, after, self.reward_terms)
+            self.before = after
+            line |= {"reward": reward, "drops": drops, "losses": after}
+        self.policy.update(self.choice, reward)
+        if self._rewarded:
+            line |= {"means": list(self.policy.mean), "counts": list(self.policy.count)}
+        self.run.append_metrics(line)
+
+    def _draw_reward_batches(self) -> tuple[Tensor, ...]:
+        """Indices of fixed training examples, in parts of one batch size; the same every round."""
+        assert self.config.reward_examples and self.config.batch_size
+        split = self.data.train
+        runs = min(max(1, self.config.reward_examples // split.group), len(split) // split.group)
+        # a seed of its own, so that they are not the first batch
+        chosen = Sampler(split, runs, self.config.seed + 1).at(0)
+        return chosen.split(self.config.batch_size * split.group)
+
+    def _measure(self) -> dict[str, float]:
+        """All distillation losses of the full model on the reward batches."""
+        assert self.distiller is not None
+        began = time.perf_counter()
+        total = dict.fromkeys(("kl", "hidden", "attention"), 0.0)
+        count = sum(map(len, self.reward_batches))
+        for part in self.reward_batches:
+            batch = to_device(self.data.train.batch(part), self.device)
+            with self._autocast():
+                values = self.distiller.measure(batch, divergence=self.data.divergence)
+            for key, value in values.items():
+                total[key] += value * len(part) / count
+        self.seconds["reward"] += time.perf_counter() - began
+        return total
+
+    # ------------------------------------------------------------------ what is seen and saved
+
+    def _log(self, losses: StepLosses, stage: Stage, seconds_a_step: float) -> None:
+        assert self.config.batch_size is not None
+        rate = self.config.batch_size * self.data.train.group / seconds_a_step
+        line: dict[str, Any] = {
+            "step": self.step,
+            "round": self.round,
+            "arm": arm_name(self.arm),
+            "loss": float(losses.total.detach()),
+            "prediction": float(losses.prediction.detach()),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "samples_per_second": rate,
+        }
+        if losses.kl is not None:
+            line["kl"] = float(losses.kl.detach())
+        for name, layers in (("hidden", losses.hidden), ("attention", losses.attention)):
+            if layers is not None:
+                sums: dict[str, float] = {}
+                for pair, value in zip(losses.pairs, layers.detach().tolist(), strict=True):
+                    sums[pair.module] = sums.get(pair.module, 0.0) + value
+                line[name] = sums
+        self.run.append_metrics(line)
+        shown = {"loss": f"{line['loss']:.3f}"}
+        if self.last_metric is not None:
+            shown[self.data.metric_name] = f"{self.last_metric:.3f}"
+        if self.policy is not None:
+            top = sorted(self.pulls.items(), key=lambda item: -item[1])[:2]
+            shown["arms"] = ", ".join(f"{n} {c / max(1, self.round):.0%}" for n, c in top)
+        shown["samples/s"] = f"{rate:.0f}"
+        stage.update(self.step, shown)
+
+    def _evaluate(self) -> None:
+        began = time.perf_counter()
+        metrics = self.data.evaluate(self.student, self.data.validation, device=self.device)
+        self.last_metric = metrics[self.data.metric_name]
+        self.run.append_metrics({"step": self.step, "validation": metrics})
+        self.seconds["eval"] += time.perf_counter() - began
+
+    @contextlib.contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """Ctrl-C and a polite kill finish the step first; a second one does not wait."""
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            if self._stop:
+                raise KeyboardInterrupt
+            self._stop = True
+
+        old = {}
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                old[number] = signal.signal(number, stop)
+        except ValueError:  # not the main thread: nothing to catch there
+            pass
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    def save(self) -> Path:
+        """Write a checkpoint of everything that the rest of the run depends on."""
+        state: dict[str, Any] = {
+            "format": 1,
+            "config": dataclasses.asdict(self.config),
+            "step": self.step,
+            "student": self.student.state_dict(),
+            "projections": self.distiller.state_dict() if self.distiller else {},
+            "cells": self.cells.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "bandit": self.policy.state_dict() if self.policy else None,
+            "round": self.round,
+            "choice": self.choice,
+            "before": self.before,
+            "pulls": self.pulls,
+            "seconds": self.seconds,
+            "last_metric": self.last_metric,
+            "metrics_size": self.run.metrics_size(),
+            "cpu_generator": torch.get_rng_state(),
+            "cuda_generators": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+        return checkpoints.save_checkpoint(self.run.checkpoints, self.step, state)
+
+    def resume(self, path: Path) -> None:
+        """Continue from a checkpoint, exactly.
+
+        Raises:
+            UserError: the file is damaged, or of a run with other settings.
+        """
+        state = checkpoints.load_checkpoint(path)
+        mine = self.run.computed_by(dataclasses.asdict(self.config))
+        try:
+            theirs = self.run.computed_by(state["config"])
+            if theirs != mine:
+                name = next(k for k in mine if theirs.get(k) != mine[k])
+                raise UserError(
+                    f"checkpoint {path} is of another configuration: {name} is {theirs.get(name)} "
+                    f"there and {mine[name]} here"
+                )
+            self.student.load_state_dict(state["student"])
+            if self.distiller is not None:
+                self.distiller.load_state_dict(state["projections"])
+            self.cells.load_state_dict(state["cells"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.policy is not None:
+                self.policy.load_state_dict(state["bandit"])
+            for name in ("step", "round", "choice", "before", "pulls", "seconds", "last_metric"):
+                setattr(self, name, state[name])
+            torch.set_rng_state(state["cpu_generator"])
+            if torch.cuda.is_available() and state["cuda_generators"]:
+                torch.cuda.set_rng_state_all(state["cuda_generators"])
+            self.run.truncate_metrics(state["metrics_size"])
+        except (KeyError, RuntimeError, TypeError) as error:
+            raise UserError(f"checkpoint {path} does not fit this run: {error}") from error
+        if self.policy is not None and self.step % self._round_steps:
+            self.arm = self.arms[self.choice]
