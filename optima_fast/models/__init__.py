@@ -1,0 +1,25 @@
+"""CoCa and its parts, presets, task heads, student initialisation and greedy decoding."""
+
+from optima_fast.models import generate, initialise, presets, task_model
+from optima_fast.models.config import CoCaConfig
+from optima_fast.models.layers import LayerTap
+from optima_fast.models.model import MODULES, CoCa, CoCaOutput, TapRequest
+from optima_fast.models.presets import coca, paper_parameters
+from optima_fast.models.task_model import TaskModel, TaskOutput
+
+__all__ = [
+    "MODULES",
+    "CoCa",
+    "CoCaConfig",
+    "CoCaOutput",
+    "LayerTap",
+    "TapRequest",
+    "TaskModel",
+    "TaskOutput",
+    "coca",
+    "generate",
+    "initialise",
+    "paper_parameters",
+    "presets",
+    "task_model",
+]

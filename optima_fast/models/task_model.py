@@ -1,0 +1,114 @@
+"""A CoCa with a task's head, fed with a task's batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from optima_fast.models.config import CoCaConfig
+from optima_fast.models.heads import CaptionHead, ClassificationHead, PairHead
+from optima_fast.models.layers import LayerTap
+from optima_fast.models.model import MODULES, CoCa, CoCaOutput, TapRequest
+
+HEADS = ("classification", "pair", "caption")
+
+
+class TaskOutput(NamedTuple):
+    """What a task model gives; ``taps`` and ``masks`` as in :class:`CoCaOutput`.
+
+    Attributes:
+        logits: ``[T, classes]``, for captions ``[T, L - 1, vocab_size]``; ``None`` from
+            :meth:`TaskModel.record`.
+        taps: The records of the requested layers.
+        masks: True where a token of the records counts.
+    """
+
+    logits: Tensor | None
+    taps: dict[str, list[LayerTap]]
+    masks: dict[str, Tensor | None]
+
+
+class TaskModel(nn.Module):
+    """A CoCa and a head.
+
+    A batch holds ``"images"`` ``[I, C, H, W]``, ``"text"`` ``[T, L]``, and ``"pair_image"`` and
+    ``"pair_text"`` ``[P]`` where pairs are not one to one. Pair p belongs to text p, with a pair
+    head pairs 2t and 2t + 1 to text t. A caption model reads all tokens but the last and
+    predicts all but the first.
+
+    Args:
+        coca: The model.
+        head: A :class:`ClassificationHead`, :class:`PairHead` or :class:`CaptionHead`.
+    """
+
+    def __init__(self, coca: CoCa, head: nn.Module) -> None:
+        super().__init__()
+        self.coca = coca
+        self.head = head
+        self.layer_counts = coca.layer_counts
+        self.widths = coca.widths
+
+    def forward(
+        self, batch: Mapping[str, Tensor], *, taps: TapRequest | None = None, lse: bool = False
+    ) -> TaskOutput:
+        """Logits, and records if asked for."""
+        out = self._run(batch, taps, lse, MODULES)
+        logits = self.head(self.coca, out.decoded, out.masks["multimodal"])
+        return TaskOutput(logits, out.taps, out.masks)
+
+    def record(
+        self, batch: Mapping[str, Tensor], taps: TapRequest, *, lse: bool = False
+    ) -> TaskOutput:
+        """Records alone; a module that ``taps`` does not depend on is not run, nor the head."""
+        run = MODULES if "multimodal" in taps else tuple(taps)
+        out = self._run(batch, taps, lse, run)
+        return TaskOutput(None, out.taps, out.masks)
+
+    def _run(
+        self,
+        batch: Mapping[str, Tensor],
+        taps: TapRequest | None,
+        lse: bool,
+        run: tuple[str, ...],
+    ) -> CoCaOutput:
+        text = batch["text"]
+        if isinstance(self.head, CaptionHead):
+            text = text[:, :-1]
+        out: CoCaOutput = self.coca(
+            batch["images"],
+            text,
+            pair_image=batch.get("pair_image"),
+            pair_text=batch.get("pair_text"),
+            taps=taps,
+            lse=lse,
+            run=run,
+        )
+        return out
+
+
+def build(config: CoCaConfig, head_kind: str, num_classes: int, dropout: float = 0.0) -> TaskModel:
+    """A freshly initialised task model.
+
+    Args:
+        config: Sizes and form of the CoCa.
+        head_kind: ``"classification"``, ``"pair"`` or ``"caption"``.
+        num_classes: Classes of a classification or pair head; a caption head has none.
+        dropout: Dropout before the classifier.
+    """
+    if head_kind not in HEADS:
+        raise ValueError(f"head_kind must be one of {', '.join(HEADS)}, got {head_kind!r}")
+    if head_kind != "caption" and num_classes < 2:
+        raise ValueError(f"a {head_kind} head needs at least 2 classes, got {num_classes}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
+    coca = CoCa(config)
+    head: nn.Module
+    if head_kind == "caption":
+        head = CaptionHead()
+    elif head_kind == "pair":
+        head = PairHead(config, num_classes, dropout)
+    else:
+        head = ClassificationHead(config, num_classes, dropout)
+    return TaskModel(coca, head)
