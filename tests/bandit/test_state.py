@@ -1,0 +1,209 @@
+"""Saving and continuing a policy, and choosing its backend."""
+
+import json
+import math
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from optima_fast import _bandit_py, bandit
+
+PYTHON = _bandit_py.GaussianThompson
+CORES = [PYTHON]
+if bandit.BACKEND == "c++":
+    from optima_fast import _bandit
+
+    CORES.append(_bandit.GaussianThompson)
+
+
+@pytest.fixture(params=CORES, ids=lambda c: "python" if c is PYTHON else "c++", autouse=True)
+def core(request, monkeypatch):
+    monkeypatch.setattr(bandit, "_thompson", request.param)
+
+
+def play(policy, rounds):
+    arms = []
+    for _ in range(rounds):
+        arms.append(policy.select())
+        policy.update(arms[-1], 1 / (3 + arms[-1]))
+    return arms
+
+
+def make(name="paper", arms=7, **options):
+    return bandit.make(name, arms, **({"arm": 3} if name == "fixed" else {}), **options)
+
+
+@pytest.mark.parametrize("name", bandit.names())
+@pytest.mark.parametrize("rounds", [0, 1, 33, 69, 70, 71, 300])
+def test_a_state_continues_bit_for_bit_through_json(name, rounds):
+    """Before, in, at the end of and after the initialisation of 70 rounds."""
+    whole = make(name, seed=2**64 - 1)
+    play(whole, rounds)
+    saved = json.dumps(whole.state_dict())
+    loaded = make(name, seed=2**64 - 1)
+    play(loaded, 5)
+    loaded.load_state_dict(json.loads(saved))
+    assert json.dumps(loaded.state_dict()) == saved
+    assert loaded.round == rounds
+    assert play(loaded, 150) == play(whole, 150)
+    assert loaded.state_dict() == whole.state_dict()
+
+
+def test_a_state_is_plain_and_complete():
+    policy = make(arms=2, seed=1, init_rounds=1)
+    play(policy, 1)
+    arm = policy.count.index(1)
+    reward = 1 / (3 + arm)
+    means = [reward, 0.0] if arm == 0 else [0.0, reward]
+    assert policy.state_dict() == {
+        "policy": "paper",
+        "version": 1,
+        "arms": 2,
+        "gamma": 0.98,
+        "init_rounds": 1,
+        "variance_scale": 1.0,
+        "seed": 1,
+        "round": 1,
+        "count": policy.count,
+        "total": means,
+        "mean": means,
+    }
+
+
+@pytest.mark.skipif(len(CORES) < 2, reason="the extension is not built")
+def test_a_state_moves_between_backends(monkeypatch):
+    policies = []
+    for build in CORES:
+        monkeypatch.setattr(bandit, "_thompson", build)
+        policies.append(make())
+    for rounds in (40, 100):
+        play(policies[0], rounds)
+        policies[1].load_state_dict(policies[0].state_dict())
+        assert play(policies[0], 80) == play(policies[1], 80)
+
+
+def without(key):
+    return lambda state: {k: v for k, v in state.items() if k != key}
+
+
+def having(**changes):
+    return lambda state: {**state, **changes}
+
+
+def averaged(**changes):
+    """A state inside the initialisation, right but for the changes."""
+    right = {"round": 3, "count": [1, 2], "total": [0.5, 1.0], "mean": [0.5, 0.5]}
+    return having(**{**right, **changes})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: None, r"^state must be a mapping, got None$"),
+        (lambda state: [1], r"^state must be a mapping, got \[1\]$"),
+        (without("policy"), r"^state must have policy 'paper', got none$"),
+        (without("seed"), r"^state must have seed 0, got none$"),
+        (without("mean"), r"^state must have the keys .*total, mean, got .*total$"),
+        (having(extra=1), r"^state must have the keys .*, mean, got .*, extra$"),
+        (having(policy="random"), r"^state must have policy 'paper', got 'random': make the"),
+        (having(version=2), r"^state must have version 1, got 2"),
+        (having(arms=3), r"^state must have arms 2, got 3"),
+        (having(gamma=0.9), r"^state must have gamma 0\.98, got 0\.9"),
+        (having(gamma=math.nan), r"^state must have gamma 0\.98, got nan"),
+        (having(init_rounds=10), r"^state must have init_rounds 2, got 10"),
+        (having(variance_scale=2.0), r"^state must have variance_scale 1\.0, got 2\.0"),
+        (having(seed=1), r"^state must have seed 0, got 1"),
+        (having(seed=None), r"^state must have seed 0, got None"),
+        (having(round=-1), r"^state must have a count in round, got -1$"),
+        (having(round=1.0), r"^state must have a count in round, got 1\.0$"),
+        (having(round=True), r"^state must have a count in round, got True$"),
+        (having(round=2**63), r"^state must have a count in round, got 9223372036854775808$"),
+        (having(round=6), r"^state must have counts that add up to round 6, got \[2, 3\]$"),
+        (having(count=[5]), r"^state must have a list of 2 in count, got \[5\]$"),
+        (having(count=[5, 0, 0]), r"^state must have a list of 2 in count, got \[5, 0, 0\]$"),
+        (having(count="23"), r"^state must have a list of 2 in count, got '23'$"),
+        (having(count=[6, -1]), r"^state must have a count in count\[1\], got -1$"),
+        (having(count=[2, "3"]), r"^state must have a count in count\[1\], got '3'$"),
+        (having(mean=[0.1, math.nan]), r"^state must have a finite number in mean\[1\], got nan$"),
+        (having(mean=[-math.inf, 0]), r"^state must have a finite number in mean\[0\], got -inf$"),
+        (having(mean=[10**400, 0]), r"^state must have a finite number in mean\[0\], got 1000"),
+        (having(mean=[None, 0]), r"^state must have a finite number in mean\[0\], got None$"),
+        (having(total=[0.0, math.nan]), r"^state must have a finite number in total\[1\], got nan"),
+        (having(total=None), r"^state must have a list of 2 in total, got None$"),
+        (averaged(mean=[0.5, 0.6]), r"mean\[1\] = total\[1\] / count\[1\], got 0\.6, 1\.0 and 2$"),
+        (averaged(count=[3, 0]), r"mean\[0\] = total\[0\] / count\[0\], got 0\.5, 0\.5 and 3$"),
+        (averaged(count=[0, 3], mean=[0.5, 1 / 3]), r"mean\[0\] = .*, got 0\.5, 0\.5 and 0$"),
+    ],
+)
+def test_a_bad_state_is_refused_and_changes_nothing(change, message):
+    source = make(arms=2, init_rounds=2)
+    for arm in (0, 1, 0, 1, 1):
+        source.update(arm, 0.25)
+    policy = make(arms=2, init_rounds=2)
+    policy.update(1, 0.5)
+    before = policy.state_dict()
+    with pytest.raises(ValueError, match=message):
+        policy.load_state_dict(change(source.state_dict()))
+    assert policy.state_dict() == before
+    policy.load_state_dict(source.state_dict())
+    assert policy.state_dict() == source.state_dict()
+
+
+def test_whole_numbers_may_have_lost_their_point():
+    """Some JSON writers turn 1.0 into 1."""
+    policy = make(arms=2, init_rounds=0)
+    policy.load_state_dict(policy.state_dict() | {"mean": [0, 0], "variance_scale": 1})
+    assert all(type(m) is float for m in policy.mean)
+
+
+def run(code):
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+PLAYED = """
+policy = bandit.GaussianThompson(7, init_rounds=1, seed=6)
+for _ in range(60):
+    arm = policy.select()
+    policy.update(arm, arm / 10)
+print(json.dumps([bandit.BACKEND, policy.state_dict()]))
+"""
+
+
+def test_without_the_extension_python_gives_the_same_and_needs_nothing_else():
+    backend, state = run(
+        "import json, sys\n"
+        "for name in ('optima_fast._bandit', 'numpy', 'torch', 'triton'):\n"
+        "    sys.modules[name] = None\n"
+        "from optima_fast import bandit\n" + PLAYED
+    )
+    assert backend == "python"
+    here, expected = run("import json\nfrom optima_fast import bandit\n" + PLAYED)
+    assert here == bandit.BACKEND
+    assert state == expected
+
+
+def test_a_stale_extension_is_refused():
+    message = run(
+        """
+        import json, sys, types
+        stale = types.ModuleType("optima_fast._bandit")
+        stale.ABI, stale.__file__ = 0, "/somewhere/_bandit.so"
+        sys.modules["optima_fast._bandit"] = stale
+        import optima_fast
+        optima_fast._bandit = stale
+        try:
+            from optima_fast import bandit
+        except ImportError as error:
+            print(json.dumps(str(error)))
+        """
+    )
+    assert message == (
+        "optima_fast._bandit must have ABI 1, got 0: reinstall optima-fast, "
+        "or delete /somewhere/_bandit.so"
+    )
