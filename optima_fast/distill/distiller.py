@@ -142,6 +142,11 @@ class Distiller(nn.Module):
             if not 0.0 <= weight < float("inf"):
                 raise ValueError(f"{option} must be finite and not negative, got {weight}")
 
+        if any(getattr(model, "attention_cap", None) is not None for model in (student, teacher)):
+            raise ValueError(
+                "the attention losses do not know capped scores (attention_cap): take models "
+                "without a cap"
+            )
         # a tuple hides the models from nn.Module: neither belongs to this module's state
         self._models = (student, teacher)
         self.modules_matched = names

@@ -49,6 +49,8 @@ class TaskModel(nn.Module):
         self.head = head
         self.layer_counts = coca.layer_counts
         self.widths = coca.widths
+        self.causal = {"image": False, "text": True, "multimodal": True}
+        self.attention_cap = coca.config.attention_cap
 
     def forward(
         self, batch: Mapping[str, Tensor], *, taps: TapRequest | None = None, lse: bool = False

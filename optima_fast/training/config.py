@@ -143,13 +143,13 @@ class TrainConfig:
 
 
 # what the paper (and CoCa, where the paper refers to it) trains with, by task
-_PAPER: dict[str, dict[str, Any]] = {
+_PAPER_TASKS: dict[str, dict[str, Any]] = {
     "vqa": {"batch_size": 64, "teacher_steps": 100_000, "teacher_lr": 2e-5},
     "snli_ve": {"batch_size": 128, "teacher_steps": 50_000, "teacher_lr": 5e-5},
     "nlvr2": {"batch_size": 64, "teacher_steps": 50_000, "teacher_lr": 2e-5},
     "coco": {"batch_size": 128, "teacher_steps": 50_000, "teacher_lr": 1e-5},
 }
-_PAPER_COMMON: dict[str, Any] = {
+PAPER_SCALE: dict[str, Any] = {
     "teacher": "coca_large",
     "student": "coca_tiny12",
     "steps": 100_000,
@@ -160,7 +160,7 @@ _PAPER_COMMON: dict[str, Any] = {
     "reward_examples": 256,
 }
 
-# the built-in data: scaled down to minutes on two CPU cores; bench/README.md has the measurements
+# the built-in data: minutes on two CPU cores
 DIGITS_SCALE: dict[str, Any] = {
     "teacher": "digits_teacher",
     "student": "digits_student",
@@ -181,7 +181,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     if config.data == "digits":
         defaults = dict(DIGITS_SCALE)
     else:
-        defaults = _PAPER_COMMON | _PAPER[config.task]
+        defaults = PAPER_SCALE | _PAPER_TASKS[config.task]
     steps = config.steps or defaults["steps"]
     # a short run of a few steps keeps its shape: a twentieth of warm-up, not more steps than it has
     defaults["warmup_steps"] = min(defaults["warmup_steps"], steps // 20)

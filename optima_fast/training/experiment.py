@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 import optima_fast
-from optima_fast import models, tasks
+from optima_fast import tasks
 from optima_fast.errors import UserError
-from optima_fast.models import CoCaConfig, initialise, presets
+from optima_fast.models import MODULES, CoCaConfig, initialise, presets
 from optima_fast.models.task_model import TaskModel, build
 from optima_fast.tasks import TaskData
 from optima_fast.training import checkpoints, teachers
@@ -40,7 +40,7 @@ def run(config: TrainConfig, display: Display) -> tuple[Run, Summary]:
     config, folder = _place(config, display)
     if folder.finished():
         display.note(f"{folder.folder} is finished already; --resume never starts another run")
-        return folder, checkpoints.read_json(folder.summary_path)
+        return folder, folder.summary()
     device = prepare(config)
     data = load_data(config)
     began = time.perf_counter()
@@ -141,7 +141,7 @@ def _fitted(preset: str, data: TaskData) -> CoCaConfig:
         vocab_size=len(data.vocabulary),
         text_length=data.text_length,
         image_size=data.image_size,
-        channels=data.channels,
+        image_channels=data.channels,
     )
 
 
@@ -168,11 +168,18 @@ def _teacher(
         folder = Run(name)
         display.note(f"teacher: the model of {folder.folder}")
     else:
-        near = models.nearest(name, presets.PRESETS)
-        raise UserError(f"--teacher {name!r} is neither a run folder nor a preset{near}")
+        raise UserError(f"--teacher {name!r} is no run folder, and {_no_preset(name)}")
     teacher = folder.load_model(data).to(device)
-    metric = checkpoints.read_json(folder.summary_path)["student_metric"]
+    metric = folder.summary()["student_metric"]
     return teacher, float(metric)
+
+
+def _no_preset(name: str) -> str:
+    try:
+        presets.get(name)
+    except UserError as error:
+        return str(error)
+    raise AssertionError(name)
 
 
 def _student(
@@ -258,14 +265,31 @@ def train(
     }
 
 
+def evaluate(folder: str | Path, device: str | None = None) -> tuple[Run, dict[str, float], float]:
+    """Measure a finished run's student again, from its files alone.
+
+    Returns:
+        The run, all metrics on the test split, and the main one as the run recorded it.
+    """
+    run = Run(folder)
+    config = run.config()
+    recorded = run.summary()["student_metric"]
+    if device is not None:
+        config = dataclasses.replace(config, device=device)
+    where = prepare(config)
+    data = load_data(config)
+    model = run.load_model(data).to(where)
+    return run, data.evaluate(model, data.test, device=where), recorded
+
+
 def compile_modules(
     config: TrainConfig, task_models: list[TaskModel], device: torch.device
 ) -> None:
     """torch.compile each module in place, so that no choice of arm compiles anything anew."""
     if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
         for model in task_models:
-            for module in model.coca.compilable():
-                module.compile()
+            for name in MODULES:
+                getattr(model.coca, name).compile()
 
 
 def count(model: torch.nn.Module) -> int:

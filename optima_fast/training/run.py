@@ -47,6 +47,22 @@ class Run:
             raise UserError(f"{self.folder} holds no run (no config.yaml)")
         return TrainConfig(**read_yaml(self.config_path))
 
+    def summary(self) -> dict[str, Any]:
+        """What ``summary.json`` holds.
+
+        Raises:
+            UserError: the run is not finished, or the file is damaged.
+        """
+        if self.exists() and not self.summary_path.is_file():
+            raise UserError(f"{self.folder} is not finished: there is no summary.json yet")
+        value = checkpoints.read_json(self.summary_path)
+        if not isinstance(value, dict) or "metric_name" not in value:
+            raise UserError(f"{self.summary_path} is no summary of a run")
+        return value
+
+    def metric_name(self) -> str:
+        return str(self.summary()["metric_name"])
+
     def begin(self, config: TrainConfig) -> None:
         """Create the folder and write the settings."""
         checkpoints.write_text(self.config_path, to_yaml(config))

@@ -1,0 +1,77 @@
+"""``python -m optima_fast.doctor``: versions and what works on this machine, for a bug report."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Sequence
+
+from optima_fast.cli import guarded
+
+PACKAGES = ("torch", "triton", "xformers", "numpy", "scikit-learn", "safetensors", "rich")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 1 if the losses do not work here."""
+    return guarded(lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    argparse.ArgumentParser(
+        prog="python -m optima_fast.doctor", description=(__doc__ or "").partition(": ")[2]
+    ).parse_args(argv)
+    import torch
+
+    import optima_fast
+    from optima_fast import bandit
+
+    print(f"optima_fast {optima_fast.__version__} in {os.path.dirname(optima_fast.__file__)}")
+    print(f"python {platform.python_version()} on {platform.platform()}")
+    for package in PACKAGES:
+        try:
+            print(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            print(f"{package} not installed")
+    print(f"bandit backend {bandit.BACKEND}")
+    print(f"cpu threads {torch.get_num_threads()}, capability {torch.backends.cpu.get_cpu_capability()}")
+    devices = ["cpu"]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        print(f"cuda:{index} {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+        devices.append(f"cuda:{index}")
+    return 0 if all([_losses_agree(device) for device in devices]) else 1
+
+
+def _losses_agree(device: str) -> bool:
+    """Both losses against their definition on a small case; prints the worst relative error."""
+    import torch
+
+    import optima_fast
+
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    hidden = (draw(2, 33, 24), draw(2, 33, 40), draw(24, 40))
+    heads = (draw(2, 3, 33, 16), draw(2, 3, 33, 16), draw(2, 4, 33, 8), draw(2, 4, 33, 8))
+    worst = 0.0
+    for target in ("hidden", "scores", "probs"):
+        values = []
+        for backend in ("auto", "reference"):
+            if target == "hidden":
+                value = optima_fast.hidden_mse(*hidden, backend=backend)
+            else:
+                value = optima_fast.attention_mse(*heads, target=target, backend=backend)
+            values.append(value.double())
+        worst = max(worst, float(((values[0] - values[1]) / values[1]).abs().max()))
+    agree = worst < 1e-4
+    print(f"losses on {device}: {'ok' if agree else 'WRONG'} (relative error {worst:.1e})")
+    return agree
+
+
+if __name__ == "__main__":
+    sys.exit(main())

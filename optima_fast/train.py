@@ -1,0 +1,42 @@
+"""``python -m optima_fast.train``: distil a student and say what came of it.
+
+Without arguments it runs the built-in task end to end. ``--help`` lists every setting; each is a
+flag and, in the file given with ``--config``, a YAML key.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from optima_fast.training.threads import calm_openmp
+
+calm_openmp()
+
+from optima_fast.cli import guarded  # noqa: E402
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0, 2 for a mistake, 130 after Ctrl-C."""
+    return guarded(lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    from optima_fast.training import experiment, overview
+    from optima_fast.training.config import parse
+    from optima_fast.training.display import Display
+    from optima_fast.training.trainer import Interrupted
+
+    config = parse(argv, prog="python -m optima_fast.train", description=__doc__ or "")
+    display = Display()
+    try:
+        run, summary = experiment.run(config, display)
+    except Interrupted as error:
+        display.note(f"{error}; the same command goes on from there")
+        return 130
+    overview.show(run, summary, display)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""The tables that end a run, an evaluation, a comparison of runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from optima_fast.training.config import DIGITS_SCALE, PAPER_SCALE
+from optima_fast.training.display import Display
+from optima_fast.training.run import Run
+
+
+def show(run: Run, summary: Mapping[str, Any], display: Display) -> None:
+    """What a run did: metrics beside their baselines, sizes, times, arms, files, what next."""
+    metric = summary["metric_name"]
+    config = run.config()
+    rows = [
+        [f"teacher ({config.teacher})", number(summary["teacher_metric"])],
+        [f"student ({config.student}) before", number(summary["student_metric_before"])],
+        ["student after", number(summary["student_metric"])],
+        ["majority baseline", number(summary["majority_metric"])],
+        ["text-only baseline", number(summary["text_only_metric"])],
+    ]
+    if summary["teacher_metric"] is None:
+        rows = rows[1:]
+    title = f"{summary['task']} on {summary['data']}, test split: {metric}"
+    display.table(title, rows, ["", metric])
+
+    seconds = summary["seconds"]
+    facts = [["method", method_name(summary)]]
+    if summary["teacher_params"]:
+        facts.append(["teacher parameters", f"{summary['teacher_params']:,}"])
+    facts += [
+        ["student parameters", f"{summary['student_params']:,}"],
+        ["seconds", ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())],
+    ]
+    pulls = summary["arms"]
+    total = sum(pulls.values())
+    if total:
+        ranked = sorted(pulls.items(), key=lambda item: -item[1])
+        shares = ", ".join(f"{name} {count / total:.0%}" for name, count in ranked if count)
+        facts.append([f"arms ({total} rounds)", shares])
+    facts.append(["files", str(run.folder)])
+    display.table("", facts)
+    if summary["data"] == "digits":
+        display.note(_scaled_down())
+    display.note(f"next: python -m optima_fast.evaluate {run.folder}")
+    other = "layerwise" if summary["method"] != "layerwise" else "optima"
+    display.note(f"  or: python -m optima_fast.train --task {summary['task']} --method {other}")
+
+
+def show_evaluation(
+    run: Run, metrics: Mapping[str, float], recorded: float, display: Display
+) -> None:
+    """Metrics measured now, the main one beside what the run recorded."""
+    name = run.metric_name()
+    rows = [[key, number(value)] for key, value in metrics.items()]
+    display.table(f"{run.folder}, test split", rows, ["", "value"])
+    same = "the same as" if metrics[name] == recorded else f"was {number(recorded)} in"
+    display.note(f"{name} {number(metrics[name])}: {same} {run.summary_path}")
+
+
+def compare(runs: Sequence[Run], display: Display) -> None:
+    """One line a run."""
+    rows = []
+    for run in runs:
+        s = run.summary()
+        rows.append(
+            [
+                str(run.folder),
+                s["task"],
+                method_name(s),
+                str(s["seed"]),
+                f"{s['metric_name']} {number(s['student_metric'])}",
+                number(s["teacher_metric"]),
+                number(s["text_only_metric"]),
+                f"{s['seconds']['distill'] + s['seconds']['reward']:.0f}",
+            ]
+        )
+    header = ["run", "task", "method", "seed", "student", "teacher", "text only", "seconds"]
+    display.table("", rows, header)
+
+
+def method_name(summary: Mapping[str, Any]) -> str:
+    """``optima (policy paper)``, ``fixed image+text``, ``layerwise``."""
+    detail = summary["arm"] or (summary["policy"] and f"policy {summary['policy']}")
+    return f"{summary['method']} ({detail})" if detail else str(summary["method"])
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _scaled_down() -> str:
+    changed = [
+        f"{name.replace('_', ' ')} {DIGITS_SCALE[name]} (paper {PAPER_SCALE[name]})"
+        for name in PAPER_SCALE
+        if name in DIGITS_SCALE and name not in ("teacher", "student")
+    ]
+    return "the built-in run is scaled down: " + ", ".join(changed)
