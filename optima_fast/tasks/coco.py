@@ -50,8 +50,9 @@ class Coco(TaskData):
         """
         from optima_fast.tasks.caption_metrics import cider
 
+        known = references(split)
         captions = self.captions(model, split, batch_size=batch_size, device=device)
-        return {"cider": cider(captions, references(split))[0]}
+        return {"cider": cider(captions, known)[0]}
 
     def captions(
         self,

@@ -1,0 +1,145 @@
+"""Splits, batches, the dispatch of `load`, and what all tasks share."""
+
+import pytest
+import torch
+from torch import nn
+
+from optima_fast import tasks
+from optima_fast.errors import UserError
+from optima_fast.tasks.base import ArrayImages, Split, evaluating, mean_kl
+
+
+def images(n):
+    return ArrayImages(torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1).expand(n, 1, 2, 2))
+
+
+def split(n=6, pictures=3, k=1, **options):
+    text = torch.arange(n)[:, None].repeat(1, 4)
+    index = torch.arange(n * k).remainder(pictures).view(n, k)
+    return Split(images(pictures), text, index, torch.arange(n), **options)
+
+
+def test_a_shared_image_is_in_the_batch_once():
+    cells = torch.tensor([[10], [11], [12]])
+    batch = split(image_labels={"cells": cells}).batch([5, 0, 2, 3])  # images 2, 0, 2, 0
+    assert batch["images"].dtype == torch.float32
+    assert (batch["images"][:, 0, 0, 0] * 255).tolist() == [0, 2]
+    assert batch["pair_image"].tolist() == [1, 0, 1, 0]
+    assert batch["pair_text"].tolist() == [0, 1, 2, 3]
+    assert batch["text"][:, 0].tolist() == [5, 0, 2, 3]
+    assert batch["target"].tolist() == [5, 0, 2, 3]
+    assert batch["cells"].tolist() == [[10], [12]]
+    assert {batch[key].dtype for key in ("text", "pair_image", "pair_text")} == {torch.int64}
+
+
+def test_the_pairs_of_an_example_are_neighbours():
+    batch = split(n=3, pictures=6, k=2).batch(torch.tensor([2, 0]))
+    shown = batch["images"][batch["pair_image"], 0, 0, 0] * 255
+    assert shown.tolist() == [4, 5, 0, 1]
+    assert batch["pair_text"].tolist() == [0, 0, 1, 1]
+
+
+def test_levels_become_parts_of_255():
+    values = images(256)[torch.tensor([0, 51, 255])][:, 0, 0, 0]
+    assert values.tolist() == pytest.approx([0.0, 0.2, 1.0])
+    with pytest.raises(ValueError, match=r"levels must be uint8 \[n, C, H, W\], got torch.float32"):
+        ArrayImages(torch.zeros(1, 1, 2, 2))
+
+
+def test_batches_go_through_everything_in_order():
+    parts = [(index.tolist(), batch["target"].tolist()) for index, batch in split().batches(4)]
+    assert parts == [([0, 1, 2, 3], [0, 1, 2, 3]), ([4, 5], [4, 5])]
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        next(split().batches(0))
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        ([], "non-empty"),
+        ([[0, 1]], r"shape \(1, 2\)"),
+        ([0.0], "float32"),
+        ([0, 6], r"in 0 \.\. 5, got 0 \.\. 6"),
+        ([-1], r"got -1 \.\. -1"),
+    ],
+)
+def test_bad_indices(indices, message):
+    with pytest.raises(ValueError, match=message):
+        split().batch(indices)
+
+
+def test_an_empty_split_is_a_user_error():
+    with pytest.raises(UserError, match=r"the test split is empty \(3 images, 0 texts\)"):
+        split(n=0, name="test")
+    with pytest.raises(UserError, match="empty"):
+        Split(images(0), torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("options", "bad"),
+    [
+        ({"kinds": ["a"]}, "kinds"),
+        ({"references": [["a"]]}, "references"),
+        ({"group": 4}, "group"),
+        ({"image_labels": {"cells": torch.zeros(2, 4)}}, "cells"),
+    ],
+)
+def test_parts_that_do_not_fit(options, bad):
+    with pytest.raises(ValueError, match=rf"6 texts and 3 images, but not so: {bad}"):
+        split(**options)
+
+
+def test_tensors_that_do_not_fit():
+    text, index = torch.zeros(2, 4, dtype=torch.int64), torch.tensor([0, 3])
+    with pytest.raises(ValueError, match=r"image_index must be in 0 \.\. 2, got 0 \.\. 3"):
+        Split(images(3), text, index)
+    with pytest.raises(ValueError, match="but not so: text, image_index, target"):
+        Split(images(3), text.float(), index.float(), torch.zeros(3))
+
+
+def test_kl_is_teacher_against_student_and_equals_torch():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 5, 7, generator=generator, dtype=torch.float64) * 3
+    p, q = teacher.softmax(-1), student.softmax(-1)
+    expected = (p * (p.log() - q.log())).sum(-1).mean()
+    assert float(mean_kl(student, teacher)) == pytest.approx(float(expected), rel=1e-12)
+    by_torch = nn.functional.kl_div(student.log_softmax(-1), p, reduction="batchmean")
+    assert float(mean_kl(student, teacher)) == pytest.approx(float(by_torch), rel=1e-12)
+    assert float(mean_kl(student, teacher)) != pytest.approx(float(mean_kl(teacher, student)))
+    assert float(mean_kl(teacher, teacher)) == 0
+    assert float(mean_kl(student, teacher + 5)) == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_kl_has_no_gradient_for_the_teacher_and_is_float32_for_half():
+    student = torch.randn(3, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    teacher = torch.zeros(3, 4, requires_grad=True)
+    mean_kl(student, teacher).backward()
+    assert teacher.grad is None
+    assert student.grad is not None and student.grad.abs().sum() > 0
+    assert mean_kl(student.bfloat16(), teacher.bfloat16()).dtype == torch.float32
+
+
+def test_each_mode_is_restored_even_after_an_error():
+    model = nn.Sequential(nn.Dropout(), nn.Dropout())
+    model[1].eval()
+    with pytest.raises(RuntimeError), evaluating(model):
+        assert not model[0].training and not torch.is_grad_enabled()
+        raise RuntimeError
+    assert (model.training, model[0].training, model[1].training) == (True, True, False)
+    assert torch.is_grad_enabled()
+
+
+def test_unknown_task_names_the_nearest():
+    with pytest.raises(UserError, match=r"unknown task 'snli-ve' \(did you mean 'snli_ve'\?\)"):
+        tasks.load("snli-ve")
+    with pytest.raises(UserError, match="known: coco, nlvr2, snli_ve, vqa"):
+        tasks.load("translation")
+
+
+def test_a_missing_folder_is_a_user_error(tmp_path):
+    missing = str(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no data folder .*nowhere.*'digits'"):
+        tasks.load("vqa", missing)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="no data folder"):
+        tasks.load("vqa", str(tmp_path / "file"))
