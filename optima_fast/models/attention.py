@@ -132,9 +132,10 @@ def attend(
     if lse and q.device.type == "cpu":
         # the kernel that F.scaled_dot_product_attention runs on a CPU; it takes no bool mask
         bias = None if mask is None else _bias(mask, q)
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        out, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, causal, attn_mask=bias
         )
+        return out, sums
     if lse and q.device.type == "cuda" and mask is None and _kernel_takes(q):
         if q.dtype == torch.float32 or torch.cuda.get_device_capability(q.device) < (8, 0):
             out, sums = torch.ops.aten._scaled_dot_product_efficient_attention(
@@ -142,7 +143,8 @@ def attend(
             )[:2]
             # padded to a multiple of 32 queries
             return out, sums[..., : q.shape[2]]
-        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)[:2]
+        out, sums = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)[:2]
+        return out, sums
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal), None
 
 

@@ -72,11 +72,8 @@ class MultimodalLayer(nn.Module):
 
     def __init__(self, config: CoCaConfig) -> None:
         super().__init__()
-        width, heads, double = (
-            config.text_width,
-            config.text_heads,
-            config.decoder_layer == "double",
-        )
+        width, heads = config.text_width, config.text_heads
+        double = config.decoder_layer == "double"
         gain = ((4 if double else 3) * config.multimodal_layers) ** -0.5
 
         def mlp() -> MLP:

@@ -55,6 +55,7 @@ class CoCa(nn.Module):
         config: As given.
         layer_counts: Layers of each module.
         widths: Residual width of each module.
+        causal: Whether a token of each module sees only those before it.
     """
 
     def __init__(self, config: CoCaConfig) -> None:
@@ -62,12 +63,13 @@ class CoCa(nn.Module):
         self.config = config
         self.layer_counts = config.layer_counts
         self.widths = config.widths
+        self.causal = {"image": False, "text": True, "multimodal": True}
         width, form = config.text_width, config.contrastive
         heads, inner = config.pooler_heads, config.pooler_inner
         self.image = ImageEncoder(config)
         self.text = TextDecoder(config)
         self.multimodal = MultimodalDecoder(config)
-        self.softmax = linear(width, config.vocab_size, bias=config.softmax_bias, std=0.02)
+        self.to_vocabulary = linear(width, config.vocab_size, bias=config.softmax_bias, std=0.02)
         pooled = config.pooler != "none"
         self.pooler = (
             Pooler(width, config.image_width, heads, inner, config.pooler_queries, config.pooler)
@@ -171,7 +173,7 @@ class CoCa(nn.Module):
 
     def token_logits(self, decoded: Tensor) -> Tensor:
         """Scores of the next token, ``[..., d]`` to ``[..., vocab_size]``."""
-        logits: Tensor = self.softmax(decoded)
+        logits: Tensor = self.to_vocabulary(decoded)
         return logits
 
     def _pool(self, states: Tensor) -> tuple[Tensor, Tensor | None]:

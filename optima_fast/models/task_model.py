@@ -49,6 +49,7 @@ class TaskModel(nn.Module):
         self.head = head
         self.layer_counts = coca.layer_counts
         self.widths = coca.widths
+        self.causal = coca.causal
         self.causal = {"image": False, "text": True, "multimodal": True}
         self.attention_cap = coca.config.attention_cap
 
