@@ -50,6 +50,7 @@ class TrainConfig:
     variance_scale: float = _field(1.0, "factor on the bandit's sampling variance")
     reward_examples: int | None = _field(None, "training examples the reward is measured on")
 
+    train_images: int | None = _field(None, "digits: training canvases; a tenth more to test on")
     batch_size: int | None = _field(None, "images (nlvr2: sentences) per step")
     lr: float | None = _field(None, "peak learning rate")
     head_lr: float | None = _field(None, "peak learning rate of the task head; default --lr")
@@ -109,6 +110,7 @@ class TrainConfig:
     def _check_numbers(self) -> None:
         positive = ("steps", "round_steps", "reward_examples", "batch_size", "lr", "clip")
         positive += ("head_lr", "teacher_steps", "teacher_lr", "teacher_batch_size", "log_every")
+        positive += ("train_images",)
         positive += ("eval_every", "checkpoint_every")
         zero = ("init_rounds", "warmup_steps", "weight_decay", "hidden_weight", "variance_scale")
         zero += ("attention_weight", "kl_weight", "seed", "teacher_seed", "data_seed", "threads")
@@ -169,6 +171,7 @@ DIGITS_SCALE: dict[str, Any] = {
     "init_rounds": 2,
     "lr": 3e-3,
     "warmup_steps": 50,
+    "train_images": 20_000,
     "batch_size": 64,
     "reward_examples": 256,
     "teacher_steps": 1500,

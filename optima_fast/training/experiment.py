@@ -123,7 +123,15 @@ def prepare(config: TrainConfig) -> torch.device:
 def load_data(config: TrainConfig) -> TaskData:
     """The task's data, sized for the student preset."""
     if config.data == "digits":
-        return tasks.load(config.task, "digits", seed=config.data_seed)
+        images = config.train_images or 0
+        return tasks.load(
+            config.task,
+            "digits",
+            seed=config.data_seed,
+            train_images=images,
+            validation_images=max(1, images // 20),
+            test_images=max(1, images // 10),
+        )
     shape = presets.get(config.student or "")
     return tasks.load(
         config.task,

@@ -33,6 +33,7 @@ def teacher_config(config: TrainConfig) -> TrainConfig:
         student=config.teacher,
         student_init="random",
         steps=config.teacher_steps,
+        train_images=config.train_images,
         lr=config.teacher_lr,
         batch_size=config.teacher_batch_size,
         weight_decay=config.weight_decay,

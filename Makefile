@@ -1,0 +1,33 @@
+# `make demo` and `make test` set everything up by themselves; see README.md.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint bench dist clean
+
+demo: $(STAMP)  ## distil the built-in task with the defaults
+	$(RUN) -m optima_fast.train
+
+test: lint  ## everything that has to pass
+	$(RUN) -m pytest
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: $(STAMP)  ## ratios against eager and torch.compile
+	$(RUN) bench/bench_losses.py
+	$(RUN) bench/bench_bandit.py
+
+dist: $(STAMP)  ## sdist and wheel
+	$(RUN) -m build
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info optima_fast/*.so .mypy_cache .pytest_cache .ruff_cache
+
+$(STAMP): pyproject.toml setup.py constraints.txt csrc/bandit.cpp
+	$(PYTHON) -m venv $(VENV)
+	PIP_DISABLE_PIP_VERSION_CHECK=1 $(RUN) -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
