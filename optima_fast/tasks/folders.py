@@ -1,0 +1,281 @@
+"""Data sets in their official folder layouts (see `annotations`), as the trainer's tasks.
+
+Official splits are used where there are any. A single held-out split is divided into validation
+and test, and a lone training split into all three, by image (NLVR2: by set of images), in an order
+hashed from the seed: no image is in two splits. What was divided, left out or is missing is logged
+in one line each. Annotations are held in memory; images are decoded when a batch asks for them.
+"""
+
+import dataclasses
+import hashlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optima_fast.errors import UserError
+from optima_fast.tasks.annotations import READERS, TRAINING_FILES, Example, Listing
+from optima_fast.tasks.base import Batch, Split, TaskData, unknown
+from optima_fast.tasks.coco import Coco
+from optima_fast.tasks.images import FolderImages
+from optima_fast.tasks.nlvr2 import CLASSES as NLVR2_CLASSES
+from optima_fast.tasks.nlvr2 import Nlvr2
+from optima_fast.tasks.snli_ve import CLASSES as SNLI_VE_CLASSES
+from optima_fast.tasks.snli_ve import SnliVe
+from optima_fast.tasks.text import Vocabulary, tokenize
+from optima_fast.tasks.vqa import Vqa
+from optima_fast.tasks.vqa_answers import accepted, answer_set, normalise
+
+__all__ = ["AnswerSplit", "FolderVqa", "Options", "load"]
+
+log = logging.getLogger(__name__)
+
+SPLITS = ("train", "validation", "test")
+LONGEST_TEXT = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a folder is read.
+
+    Attributes:
+        image_size: Height and width of an image.
+        text_length: L; None for the longest training text and its two marks, at most 64.
+        min_count: A word that occurs less often in the training texts is unknown.
+        max_words: Size of the vocabulary, special words included; None for no limit.
+        answers: Size of the answer set (vqa).
+        validation_fraction: Part of the held-out images that validates, where they are divided.
+        held_out_fraction: Part of the training images to hold out where no other split is there.
+    """
+
+    image_size: int = 224
+    text_length: int | None = None
+    min_count: int = 1
+    max_words: int | None = None
+    answers: int = 3129
+    validation_fraction: float = 0.5
+    held_out_fraction: float = 0.2
+
+    def __post_init__(self) -> None:
+        least = {"image_size": 1, "text_length": 3, "min_count": 1, "max_words": 5, "answers": 1}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is None and name in ("text_length", "max_words"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise UserError(f"{name} must be an integer >= {low}, got {value!r}")
+        for name in ("validation_fraction", "held_out_fraction"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, float) or not 0 < value < 1:
+                raise UserError(f"{name} must be between 0 and 1, got {value!r}")
+
+
+class AnswerSplit(Split):
+    """A split whose soft scores are kept by the few answers that have one, not by answer set.
+
+    Args:
+        answer: int64 `[n, k]`, classes that score; the rest of a row is 0.
+        worth: float32 `[n, k]`, what each is worth; the rest of a row is 0.
+        classes: Size of the answer set.
+    """
+
+    def __init__(
+        self, *parts: Any, answer: Tensor, worth: Tensor, classes: int, **options: Any
+    ) -> None:
+        super().__init__(*parts, **options)
+        self.answer, self.worth, self.classes = answer, worth, classes
+
+    def scores(self, index: Tensor) -> Tensor:
+        """Soft scores of the examples `index`: float32 `[len(index), classes]`."""
+        dense = torch.zeros(len(index), self.classes)
+        return dense.scatter_add_(1, self.answer[index], self.worth[index])
+
+    def batch(self, indices: Sequence[int] | Tensor) -> Batch:
+        """As `Split.batch`, with the soft scores as `target`."""
+        batch = super().batch(indices)
+        batch["target"] = self.scores(torch.as_tensor(indices).to("cpu", torch.int64))
+        return batch
+
+
+class FolderVqa(Vqa):
+    """VQA with the official score: the mean over the ten leave-one-out sets of annotators."""
+
+    def scores(self, split: Split) -> Tensor:
+        """Soft scores of the split's examples, float32 `[examples, answers]`."""
+        assert isinstance(split, AnswerSplit)
+        return split.scores(torch.arange(len(split)))
+
+
+def load(task: str, path: Path | str, *, seed: int = 0, **options: Any) -> TaskData:
+    """A task on a folder that holds its data set in the official layout.
+
+    Args:
+        task: "vqa", "snli_ve", "nlvr2" or "coco".
+        path: The folder.
+        seed: Of the division of splits that are not there.
+        options: Fields of `Options`.
+
+    Raises:
+        UserError: An unknown task or option, a value out of range, a missing folder or file, a
+            file that is not as it must be (with its line or entry), a repeated id, no image of a
+            split, or a split that is empty or too small to divide.
+    """
+    if task not in READERS:
+        raise unknown("task", task, READERS)
+    names = [f.name for f in dataclasses.fields(Options)]
+    for name in options:
+        if name not in names:
+            raise unknown("option of a data folder", name, names)
+    chosen = Options(**options)
+    root = Path(path)
+    if not root.is_dir():
+        raise UserError(f"no data folder {root}: give the folder that holds the {task} data set")
+    parts = _parts(task, root, seed, chosen)
+    texts = [example.text for example in parts["train"]]
+    try:
+        vocabulary = Vocabulary.build(texts, min_count=chosen.min_count, max_size=chosen.max_words)
+    except ValueError as error:
+        raise UserError(f"no vocabulary from the training texts of {root}: {error}") from error
+    longest = max(len(tokenize(text)) for text in texts) + 2
+    length = chosen.text_length or max(3, min(longest, LONGEST_TEXT))
+    made: dict[str, type[TaskData]] = {"snli_ve": SnliVe, "nlvr2": Nlvr2, "coco": Coco}
+    classes: tuple[str, ...] = {"snli_ve": SNLI_VE_CLASSES, "nlvr2": NLVR2_CLASSES}.get(task, ())
+    if task == "vqa":
+        made["vqa"] = FolderVqa
+        classes = answer_set((example.answers for example in parts["train"]), chosen.answers)
+    return made[task](
+        vocabulary=vocabulary,
+        text_length=length,
+        image_size=chosen.image_size,
+        channels=3,
+        classes=classes,
+        **{
+            name: _split(task, name, part, vocabulary.encode_all, length, chosen, classes)
+            for name, part in parts.items()
+        },
+    )
+
+
+def _parts(task: str, root: Path, seed: int, options: Options) -> dict[str, list[Example]]:
+    """The examples of each split, all of whose images are there."""
+    listing = Listing()
+    parts: dict[str, list[Example]] = {}
+    for name in SPLITS:
+        read = READERS[task](root, name, listing)
+        if read is not None:
+            parts[name] = _with_images(read, name, root, listing)
+    if "train" not in parts:
+        raise UserError(f"no training annotations in {root}: {TRAINING_FILES[task]} must be there")
+    held_out = [name for name in ("validation", "test") if name in parts]
+    if len(held_out) == 1:
+        divided = _divide(parts[held_out[0]], (options.validation_fraction,), seed, root)
+        parts.update(zip(("validation", "test"), divided, strict=True))
+        log.warning("%s: divided its held-out split by image into %s", root, _sizes(parts))
+    elif not held_out:
+        cuts = (1 - options.held_out_fraction, options.validation_fraction)
+        divided = _divide(parts["train"], cuts, seed, root)
+        parts = dict(zip(SPLITS, divided, strict=True))
+        log.warning("%s: only a training split; divided it by image into %s", root, _sizes(parts))
+    return parts
+
+
+def _sizes(parts: dict[str, list[Example]]) -> str:
+    return ", ".join(f"{len(parts[name])} {name}" for name in SPLITS)
+
+
+def _with_images(examples: list[Example], name: str, root: Path, listing: Listing) -> list[Example]:
+    if not examples:
+        raise UserError(f"the {name} split of {root} is empty: its files hold no example")
+    there = [e for e in examples if all(image in listing for image in e.images)]
+    if len(there) < len(examples):
+        absent = next(image for e in examples for image in e.images if image not in listing)
+        if not there:
+            raise UserError(f"no image of the {name} split is there, the first is {absent}")
+        log.warning(
+            "%s: left out %d of %d %s examples whose image is not there, the first %s",
+            root, len(examples) - len(there), len(examples), name, absent,
+        )  # fmt: skip
+    return there
+
+
+def _divide(
+    examples: list[Example], cuts: Sequence[float], seed: int, root: Path
+) -> list[list[Example]]:
+    """Groups in hashed order, cut in two at each fraction of what is left; no part is empty."""
+    groups = {example.group for example in examples}
+    if len(groups) <= len(cuts):
+        raise UserError(
+            f"{root} has {len(groups)} image(s) to divide into {len(cuts) + 1} splits: "
+            "it needs one for each at least"
+        )
+    order = sorted(groups, key=lambda group: hashlib.sha256(f"{seed}/{group}".encode()).digest())
+    part_of: dict[str, int] = {}
+    for number, fraction in enumerate(cuts):
+        spare = len(cuts) - number
+        size = min(max(1, round(fraction * len(order))), len(order) - spare)
+        part_of.update(dict.fromkeys(order[:size], number))
+        order = order[size:]
+    part_of.update(dict.fromkeys(order, len(cuts)))
+    divided: list[list[Example]] = [[] for _ in range(len(cuts) + 1)]
+    for example in examples:
+        divided[part_of[example.group]].append(example)
+    return divided
+
+
+def _split(
+    task: str,
+    name: str,
+    examples: list[Example],
+    encode: Any,
+    length: int,
+    options: Options,
+    classes: Sequence[str],
+) -> Split:
+    number: dict[Path, int] = {}
+    for example in examples:
+        for image in example.images:
+            number.setdefault(image, len(number))
+    images = FolderImages(list(number), options.image_size)
+    text = encode([example.text for example in examples], length)
+    index = torch.tensor([[number[image] for image in e.images] for e in examples])
+    if task == "coco":
+        captions: list[list[str]] = [[] for _ in number]
+        for example in examples:
+            captions[number[example.images[0]]].append(example.text)
+        return Split(images, text, index, references=captions, name=name)
+    if task == "vqa":
+        answer, worth = _worth([example.answers for example in examples], classes)
+        kinds = [example.kind for example in examples]
+        return AnswerSplit(
+            images,
+            text,
+            index,
+            answer=answer,
+            worth=worth,
+            classes=len(classes),
+            kinds=[str(kind) for kind in kinds] if all(kinds) else None,
+            name=name,
+        )
+    return Split(images, text, index, torch.tensor([e.label for e in examples]), name=name)
+
+
+def _worth(questions: Sequence[Sequence[str]], classes: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """The classes that score and what they are worth, `[n, k]` each, filled up with zeros."""
+    written = {answer: [i] for i, answer in enumerate(classes)}
+    normal: dict[str, list[int]] = {}
+    for i, answer in enumerate(classes):
+        normal.setdefault(normalise(answer), []).append(i)
+    rows = []
+    for answers in questions:
+        scores, differ = accepted(answers)
+        known = normal if differ else written
+        rows.append([(i, s) for answer, s in scores.items() for i in known.get(answer, ())])
+    width = max([1, *map(len, rows)])
+    filled = [row + [(0, 0.0)] * (width - len(row)) for row in rows]
+    return (
+        torch.tensor([[answer for answer, _ in row] for row in filled]),
+        torch.tensor([[value for _, value in row] for row in filled]),
+    )
