@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -132,10 +133,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         UserError: the file is truncated, damaged or no checkpoint; names the one before it.
     """
     try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not compare the checksums
+        if damaged:
+            raise ValueError(f"wrong checksum of {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
             raise ValueError(f"it holds a {type(state).__name__}")
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         before = [p for p in _checkpoints(path.parent) if p.name < path.name]
         way_out = f"delete it to go on from {before[-1].name}" if before else "delete it to start over"
         reason = (str(error).splitlines() or ["truncated"])[0][:160]

@@ -1,0 +1,33 @@
+"""Runs small enough for a test: tiny data, tiny models, a few dozen steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from optima_fast.training.config import TrainConfig, resolve
+
+SMALL: dict[str, Any] = {
+    "train_images": 60,
+    "batch_size": 4,
+    "steps": 30,
+    "round_steps": 2,
+    "init_rounds": 1,
+    "teacher_steps": 4,
+    "reward_examples": 16,
+    "threads": 1,
+}
+
+
+def small(tmp_path: Path, **settings: Any) -> TrainConfig:
+    """Settings of a small run below ``tmp_path``; its teacher is kept there too."""
+    defaults = {**SMALL, "out": str(tmp_path / "run"), "cache": str(tmp_path / "cache")}
+    return resolve(TrainConfig(**{**defaults, **settings}))
+
+
+def as_flags(config: TrainConfig, *names: str) -> list[str]:
+    """The named settings as command-line flags."""
+    out = []
+    for name in names:
+        out += ["--" + name.replace("_", "-"), str(getattr(config, name))]
+    return out

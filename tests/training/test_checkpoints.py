@@ -1,0 +1,137 @@
+"""Files are whole or not there, and damage is told."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from optima_fast.errors import UserError
+from optima_fast.training import checkpoints
+
+
+def test_text_and_json_come_back(tmp_path):
+    checkpoints.write_text(tmp_path / "a" / "b.txt", "déjà vu\n")
+    assert (tmp_path / "a" / "b.txt").read_text(encoding="utf-8") == "déjà vu\n"
+    checkpoints.write_json(tmp_path / "c.json", {"x": [1, 2.5, None]})
+    assert checkpoints.read_json(tmp_path / "c.json") == {"x": [1, 2.5, None]}
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
+    path = tmp_path / "a.txt"
+    checkpoints.write_text(path, "old")
+
+    def fail(file):
+        file.write(b"half of the new")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match=r"cannot save .*a\.txt: No space left on device; earlier"):
+        checkpoints.write_atomically(path, fail)
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+FULL = """
+import resource, signal, sys, torch
+from pathlib import Path
+from optima_fast.errors import UserError
+from optima_fast.training import checkpoints
+folder = Path(sys.argv[1])
+checkpoints.save_checkpoint(folder, 1, {"x": torch.zeros(10)})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+try:
+    checkpoints.save_checkpoint(folder, 2, {"x": torch.zeros(1_000_000)})
+except UserError as error:
+    print(error)
+"""
+
+
+def test_a_real_limit_on_file_size_keeps_the_checkpoint_before(tmp_path):
+    assert resource.RLIMIT_FSIZE is not None
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert "cannot save" in done.stdout
+    assert "File too large" in done.stdout
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001.pt"]
+    assert checkpoints.load_checkpoint(tmp_path / "step-00000001.pt")["x"].sum() == 0
+
+
+def test_only_the_newest_two_are_kept(tmp_path):
+    for step in (5, 10, 15, 20):
+        checkpoints.save_checkpoint(tmp_path, step, {"step": step})
+    kept = sorted(p.name for p in tmp_path.iterdir())
+    assert kept == ["step-00000015.pt", "step-00000020.pt"]
+    newest = checkpoints.latest_checkpoint(tmp_path)
+    assert newest is not None
+    assert checkpoints.load_checkpoint(newest) == {"step": 20}
+    assert checkpoints.latest_checkpoint(tmp_path / "nowhere") is None
+
+
+def _truncate(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def _flip(data: bytes) -> bytes:
+    where = data.index(b"\x07" * 64) + 10  # inside the tensor's own bytes
+    return data[:where] + b"\xff" + data[where + 1 :]
+
+
+@pytest.mark.parametrize(
+    "damage", [_truncate, _flip, lambda data: b"", lambda data: b"no checkpoint"]
+)
+def test_a_damaged_checkpoint_is_named_with_the_way_out(tmp_path, damage):
+    for step in (1, 2):
+        checkpoints.save_checkpoint(
+            tmp_path, step, {"x": torch.full((5000,), 7, dtype=torch.uint8)}
+        )
+    path = tmp_path / "step-00000002.pt"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match=r"00000002\.pt is damaged .*go on from step-00000001\.pt"):
+        checkpoints.load_checkpoint(path)
+    (tmp_path / "step-00000001.pt").unlink()
+    with pytest.raises(UserError, match="delete it to start over"):
+        checkpoints.load_checkpoint(path)
+
+
+class Payload:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+def test_nothing_in_a_checkpoint_is_executed(tmp_path, capsys):
+    torch.save({"x": Payload()}, tmp_path / "step-00000001.pt")
+    with pytest.raises(UserError, match="damaged"):
+        checkpoints.load_checkpoint(tmp_path / "step-00000001.pt")
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_weights_round_trip_and_are_strict(tmp_path):
+    torch.manual_seed(0)
+    one, two = nn.Linear(3, 2), nn.Linear(3, 2)
+    path = tmp_path / "w.safetensors"
+    checkpoints.save_weights(path, one)
+    checkpoints.load_weights(path, two)
+    assert torch.equal(one.weight, two.weight)
+    with pytest.raises(UserError, match=r"another model: 1 unexpected \(first 'bias'\)"):
+        checkpoints.load_weights(path, nn.Linear(3, 2, bias=False))
+    with pytest.raises(UserError, match=r"2 of other shape \(first 'bias'\)"):
+        checkpoints.load_weights(path, nn.Linear(3, 4))
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(UserError, match="is damaged or no safetensors file"):
+        checkpoints.load_weights(path, two)
+    with pytest.raises(UserError, match="no weights at"):
+        checkpoints.load_weights(tmp_path / "none.safetensors", two)
+
+
+def test_unreadable_json_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"cannot read .*none\.json: No such file"):
+        checkpoints.read_json(tmp_path / "none.json")
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(UserError, match=r"bad\.json is not valid JSON"):
+        checkpoints.read_json(tmp_path / "bad.json")

@@ -1,0 +1,119 @@
+"""Settings: flags, YAML keys, defaults, and what is said about wrong ones."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from optima_fast.errors import UserError
+from optima_fast.training.config import TrainConfig, parse, read_yaml, resolve, to_yaml
+
+
+def flags(*argv: str) -> TrainConfig:
+    return parse(list(argv), prog="train", description="")
+
+
+def test_every_field_is_a_flag():
+    config = flags(
+        "--task", "coco", "--round-steps", "7", "--lr=1e-4", "--cross-attention", "true",
+        "--arm", "image+text", "--method", "fixed", "--seed", "3",
+    )  # fmt: skip
+    assert (config.task, config.round_steps, config.lr, config.seed) == ("coco", 7, 1e-4, 3)
+    assert config.cross_attention is True
+    assert flags() == TrainConfig()
+
+
+def test_flags_go_over_the_file_and_the_file_over_the_defaults(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("task: nlvr2\nlr: 1e-3\nround-steps: 5\n")
+    config = flags("--config", str(path), "--lr", "0.5")
+    assert (config.task, config.lr, config.round_steps) == ("nlvr2", 0.5, 5)
+
+
+def test_a_resolved_configuration_survives_its_file(tmp_path):
+    config = resolve(flags("--method", "kd", "--hidden-scale", "variance"))
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    assert TrainConfig(**read_yaml(tmp_path / "c.yaml")) == config
+
+
+def test_the_paper_s_numbers_are_the_defaults_on_real_data():
+    config = resolve(TrainConfig(data="somewhere", task="snli_ve"))
+    assert (config.steps, config.round_steps, config.init_rounds) == (100_000, 100, 10)
+    assert (config.lr, config.warmup_steps, config.batch_size) == (1e-3, 1000, 128)
+    assert (config.hidden_weight, config.attention_weight, config.kl_weight) == (1.0, 1e-2, 0.0)
+    assert (config.gamma, config.clip, config.weight_decay) == (0.98, 1.0, 0.1)
+    assert (config.teacher, config.student) == ("coca_large", "coca_tiny12")
+
+
+def test_resolving_leaves_what_was_given_and_no_gap():
+    config = resolve(TrainConfig(steps=200, lr=0.1))
+    assert (config.steps, config.lr, config.head_lr) == (200, 0.1, 0.1)
+    assert config.warmup_steps == 10
+    optional = {"arm", "student_init", "out", "cache"}
+    gaps = {k for k, v in dataclasses.asdict(config).items() if v is None}
+    assert gaps == optional
+    assert resolve(TrainConfig(method="kd")).kl_weight == 1.0
+    assert resolve(TrainConfig(method="kd", kl_weight=0.3)).kl_weight == 0.3
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--task", "vqaa"], "--task must be one of vqa, snli_ve, nlvr2, coco, got 'vqaa'; did you"),
+        (["--setps", "3"], "unknown flag --setps; did you mean --steps"),
+        (["--stesp=3"], "unknown flag --stesp; did you mean --steps"),
+        (["--zzzzzz", "3"], "unknown flag --zzzzzz; --help lists them"),
+        (["stray"], "unknown flag stray"),
+        (["--step", "3"], "unknown flag --step; did you mean --steps"),
+        (["--steps", "many"], "--steps must be a whole number, got 'many'"),
+        (["--steps", "1.5"], "--steps must be a whole number, got '1.5'"),
+        (["--steps", "0"], "--steps must be positive and finite, got 0"),
+        (["--steps", "-4"], "--steps must be positive and finite, got -4"),
+        (["--lr", "nan"], "--lr must be positive and finite, got nan"),
+        (["--lr", "inf"], "--lr must be positive and finite, got inf"),
+        (["--lr"], "expected one argument"),
+        (["--gamma", "1.5"], "--gamma must be above 0 and at most 1, got 1.5"),
+        (["--dropout", "1"], r"--dropout must be in \[0, 1\), got 1.0"),
+        (["--cross-attention", "maybe"], "must be true or false, got 'maybe'"),
+        (["--hidden-weight", "-1"], "--hidden-weight must be 0 or more and finite, got -1.0"),
+        (["--method", "fixed"], "--method fixed needs --arm"),
+        (["--method", "fixed", "--arm", "imge"], "no module 'imge'; did you mean 'image'"),
+        (["--method", "fixed", "--arm", "+"], "names no module"),
+        (["--arm", "image"], "--arm image is for --method fixed, not --method optima"),
+        (["--reward", "kl,hiden"], "did you mean 'hidden'"),
+        (["--device", "gpu"], "--device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
+        (["--steps", "20", "--warmup-steps", "20"], "--warmup-steps 20 must be below --steps 20"),
+        (["--config", "/no/such.yaml"], "cannot read /no/such.yaml: No such file"),
+        (["--seed", "-1"], "--seed must be 0 or more"),
+    ],
+)
+def test_wrong_flags_are_told_in_one_line(argv, message):
+    with pytest.raises(UserError, match=message) as caught:
+        flags(*argv)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stps: 3", "unknown .*key stps; did you mean steps"),
+        ("steps: [1]", "steps must be a whole number, got"),
+        ("steps: true", "steps must be a whole number, got True"),
+        ("- a\n- b", "must hold 'key: value' lines, got a list"),
+        ("a: [", "is not valid YAML"),
+        ("task: null", "task must not be empty"),
+    ],
+)
+def test_wrong_files_are_told_in_one_line(tmp_path, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        flags("--config", str(tmp_path / "c.yaml"))
+    assert "\n" not in str(caught.value)
+
+
+def test_too_few_rounds_for_the_first_pulls_are_told_before_work_starts():
+    with pytest.raises(UserError, match="7 arms 2 times first, 14 rounds of 10 steps, but --steps"):
+        resolve(TrainConfig(steps=100))
+    assert resolve(TrainConfig(steps=140)).steps == 140
+    assert resolve(TrainConfig(steps=100, method="layerwise")).steps == 100
