@@ -202,7 +202,7 @@ class CoCa(nn.Module):
             count = self.layer_counts[module]
             if module not in run:
                 raise ValueError(
-                    f"taps must be of modules that run, got {module!r}; run={list(run)}"
+                    f"taps must be of modules that run, got {module!r} and run={list(run)}"
                 )
             if list(layers) != sorted(set(layers)) or not all(0 <= i < count for i in layers):
                 raise ValueError(

@@ -1,0 +1,407 @@
+"""What a token may see, what records hold, and that only named modules run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from optima_fast.models import MODULES, CoCa, CoCaConfig, LayerTap, coca, presets
+
+PAPER = CoCaConfig(
+    image_size=12,
+    image_channels=2,
+    patch_size=4,
+    image_width=32,
+    image_layers=3,
+    image_heads=4,
+    text_width=24,
+    text_layers=2,
+    multimodal_layers=2,
+    text_heads=3,
+    text_length=10,
+    vocab_size=30,
+    pooler_heads=3,
+    pooler_queries=5,
+)
+OPEN_CLIP = replace(
+    PAPER,
+    image_stem="clip",
+    image_final_norm=False,
+    pooler="normed",
+    pooler_ratio=1.0,
+    contrastive="query",
+    contrastive_width=16,
+    decoder_layer="double",
+    positions="learned",
+    text_activation="gelu",
+    softmax_bias=False,
+    shifted_cls_mask=True,
+)
+PLAIN = replace(PAPER, image_width=24, image_heads=3, pooler="none", contrastive="none")
+CAPPED = replace(PAPER, attention_cap=1.0)
+CONFIGS = {"paper": PAPER, "open_clip": OPEN_CLIP, "plain": PLAIN, "capped": CAPPED}
+ALL = {"image": [0, 1, 2], "text": [0, 1], "multimodal": [0, 1]}
+
+every_form = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+
+def build(config: CoCaConfig, seed: int = 0) -> CoCa:
+    """A model whose every parameter matters: norms and biases are not at 1 and 0."""
+    torch.manual_seed(seed)
+    model = CoCa(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+def inputs(images: int = 3, texts: int = 3, length: int = 8) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(images + 10 * texts)
+    text = torch.randint(1, 30, (texts, length), generator=generator)
+    text[1:, length - 3 :] = 0
+    return torch.randn(images, 2, 12, 12, generator=generator), text
+
+
+def assert_taps_equal(got: dict[str, list[LayerTap]], want: dict[str, list[LayerTap]]) -> None:
+    assert list(got) == list(want)
+    for module, taps in want.items():
+        assert len(got[module]) == len(taps)
+        for one, other in zip(got[module], taps, strict=True):
+            for name, a, b in zip(LayerTap._fields, one, other, strict=True):
+                if b is None:
+                    assert a is None
+                else:
+                    torch.testing.assert_close(
+                        a, b, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+                    )
+
+
+@every_form
+def test_a_later_token_changes_nothing_before_it(config: CoCaConfig) -> None:
+    model, (images, text) = build(config), inputs()
+    changed = text.clone()
+    changed[:, 4] = (changed[:, 4] + 1).clamp_min(1)
+    with torch.no_grad():
+        before, after = (model(images, t, taps=ALL) for t in (text, changed))
+    gap = (before.decoded - after.decoded).abs().amax(-1)
+    assert gap[:, :4].max() == 0
+    assert (gap[:, 4] > 1e-4).all()
+    for module in ("text", "multimodal"):
+        for a, b in zip(before.taps[module], after.taps[module], strict=True):
+            assert torch.equal(a.hidden[:, :4], b.hidden[:, :4])
+
+
+@every_form
+def test_more_padding_changes_nothing(config: CoCaConfig) -> None:
+    config = replace(config, shifted_cls_mask=False)
+    model, (images, text) = build(config), inputs()
+    longer = torch.cat([text, text.new_zeros(3, 2)], 1)
+    features = config.contrastive != "none"
+    if features and config.positions == "learned":
+        # [CLS] takes the position after the last token, so padding moves it
+        with torch.no_grad():
+            model.text.positions[8:] = model.text.positions[8]
+    with torch.no_grad():
+        short, long = (model(images, t, features=features) for t in (text, longer))
+    real = text != 0
+    torch.testing.assert_close(long.decoded[:, :8][real], short.decoded[real])
+    torch.testing.assert_close(long.text_features, short.text_features)
+    assert torch.equal(long.masks["multimodal"], longer != 0)
+
+
+@every_form
+def test_features(config: CoCaConfig) -> None:
+    model, (images, text) = build(config), inputs()
+    if config.contrastive == "none":
+        with pytest.raises(ValueError, match="features need contrastive 'query' or 'cascade'"):
+            model(images, text, features=True)
+        return
+    with torch.no_grad():
+        out = model(images, text, features=True, taps=ALL)
+        plain = model(images, text, taps={"text": [0]})
+    for x in (out.image_features, out.text_features):
+        assert x.shape == (3, 16 if config is OPEN_CLIP else 24)
+        torch.testing.assert_close(x.norm(dim=-1), torch.ones(3))
+    torch.testing.assert_close(out.decoded, plain.decoded)
+    assert plain.image_features is None
+    assert plain.text_features is None
+    assert out.masks["text"].shape == out.taps["text"][0].hidden.shape[:2] == (3, 9)
+    assert out.masks["text"][:, -1].all()
+    assert plain.masks["text"].shape == plain.taps["text"][0].hidden.shape[:2] == (3, 8)
+
+
+@every_form
+def test_pairs_equal_the_repeated_batch(config: CoCaConfig) -> None:
+    model, (images, text) = build(config), inputs(images=2, texts=3)
+    pair_image, pair_text = torch.tensor([1, 0, 1, 1]), torch.tensor([2, 0, 0, 1])
+    with torch.no_grad():
+        paired = model(images, text, pair_image=pair_image, pair_text=pair_text, taps=ALL)
+        repeated = model(images[pair_image], text[pair_text], taps=ALL)
+    torch.testing.assert_close(paired.decoded, repeated.decoded)
+    assert_taps_equal(
+        {"multimodal": paired.taps["multimodal"]}, {"multimodal": repeated.taps["multimodal"]}
+    )
+    assert torch.equal(paired.masks["multimodal"], repeated.masks["multimodal"])
+    assert paired.masks["image"] is None
+    assert torch.equal(paired.masks["text"], text != 0)
+    assert paired.taps["image"][0].hidden.shape[0] == 2
+    assert paired.taps["text"][0].hidden.shape[0] == 3
+
+
+def attended(attention: nn.Module, tap: LayerTap, v: Tensor, sees: Tensor | None) -> Tensor:
+    """The attention's output from the recorded q and k, and the values."""
+    scores = tap.q @ tap.k.transpose(-2, -1) / math.sqrt(tap.q.shape[-1])
+    if attention.cap is not None:
+        scores = attention.cap * torch.tanh(scores / attention.cap)
+    if sees is not None:
+        scores = scores.masked_fill(~sees, -math.inf)
+    if tap.lse is not None:
+        torch.testing.assert_close(tap.lse, scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
+    probs = scores.softmax(-1) if tap.lse is None else (scores - tap.lse[..., None]).exp()
+    return attention.out((probs @ v).transpose(1, 2).flatten(2))
+
+
+@every_form
+@pytest.mark.parametrize("lse", [False, True])
+@pytest.mark.parametrize("features", [False, True])
+def test_records_reproduce_the_attention_that_was_applied(
+    config: CoCaConfig, lse: bool, features: bool
+) -> None:
+    if features and config.contrastive == "none":
+        pytest.skip("this form has no features")
+    model, (images, text) = build(config), inputs()
+    outputs: dict[nn.Module, tuple[Any, ...]] = {}
+    sources: dict[nn.Module, Tensor] = {}
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...], output: tuple[Any, ...]) -> None:
+        sources[module], outputs[module] = args[0], output
+
+    for layers in (model.image.layers, model.text.layers, model.multimodal.layers):
+        for layer in layers:
+            layer.attention.register_forward_hook(keep)
+    with torch.no_grad():
+        out = model(images, text, taps=ALL, lse=lse, features=features)
+        for module in MODULES:
+            for layer, tap in zip(getattr(model, module).layers, out.taps[module], strict=True):
+                attention = layer.attention
+                assert (tap.lse is not None) == lse
+                v = attention.qkv(sources[attention]).chunk(3, -1)[2]
+                v = v.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+                count = v.shape[2]
+                sees = None
+                if module != "image":
+                    sees = torch.ones(count, count, dtype=torch.bool).tril()[None, None]
+                if module == "text" and features:
+                    read = torch.ones(3, count, dtype=torch.bool)
+                    shift = int(config.shifted_cls_mask)
+                    read[:, shift : shift + 8] = text != 0
+                    sees = sees.repeat(3, 1, 1, 1)
+                    sees[:, 0, -1] = read
+                torch.testing.assert_close(
+                    attended(attention, tap, v, sees), outputs[attention][0], rtol=1e-4, atol=1e-5
+                )
+
+
+@every_form
+def test_hidden_is_what_the_layer_hands_on(config: CoCaConfig) -> None:
+    model, (images, text) = build(config), inputs()
+    with torch.no_grad():
+        out = model(images, text, taps=ALL)
+        for module in ("image", "text"):
+            taps = out.taps[module]
+            for layer, before, after in zip(
+                getattr(model, module).layers[1:], taps[:-1], taps[1:], strict=True
+            ):
+                again = layer(before.hidden, causal=module == "text")
+                torch.testing.assert_close(again.hidden, after.hidden)
+        tokens = model.encode_images(images)
+        again = model.multimodal.layers[0](out.taps["text"][-1].hidden, tokens, None)
+        torch.testing.assert_close(again.hidden, out.taps["multimodal"][0].hidden)
+        last = model.multimodal.norm(out.taps["multimodal"][-1].hidden)
+        torch.testing.assert_close(last, out.decoded)
+    assert out.taps["image"][0].cross_q is None
+    assert out.taps["multimodal"][0].cross_q.shape == (3, 3, 8, 8)
+    assert out.taps["multimodal"][0].cross_k.shape == (3, 3, tokens.shape[1], 8)
+
+
+@every_form
+@pytest.mark.parametrize("lse", [False, True])
+def test_records_change_no_number(config: CoCaConfig, lse: bool) -> None:
+    model, (images, text) = build(config), inputs()
+    with torch.no_grad():
+        plain, asked = model(images, text), model(images, text, taps=ALL, lse=lse)
+        some = model(images, text, taps={"multimodal": [1], "image": [0, 2]}, lse=lse)
+    torch.testing.assert_close(asked.decoded, plain.decoded)
+    assert plain.taps == {}
+    assert list(some.taps) == ["multimodal", "image"]
+    expected = {"multimodal": asked.taps["multimodal"][1:], "image": asked.taps["image"][::2]}
+    assert_taps_equal(some.taps, expected)
+
+
+@every_form
+@pytest.mark.parametrize("run", [("image",), ("text",), ("image", "text"), MODULES], ids="+".join)
+def test_modules_not_named_do_not_run(config: CoCaConfig, run: tuple[str, ...]) -> None:
+    model, (images, text) = build(config), inputs()
+    taps = {module: ALL[module] for module in run}
+    with torch.no_grad():
+        whole = model(images, text, taps=taps)
+        parts = {
+            "image": model.image,
+            "text": model.text,
+            "multimodal": nn.ModuleList([model.multimodal, model.to_vocabulary]),
+        }
+        if "multimodal" not in run and model.pooler is not None:
+            parts["pooler"] = model.pooler
+        for module, part in parts.items():
+            if module not in run:
+                part.register_forward_pre_hook(lambda *_: pytest.fail("an unnamed module ran"))
+                for parameter in part.parameters():
+                    parameter.fill_(math.nan)
+        out = model(
+            images if "image" in run else None,
+            text if "text" in run else None,
+            taps=taps,
+            run=run,
+        )
+    assert_taps_equal(out.taps, whole.taps)
+    assert set(out.masks) == set(run)
+    assert (out.decoded is None) == ("multimodal" not in run)
+
+
+@every_form
+@pytest.mark.parametrize("features", [False, True])
+def test_gradient_reaches_every_parameter_that_is_used(config: CoCaConfig, features: bool) -> None:
+    features = features and config.contrastive != "none"
+    model, (images, text) = build(config), inputs()
+    out = model(images, text, taps=ALL, lse=True, features=features)
+    total = model.token_logits(out.decoded).logsumexp(-1).sum()
+    if features:
+        similarity = out.image_features @ out.text_features.T
+        total = total + (similarity * model.logit_scale.exp()).logsumexp(-1).sum()
+    total.backward()
+    unused = {name for name, p in model.named_parameters() if p.grad is None}
+    expected: set[str] = set()
+    if config.contrastive != "none" and not features:
+        aside = ("contrastive_pooler.", "image_projection.", "text_projection.", "text.norm_cls.")
+        names = [name for name, _ in model.named_parameters()]
+        expected = {n for n in names if n.startswith(aside)} | {"text.cls_token", "logit_scale"}
+    assert unused == expected
+    for name, parameter in model.named_parameters():
+        if name not in unused:
+            assert parameter.grad.abs().max() > 0, name
+
+
+def test_gradient_passes_through_records() -> None:
+    model, (images, text) = build(PAPER), inputs()
+    taps = model(images, text, taps=ALL, lse=True).taps
+    for module in MODULES:
+        tap = taps[module][-1]
+        for x in (tap.hidden, tap.q, tap.k):
+            first = getattr(model, module).layers[0].attention.qkv.weight
+            assert torch.autograd.grad(x.square().sum(), first, retain_graph=True)[0].norm() > 0
+
+
+@pytest.mark.parametrize(
+    ("config", "lse"),
+    [(PAPER, True), (OPEN_CLIP, False), (CAPPED, True)],
+    ids=["paper", "open_clip", "capped"],
+)
+def test_compiles_into_one_graph(config: CoCaConfig, lse: bool) -> None:
+    torch._dynamo.reset()
+    model = build(replace(config, image_layers=2, text_layers=1, multimodal_layers=1))
+    images, text = inputs(images=2, texts=3)
+    pair_image, pair_text = torch.tensor([1, 0, 1]), torch.tensor([0, 1, 2])
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+
+    def run(f: nn.Module) -> Any:
+        return f(
+            images,
+            text,
+            pair_image=pair_image,
+            pair_text=pair_text,
+            taps={"image": [1], "multimodal": [0]},
+            lse=lse,
+            features=True,
+        )
+
+    got, want = run(compiled), run(model)
+    torch.testing.assert_close(got.decoded, want.decoded)
+    torch.testing.assert_close(got.text_features, want.text_features)
+    assert_taps_equal(got.taps, want.taps)
+    for out in (got, want):
+        (out.decoded.square().sum() + out.taps["image"][0].q.square().sum()).backward()
+        out_grad = [p.grad.clone() for p in model.image.parameters()]
+        model.zero_grad()
+        if out is got:
+            first = out_grad
+    for a, b in zip(first, out_grad, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_same_seed_same_model() -> None:
+    first, second = (build(PAPER, seed) for seed in (3, 3))
+    other = build(PAPER, 4)
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(first.image.positions, other.image.positions)
+
+
+@pytest.mark.parametrize("name", ["digits_teacher", "digits_student"])
+def test_starts_at_a_sensible_scale(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every parameter is set, states stay of order one, and first guesses are near uniform."""
+    empty = torch.Tensor.uniform_
+    # nn.Linear and nn.Conv2d fill themselves with uniform_: what we do not set ourselves is NaN
+    monkeypatch.setattr(torch.Tensor, "uniform_", lambda x, *_, **__: empty(x).fill_(math.nan))
+    torch.manual_seed(0)
+    model = coca(name)
+    config = presets.get(name)
+    images = torch.rand(4, 1, 24, 24)
+    text = torch.randint(1, 64, (4, 9))
+    counts = {module: [n - 1] for module, n in config.layer_counts.items()}
+    with torch.no_grad():
+        out = model(images, text, taps=counts)
+        logits = model.token_logits(out.decoded)
+    assert all(p.isfinite().all() for p in model.parameters())
+    for module in MODULES:
+        assert 0.05 < out.taps[module][0].hidden.std() < 3, module
+    assert logits.std() < 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"images": torch.zeros(3, 2, 12, 8)},
+            r"images must be \[I, 2, 12, 12\], got \[3, 2, 12, 8",
+        ),
+        ({"images": torch.zeros(2, 12, 12)}, r"images must be \[I, 2, 12, 12\], got \[2, 12, 12"),
+        ({"images": None}, "images must be given when their module runs, got None"),
+        ({"text": None}, "text must be given when their module runs, got None"),
+        ({"text": torch.ones(3, 11).long()}, r"L from 1 to text_length = 10, got \[3, 11\]"),
+        ({"text": torch.ones(3, 0).long()}, r"L from 1 to text_length = 10, got \[3, 0\]"),
+        ({"text": torch.ones(8).long()}, r"text must be \[T, L\].* got \[8\]"),
+        ({"pair_image": torch.zeros(4).long()}, "got 4 images and 3 texts"),
+        ({"pair_text": torch.zeros(4).long()}, "got 3 images and 4 texts"),
+        ({"run": ("multimodal",)}, r"needs all three modules, got run=\['multimodal'\]"),
+        ({"run": ("video",)}, "must be one of image, text, multimodal, got 'video'"),
+        ({"taps": {"audio": [0]}}, "must be one of image, text, multimodal, got 'audio'"),
+        (
+            {"taps": {"image": [0]}, "run": ("text",)},
+            r"taps must be of modules that run, got 'image' and run=\['text'\]",
+        ),
+        ({"taps": {"image": [3]}}, r"taps\['image'\] must be ascending .* 0 to 2, got \[3\]"),
+        ({"taps": {"image": [-1]}}, r"taps\['image'\] must be ascending .* 0 to 2, got \[-1\]"),
+        ({"taps": {"text": [1, 0]}}, r"taps\['text'\] must be ascending .* 0 to 1, got \[1, 0\]"),
+        ({"taps": {"text": [0, 0]}}, r"taps\['text'\] must be ascending .* 0 to 1, got \[0, 0\]"),
+    ],
+)
+def test_rejects(change: dict[str, Any], message: str) -> None:
+    images, text = inputs()
+    arguments: dict[str, Any] = {"images": images, "text": text} | change
+    with pytest.raises(ValueError, match=message):
+        build(PAPER)(**arguments)
