@@ -56,7 +56,7 @@ def normalise(answer: str) -> str:
 
     Example:
         >>> normalise("The 7-Up, on a table."), normalise("none"), normalise("dont")
-        ('7up on table', '0', "don't")
+        ('7 up on table', '0', "don't")
     """
     answer = _stripped(answer)
     removes = _THOUSANDS.search(answer) is not None

@@ -1,0 +1,612 @@
+"""The official folder layouts: what is read, how it is split, every way a folder can be wrong."""
+
+import csv
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from optima_fast import tasks
+from optima_fast.errors import UserError
+from optima_fast.tasks import annotations, folders
+from optima_fast.tasks.annotations import nlvr2_consistency
+from optima_fast.tasks.images import MEAN, STD, load_image
+from optima_fast.tasks.vqa_answers import score
+
+SIZE = 6
+SPLITS = ("train", "validation", "test")
+
+
+def shared(*parts):
+    root = os.environ.get("OPTIMA_FAST_SHARED_DATA")
+    base = Path(root) if root else Path(__file__).parents[3] / "shared" / "data"
+    path = base.joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"no shared data: {path} does not exist (set OPTIMA_FAST_SHARED_DATA)")
+    return path
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+def write_lines(path, entries):
+    write(path, "".join(json.dumps(entry) + "\n" for entry in entries))
+
+
+def picture(path, shade=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (SIZE, SIZE), (shade, shade, shade)).save(path)
+
+
+def levels(tensor):
+    scaled = tensor * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
+    return scaled.permute(1, 2, 0) * 255
+
+
+def shade(image):
+    """The red level of a flat normalised image."""
+    return round(float(levels(image)[0, 0, 0]))
+
+
+def edit(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def edit_lines(path, change):
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    change(entries)
+    write_lines(path, entries)
+
+
+def answers(*given):
+    return [{"answer": a, "answer_confidence": "yes", "answer_id": i} for i, a in enumerate(given)]
+
+
+def make_vqa(root, parts=("train", "val"), images=4):
+    """Two questions an image, about its number; images i has the shade 10 i."""
+    for number, part in enumerate(parts):
+        questions, notes = [], []
+        for i in range(images):
+            image = 100 * number + i
+            picture(root / f"{part}2014" / f"COCO_{part}2014_{image:012d}.jpg", 10 * i)
+            for j, (text, answer) in enumerate([("What number", i), ("Is it odd", i % 2)]):
+                ids = {"image_id": image, "question_id": 1000 * number + 10 * i + j}
+                questions.append({"question": f"{text} {part}?", **ids})
+                given = [str(answer)] * 7 + ["two", "a dog", "none"]
+                notes.append({**ids, "answer_type": "number", "answers": answers(*given)})
+        write(root / f"v2_OpenEnded_mscoco_{part}2014_questions.json", {"questions": questions})
+        write(root / f"v2_mscoco_{part}2014_annotations.json", {"annotations": notes[::-1]})
+    return root
+
+
+def make_coco(root, parts=("train", "val"), images=4):
+    for number, part in enumerate(parts):
+        ids = [100 * number + i for i in range(images)]
+        for i in ids:
+            picture(root / f"{part}2017" / f"{i:012d}.jpg", i % 100 * 10)
+        write(
+            root / "annotations" / f"captions_{part}2017.json",
+            {
+                "images": [{"id": i, "file_name": f"{i:012d}.jpg"} for i in ids],
+                "annotations": [
+                    {"id": 10 * i + j, "image_id": i, "caption": f"Caption {j} of\n{part} {i}."}
+                    for j in range(3)
+                    for i in ids
+                ],
+            },
+        )
+    return root
+
+
+def make_snli_ve(root, parts=("train", "dev", "test"), images=3):
+    labels = ("entailment", "neutral", "contradiction", "-")
+    for number, part in enumerate(parts):
+        entries = []
+        for i in range(images):
+            name = f"{number}{i}"
+            picture(root / "flickr30k-images" / f"{name}.jpg", 10 * i)
+            for j, label in enumerate(labels):
+                entries.append(
+                    {
+                        "Flickr30K_ID": name + (".jpg" if j % 2 else ""),
+                        "gold_label": label,
+                        "pairID": f"{name}.jpg#{j}",
+                        "sentence1": "Not used.",
+                        "sentence2": f"Statement {j} {part}.",
+                    }
+                )
+        write_lines(root / f"snli_ve_{part}.jsonl", entries)
+    return root
+
+
+def make_nlvr2(root, parts=("train", "dev", "test1"), sets=3, layout="{part}"):
+    """Two pairs a set, two sentences a pair; left images are dark, right ones bright."""
+    for part in parts:
+        entries = []
+        for s in range(sets):
+            for pair in range(2):
+                name = f"{part}-{s}-{pair}"
+                folder = root / "images" / layout.format(part=part, directory=s)
+                picture(folder / f"{name}-img0.png", 10 * s)
+                picture(folder / f"{name}-img1.png", 200 + 10 * s)
+                for sentence in range(2):
+                    entry = {
+                        "identifier": f"{name}-{sentence}",
+                        "sentence": f"Sentence {sentence} {part}.",
+                        "label": str(pair == sentence),
+                    }
+                    entries.append({**entry, "directory": s} if "directory" in layout else entry)
+        write_lines(root / f"{part}.json", entries)
+    return root
+
+
+MAKE = {"vqa": make_vqa, "coco": make_coco, "snli_ve": make_snli_ve, "nlvr2": make_nlvr2}
+
+
+def load(task, root, **options):
+    return folders.load(task, root, image_size=SIZE, **options)
+
+
+def files(split):
+    return {path.name for path in split.images.paths}
+
+
+@pytest.mark.parametrize("task", MAKE)
+def test_each_task_loads_through_the_public_function(tmp_path, task):
+    data = tasks.load(task, str(MAKE[task](tmp_path)), image_size=SIZE)
+    assert data.task == task
+    assert (data.channels, data.image_size) == (3, SIZE)
+    for name in SPLITS:
+        split = getattr(data, name)
+        assert len(split) > 0
+        assert split.name == name
+        batch = split.batch(range(len(split)))
+        assert batch["images"].shape == (len(split.images), 3, SIZE, SIZE)
+        assert batch["text"].shape == (len(split), data.text_length)
+        assert batch["text"].dtype == torch.int64
+        assert len(batch["pair_image"]) == len(split) * (2 if task == "nlvr2" else 1)
+        if task != "coco":
+            logits = torch.randn(len(split), data.num_classes, generator=torch.manual_seed(0))
+            assert torch.isfinite(data.loss(logits, batch))
+    for one in SPLITS:
+        for other in SPLITS:
+            if one != other:
+                assert not files(getattr(data, one)) & files(getattr(data, other))
+    assert data.vocabulary.id("train") != data.vocabulary.unk_id
+    for word in ("val", "dev", "test", "test1"):  # words of held-out texts alone
+        assert word not in data.vocabulary
+
+
+@pytest.mark.parametrize("task", MAKE)
+def test_baselines_and_reloading(tmp_path, task):
+    root = MAKE[task](tmp_path)
+    first, again = load(task, root, seed=3), load(task, root, seed=3)
+    assert first.vocabulary == again.vocabulary
+    assert first.classes == again.classes
+    for name in SPLITS:
+        assert getattr(first, name).images.paths == getattr(again, name).images.paths
+        assert torch.equal(getattr(first, name).text, getattr(again, name).text)
+    results = first.baselines()
+    assert set(results) == {"majority", "text_only"}
+    assert all(0 <= value <= 10 for value in results.values())
+
+
+def test_vqa_targets_are_official_scores_of_each_answer(tmp_path):
+    root = make_vqa(tmp_path)
+    notes = root / "v2_mscoco_train2014_annotations.json"
+    unanimous = [["none"] * 10, ["YES"] * 10, ["a cat"] * 9 + ["The cat"]]
+
+    def change(content):
+        for entry, given in zip(content["annotations"], unanimous, strict=False):
+            entry["answers"] = answers(*given)
+
+    edit(notes, change)
+    data = load("vqa", root)
+    assert {"none", "0", "YES", "cat"} <= set(data.classes)
+    raw = {e["question_id"]: e["answers"] for e in json.loads(notes.read_text())["annotations"]}
+    # examples are in the order of the annotation file
+    target = data.train.batch(range(len(data.train)))["target"]
+    expected = torch.tensor(
+        [[score(c, [a["answer"] for a in given]) for c in data.classes] for given in raw.values()]
+    )
+    torch.testing.assert_close(target, expected)
+    torch.testing.assert_close(data.scores(data.train), expected)
+    assert expected[0, data.classes.index("none")] == 1
+    assert expected[0, data.classes.index("0")] == 0
+    assert expected[3, data.classes.index("none")] == expected[3, data.classes.index("0")] > 0
+    assert data.train.kinds == ("number",) * len(data.train)
+
+
+def test_vqa_pairs_questions_with_their_own_image(tmp_path):
+    data = load("vqa", make_vqa(tmp_path))
+    batch = data.train.batch([0, 7])  # annotations are written backwards: image 3, then 0
+    shown = batch["images"][batch["pair_image"]]
+    assert [shade(image) for image in shown] == [30, 0]
+    assert data.vocabulary.decode(batch["text"][0]) == "is it odd train"
+    assert data.classes[int(batch["target"][0].argmax())] == "1"
+
+
+def test_vqa_answer_set_is_limited_and_unknown_answers_score_nothing(tmp_path):
+    data = load("vqa", make_vqa(tmp_path), answers=1)
+    assert data.classes == ("0",)
+    assert data.train.batch([0])["target"].tolist() == [[pytest.approx(0.3)]]  # one "none"
+
+
+def test_vqa_is_divided_by_image_when_only_training_is_there(tmp_path, caplog):
+    root = make_vqa(tmp_path, parts=("train",), images=10)
+    with caplog.at_level(logging.WARNING):
+        data = load("vqa", root, held_out_fraction=0.4, validation_fraction=0.75)
+    assert [len(getattr(data, name)) for name in SPLITS] == [12, 6, 2]
+    assert [len(files(getattr(data, name))) for name in SPLITS] == [6, 3, 1]
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 1
+    assert "12 train, 6 validation, 2 test" in lines[0]
+    other = load("vqa", root, held_out_fraction=0.4, validation_fraction=0.75, seed=1)
+    assert files(other.train) != files(data.train)
+
+
+def test_coco_captions_are_examples_and_references(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        data = load("coco", make_coco(tmp_path))
+    assert [len(getattr(data, name)) for name in SPLITS] == [12, 6, 6]
+    assert "divided its held-out split" in caplog.text
+    for name in SPLITS:
+        split = getattr(data, name)
+        for row, path in enumerate(split.images.paths):
+            assert [c.split()[1] for c in split.references[row]] == ["0", "1", "2"]
+            assert all(c.endswith(f" {int(path.stem)}.") for c in split.references[row])
+    batch = data.train.batch([1, 5])  # caption 0 and caption 1 of image 1
+    assert len(batch["images"]) == 1
+    assert shade(batch["images"][0]) == 10
+    assert "target" not in batch
+    assert data.vocabulary.decode(batch["text"][0]) == "caption 0 of train 1"
+
+
+def test_snli_ve_drops_pairs_without_gold_label_and_counts_them(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        data = load("snli_ve", make_snli_ve(tmp_path))
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 3
+    assert all("left out 3 of 12 pairs without gold label" in line for line in lines)
+    assert len(data.train) == 9
+    assert len(data.train.images) == 3  # with and without .jpg are one image
+    assert [data.classes[t] for t in data.train.target[:3]] == [
+        "entailment",
+        "neutral",
+        "contradiction",
+    ]
+    assert data.vocabulary.decode(data.train.text[1]) == "statement 1 train"
+
+
+@pytest.mark.parametrize("layout", ["", "{part}", "{directory}", "{part}/{directory}"])
+def test_nlvr2_in_each_layout_of_its_images(tmp_path, layout):
+    data = load("nlvr2", make_nlvr2(tmp_path, layout=layout))
+    assert len(data.train) == 12
+    batch = data.train.batch([4, 5])
+    shown = batch["images"][batch["pair_image"]]
+    assert [shade(image) for image in shown] == [10, 210, 10, 210]
+    assert batch["pair_text"].tolist() == [0, 0, 1, 1]
+    assert [data.classes[t] for t in batch["target"]] == ["true", "false"]
+
+
+def test_nlvr2_divides_by_set_of_images(tmp_path):
+    data = load("nlvr2", make_nlvr2(tmp_path, parts=("train", "dev"), sets=4))
+    sets = [{name.split("-")[1] for name in files(s)} for s in (data.validation, data.test)]
+    assert not sets[0] & sets[1]
+    assert [len(s) for s in sets] == [2, 2]
+    assert len(data.validation) == len(data.test) == 8
+
+
+def test_options_reach_the_vocabulary_and_the_texts(tmp_path):
+    root = make_coco(tmp_path)
+    assert load("coco", root).text_length == 7
+    short = load("coco", root, text_length=4, max_words=6)
+    assert short.train.text.shape[1] == 4
+    assert len(short.vocabulary) == 6
+    assert len(load("coco", root, min_count=8).vocabulary) == 4 + len(["caption", "of", "train"])
+    edit(
+        root / "annotations" / "captions_train2017.json",
+        lambda c: c["annotations"][0].update(caption="word " * 90),
+    )
+    assert load("coco", root).text_length == 64
+
+
+def test_images_are_decoded_only_when_a_batch_asks(tmp_path):
+    root = make_vqa(tmp_path)
+    broken = root / "train2014" / f"COCO_train2014_{3:012d}.jpg"
+    broken.write_bytes(broken.read_bytes()[:100])
+    data = load("vqa", root)
+    data.train.batch([7])
+    with pytest.raises(UserError, match=rf"cannot read the image .*{broken.name}"):
+        data.train.batch([0])
+
+
+@pytest.mark.parametrize("task", MAKE)
+def test_absent_images_are_counted_and_the_first_is_named(tmp_path, task, caplog):
+    root = MAKE[task](tmp_path)
+    whole = len(load(task, root).train)
+    gone = load(task, root).train.images.paths[0]
+    gone.unlink()
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        data = load(task, root)
+    left = len(data.train)
+    assert left < whole
+    assert gone.name not in files(data.train)
+    line = next(r.getMessage() for r in caplog.records if "image is not there" in r.getMessage())
+    assert f"left out {whole - left} of {whole} train examples" in line
+    assert gone.name in line
+    for path in gone.parent.glob("**/*"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"no image of the train split is there, the first is .*g$"):
+        load(task, root)
+
+
+@pytest.mark.parametrize(
+    ("task", "folder"),
+    [
+        ("vqa", "train2014"),
+        ("coco", "val2017"),
+        ("snli_ve", "flickr30k-images"),
+        ("nlvr2", "images"),
+    ],
+)
+def test_missing_image_folder(tmp_path, task, folder):
+    root = MAKE[task](tmp_path)
+    shutil.rmtree(root / folder)
+    with pytest.raises(UserError, match=f"no image folder .*{folder}"):
+        load(task, root)
+
+
+@pytest.mark.parametrize("task", MAKE)
+def test_missing_training_files_are_named(tmp_path, task):
+    with pytest.raises(UserError, match=r"no training annotations in .*: .*train.* must be there"):
+        load(task, tmp_path)
+
+
+def test_missing_folder_and_half_a_data_set(tmp_path):
+    with pytest.raises(UserError, match=r"no data folder .*nowhere"):
+        load("vqa", tmp_path / "nowhere")
+    root = make_vqa(tmp_path)
+    (root / "v2_mscoco_val2014_annotations.json").unlink()
+    with pytest.raises(UserError, match=r"no file .*v2_mscoco_val2014_annotations\.json"):
+        load("vqa", root)
+
+
+FILES = {
+    "vqa": "v2_mscoco_train2014_annotations.json",
+    "coco": "annotations/captions_train2017.json",
+    "snli_ve": "snli_ve_train.jsonl",
+    "nlvr2": "train.json",
+}
+
+
+@pytest.mark.parametrize("task", MAKE)
+def test_malformed_json_names_file_and_line(tmp_path, task):
+    root = MAKE[task](tmp_path)
+    file = root / FILES[task]
+    if task in ("vqa", "coco"):
+        file.write_text(json.dumps(json.loads(file.read_text()), indent=1)[:-300])
+        line = len(file.read_text().split("\n"))
+    else:
+        lines = file.read_text().splitlines()
+        lines[4] = lines[4][:-7]
+        file.write_text("\n".join(lines))
+        line = 5
+    with pytest.raises(UserError, match=rf"{file.name}, line {line}: not valid JSON \(.+\)"):
+        load(task, root)
+    file.write_bytes(b'{"a": "\xff\xfe"}')
+    with pytest.raises(UserError, match=f"{file.name} is not UTF-8 text"):
+        load(task, root)
+
+
+@pytest.mark.parametrize("task", MAKE)
+def test_empty_split(tmp_path, task):
+    root = MAKE[task](tmp_path)
+    if task == "vqa":
+        write(root / "v2_OpenEnded_mscoco_train2014_questions.json", {"questions": []})
+        write(root / FILES[task], {"annotations": []})
+    else:
+        write(root / FILES[task], {"images": [], "annotations": []} if task == "coco" else "\n")
+    with pytest.raises(UserError, match=r"the train split of .* is empty"):
+        load(task, root)
+
+
+@pytest.mark.parametrize(
+    ("task", "file", "where", "what"),
+    [
+        ("vqa", FILES["vqa"], r"annotations\[8\]", "question_id 31"),
+        ("vqa", "v2_OpenEnded_mscoco_train2014_questions.json", r"questions\[8\]", "question_id 0"),
+        ("coco", FILES["coco"], r"annotations\[12\]", "annotation id 0"),
+        ("snli_ve", FILES["snli_ve"], "line 13", "pairID 00.jpg#0"),
+        ("nlvr2", FILES["nlvr2"], "line 13", "identifier train-0-0-0"),
+    ],
+)
+def test_duplicate_ids(tmp_path, task, file, where, what):
+    root = MAKE[task](tmp_path)
+
+    def repeat(content):
+        rows = content
+        if isinstance(content, dict):
+            rows = content.get("annotations") or content["questions"]
+        rows.append(rows[0])
+
+    (edit if task in ("vqa", "coco") else edit_lines)(root / file, repeat)
+    with pytest.raises(UserError, match=rf"{Path(file).name}, {where}: {what} is there a second"):
+        load(task, root)
+
+
+def test_duplicate_image_ids(tmp_path):
+    root = make_coco(tmp_path)
+    edit(root / FILES["coco"], lambda c: c["images"].append(c["images"][1]))
+    with pytest.raises(UserError, match=r"images\[4\]: image id 1 is there a second time"):
+        load("coco", root)
+
+
+def test_vqa_questions_and_annotations_must_match(tmp_path):
+    root = make_vqa(tmp_path)
+    questions = root / "v2_OpenEnded_mscoco_train2014_questions.json"
+    edit(questions, lambda c: c["questions"].pop())
+    with pytest.raises(UserError, match=r"annotations\[0\] answers question_id 31, which is not"):
+        load("vqa", root)
+    root = make_vqa(tmp_path)
+    edit(root / FILES["vqa"], lambda c: c["annotations"].pop())
+    with pytest.raises(UserError, match=r"question_id 0 of .* has no annotation in"):
+        load("vqa", root)
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "message"),
+    [
+        ("vqa", {"answers": []}, "must hold at least one answer, got none"),
+        ("vqa", {"answers": [{"answer": 3}]}, "answer 0: 'answer' must be of type str, got 3"),
+        ("vqa", {"answers": ["yes"]}, "answer 0 must be a JSON object, got str"),
+        ("vqa", {"question_id": "31"}, "'question_id' must be of type int, got '31'"),
+        ("vqa", {"question_id": True}, "'question_id' must be of type int, got True"),
+        ("coco", {"image_id": 77}, "image_id 77, which is not among the file's images"),
+        ("coco", {"caption": None}, "'caption' must be of type str, got None"),
+        ("snli_ve", {"gold_label": "maybe"}, "one of entailment, neutral, contradiction, got 'm"),
+        ("snli_ve", {"Flickr30K_ID": []}, r"'Flickr30K_ID' must be of type str or int, got \[\]"),
+        ("nlvr2", {"label": "Yes"}, "'label' must be one of false, true, got 'yes'"),
+        ("nlvr2", {"identifier": "train-1"}, "split-set-pair-sentence, got 'train-1'"),
+    ],
+)
+def test_entries_of_a_wrong_form(tmp_path, task, change, message):
+    root = MAKE[task](tmp_path)
+    if task in ("vqa", "coco"):
+        edit(root / FILES[task], lambda c: c["annotations"][0].update(change))
+        where = r"annotations\[0\]"
+    else:
+        edit_lines(root / FILES[task], lambda c: c[0].update(change))
+        where = "line 1"
+    with pytest.raises(UserError, match=f"{Path(FILES[task]).name}, {where}.*{message}"):
+        load(task, root)
+
+
+def test_missing_keys_and_other_documents(tmp_path):
+    root = make_nlvr2(tmp_path)
+    edit_lines(root / "dev.json", lambda c: c[2].pop("sentence"))
+    with pytest.raises(UserError, match=r"dev.json, line 3: 'sentence' is missing"):
+        load("nlvr2", root)
+    write(root / "dev.json", "[1]\n")
+    with pytest.raises(UserError, match=r"dev.json, line 1 must be a JSON object, got list"):
+        load("nlvr2", root)
+    root = make_coco(tmp_path)
+    write(root / FILES["coco"], [])
+    with pytest.raises(UserError, match="must be a JSON object with a list 'images'"):
+        load("coco", root)
+
+
+def test_too_few_images_to_divide(tmp_path):
+    root = make_vqa(tmp_path / "three", parts=("train",), images=3)
+    assert [len(getattr(load("vqa", root), name)) for name in SPLITS] == [2, 2, 2]
+    root = make_vqa(tmp_path / "two", parts=("train",), images=2)
+    with pytest.raises(UserError, match=r"has 2 image\(s\) to divide into 3 splits"):
+        load("vqa", root)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_size": 0}, "image_size must be an integer >= 1, got 0"),
+        ({"text_length": 2}, "text_length must be an integer >= 3, got 2"),
+        ({"answers": 1.5}, "answers must be an integer >= 1, got 1.5"),
+        ({"validation_fraction": 1.0}, "validation_fraction must be between 0 and 1, got 1.0"),
+        ({"imagesize": 3}, r"unknown option .*'imagesize' \(did you mean 'image_size'\?\)"),
+        ({"min_count": 999}, "no word occurs min_count=999 times"),
+    ],
+)
+def test_options_out_of_range(tmp_path, options, message):
+    root = make_vqa(tmp_path)
+    with pytest.raises(UserError, match=message):
+        folders.load("vqa", root, **options)
+    with pytest.raises(UserError, match=r"unknown task 'vqb' \(did you mean 'vqa'\?\)"):
+        folders.load("vqb", root)
+
+
+def test_consistency_by_hand_and_bad_input():
+    names = ["dev-1-0-0", "dev-1-1-0", "dev-1-0-1", "dev-2-0-0"]
+    assert nlvr2_consistency(names, [True, True, False, True]) == pytest.approx(2 / 3)
+    assert nlvr2_consistency(names, [True, False, True, True]) == pytest.approx(2 / 3)
+    with pytest.raises(ValueError, match="got 4 and 1"):
+        nlvr2_consistency(names, [True])
+    with pytest.raises(ValueError, match="split-set-pair-sentence, got 'dev-1'"):
+        nlvr2_consistency(["dev-1"], [True])
+
+
+def test_golden_accuracy_and_consistency():
+    golden = json.loads(shared("golden", "nlvr2_expected.json").read_text())
+    with shared("golden", "nlvr2_dev_noisy70_predictions.csv").open() as file:
+        noisy = dict(csv.reader(file))
+    entries = [json.loads(line) for line in shared("nlvr2", "dev.json").read_text().splitlines()]
+    names = [entry["identifier"] for entry in entries]
+    said = {
+        "dev/always_true": dict.fromkeys(names, "True"),
+        "dev/noisy70": noisy,
+        "dev/oracle_lower": {e["identifier"]: e["label"].lower() for e in entries},
+    }
+    for name, expected in golden.items():
+        hits = [said[name][e["identifier"]].lower() == e["label"].lower() for e in entries]
+        assert sum(hits) / len(hits) == pytest.approx(expected["accuracy"], abs=1e-12)
+        assert nlvr2_consistency(names, hits) == pytest.approx(expected["consistency"], abs=1e-12)
+
+
+def test_real_nlvr2_lines(tmp_path):
+    (tmp_path / "images").mkdir()
+    shutil.copy(shared("nlvr2", "dev.json"), tmp_path / "dev.json")
+    examples = annotations.nlvr2(tmp_path, "validation", annotations.Listing())
+    assert len(examples) == 6982
+    assert sum(e.label for e in examples) / 6982 == pytest.approx(0.5085935262102549)
+    assert examples[0].images[1].name == "dev-850-0-img1.png"
+
+
+def test_real_snli_ve_lines(tmp_path):
+    shutil.copy(shared("snli_ve", "sample_pairs.jsonl"), tmp_path / "snli_ve_train.jsonl")
+    picture(tmp_path / "flickr30k-images" / "2248275918.jpg")
+    picture(tmp_path / "flickr30k-images" / "402978771.jpg")
+    examples = annotations.snli_ve(tmp_path, "train", annotations.Listing())
+    assert len(examples) == 16
+    assert [examples[i].label for i in range(3)] == [2, 1, 0]
+    assert {e.images[0].name for e in examples} == {"2248275918.jpg", "402978771.jpg"}
+
+
+def test_real_vqa():
+    data = load("vqa", shared("vqav2"))
+    splits = [getattr(data, name) for name in SPLITS]
+    assert sum(map(len, splits)) == 22
+    assert sum(len(s.images) for s in splits) == 18
+    for split in splits:
+        batch = split.batch(range(len(split)))
+        assert torch.isfinite(batch["images"]).all()
+        assert batch["target"].max() <= 1
+    assert set(data.train.kinds) <= {"yes/no", "number", "other"}
+
+
+def test_real_coco():
+    data = load("coco", shared("coco"))
+    splits = [getattr(data, name) for name in SPLITS]
+    assert sum(map(len, splits)) == 435
+    assert [len(s.images) for s in splits] == [26, 30, 31]
+    assert {len(group) for s in splits for group in s.references} <= {5, 6, 7}
+    for split in splits:
+        images = split.images[torch.arange(len(split.images))]
+        assert torch.isfinite(images).all()
+        assert images.std() > 0.3
+    grey = [path for split in splits for path in split.images.paths if _mode(path) == "L"]
+    assert grey  # the sample holds such files
+    one = levels(load_image(grey[0], 32))
+    assert (one[..., 0] - one[..., 2]).abs().max() < 1e-3
+
+
+def _mode(path):
+    with Image.open(path) as image:
+        return image.mode

@@ -1,0 +1,123 @@
+"""Images from files: geometry, modes, normalisation, and files that are no images."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from optima_fast.errors import UserError
+from optima_fast.tasks.images import MEAN, STD, FolderImages, load_image
+
+
+def levels(tensor):
+    """Undo the normalisation: float levels `[H, W, 3]`, 0 .. 255."""
+    scaled = tensor * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
+    return (scaled * 255).permute(1, 2, 0).numpy()
+
+
+def noise(height, width, channels=3, seed=0):
+    shape = (height, width, channels) if channels > 1 else (height, width)
+    return np.random.default_rng(seed).integers(0, 256, shape).astype(np.uint8)
+
+
+def save(path, pixels, mode=None, **options):
+    image = Image.fromarray(pixels)
+    (image if mode is None else image.convert(mode)).save(path, **options)
+    return path
+
+
+def test_an_image_of_the_right_size_is_only_normalised(tmp_path):
+    pixels = noise(16, 16)
+    got = load_image(save(tmp_path / "a.png", pixels), 16)
+    assert got.shape == (3, 16, 16)
+    assert got.dtype == torch.float32
+    assert got.is_contiguous()
+    np.testing.assert_allclose(levels(got), pixels, atol=1e-3)
+    by_hand = (pixels[2, 5, 1] / 255 - 0.4578275) / 0.26130258
+    assert got[1, 2, 5].item() == pytest.approx(by_hand, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "rows", "columns"),
+    [(8, 20, slice(0, 8), slice(6, 14)), (21, 8, slice(6, 14), slice(0, 8))],
+    ids=["wide", "tall"],
+)
+def test_the_centre_is_kept_and_a_half_rounds_to_even(tmp_path, height, width, rows, columns):
+    pixels = noise(height, width)
+    got = load_image(save(tmp_path / "a.png", pixels), 8)
+    np.testing.assert_allclose(levels(got), pixels[rows, columns], atol=1e-3)
+
+
+def test_the_shortest_side_is_scaled_by_bicubic(tmp_path):
+    pixels = noise(30, 50)
+    got = load_image(save(tmp_path / "a.png", pixels), 12)
+    scaled = Image.fromarray(pixels).resize((20, 12), Image.Resampling.BICUBIC)
+    np.testing.assert_allclose(levels(got), np.asarray(scaled)[:, 4:16], atol=1e-3)
+    linear = Image.fromarray(pixels).resize((20, 12), Image.Resampling.BILINEAR)
+    assert np.abs(levels(got) - np.asarray(linear)[:, 4:16]).max() > 5
+
+
+def test_small_images_grow(tmp_path):
+    got = load_image(save(tmp_path / "a.png", np.full((1, 1, 3), 200, np.uint8)), 7)
+    np.testing.assert_allclose(levels(got), np.full((7, 7, 3), 200), atol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "1", "RGBA", "P", "CMYK"])
+def test_every_mode_becomes_rgb(tmp_path, mode):
+    black_and_white = np.zeros((6, 6, 3), np.uint8)
+    black_and_white[:, 3:] = 255
+    suffix = "tiff" if mode == "CMYK" else "png"
+    got = load_image(save(tmp_path / f"a.{suffix}", black_and_white, mode), 6)
+    np.testing.assert_allclose(levels(got), black_and_white, atol=1e-3)
+
+
+def test_a_palette_with_transparency_gives_no_warning(tmp_path):
+    image = Image.frombytes("P", (6, 6), (noise(6, 6, 1) % 4).tobytes())
+    image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90, 100, 110, 120])
+    image.save(tmp_path / "a.png", transparency=b"\x00\x80\xff\x20")
+    got = levels(load_image(tmp_path / "a.png", 6))
+    assert set(np.unique(np.rint(got[..., 0]))) <= {10, 40, 70, 100}
+
+
+def test_sixteen_bit_grey_keeps_its_range(tmp_path):
+    grey = np.linspace(0, 65535, 36).astype(np.uint16).reshape(6, 6)
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    got = levels(load_image(tmp_path / "a.png", 6))
+    np.testing.assert_allclose(got[..., 0], grey // 256, atol=1e-3)
+
+
+def test_only_the_asked_files_are_decoded_in_the_asked_order(tmp_path):
+    shades = [30, 90, 150]
+    paths = [
+        save(tmp_path / f"{shade}.png", np.full((5, 5, 3), shade, np.uint8)) for shade in shades
+    ]
+    images = FolderImages([*paths, tmp_path / "absent.png"], 5)
+    assert len(images) == 4
+    got = images[torch.tensor([2, 0])]
+    assert got.shape == (2, 3, 5, 5)
+    assert [round(float(levels(image)[0, 0, 0])) for image in got] == [150, 30]
+    assert images[torch.tensor([], dtype=torch.int64)].shape == (0, 3, 5, 5)
+    with pytest.raises(UserError, match=r"no image file .*absent\.png"):
+        images[torch.tensor([3])]
+    with pytest.raises(ValueError, match="size must be at least 1, got 0"):
+        FolderImages(paths, 0)
+
+
+def test_unreadable_images_name_the_file(tmp_path):
+    whole = save(tmp_path / "whole.jpg", noise(64, 64), quality=95).read_bytes()
+    broken = {
+        "truncated.jpg": whole[: len(whole) // 2],
+        "empty.jpg": b"",
+        "text.jpg": b"<html>404 not found</html>",
+        "header.png": b"\x89PNG\r\n\x1a\n" + b"\x00" * 40,
+    }
+    for name, content in broken.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=f"cannot read the image .*{name}: .") as caught:
+            load_image(tmp_path / name, 8)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="cannot read the image"):
+        load_image(tmp_path, 8)
+    thin = save(tmp_path / "thin.png", np.zeros((2, 400, 3), np.uint8))
+    with pytest.raises(UserError, match=r"thin.png: 400 x 2 pixels, more than 100 times"):
+        load_image(thin, 8)
