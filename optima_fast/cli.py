@@ -42,3 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(usage, file=sys.stdout if wanted else sys.stderr)
         return 0 if wanted else 2
     return run(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -36,7 +36,9 @@ def _main(argv: Sequence[str] | None) -> int:
         except importlib.metadata.PackageNotFoundError:
             print(f"{package} not installed")
     print(f"bandit backend {bandit.BACKEND}")
-    print(f"cpu threads {torch.get_num_threads()}, capability {torch.backends.cpu.get_cpu_capability()}")
+    print(
+        f"cpu threads {torch.get_num_threads()}, capability {torch.backends.cpu.get_cpu_capability()}"
+    )
     devices = ["cpu"]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)

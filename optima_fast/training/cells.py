@@ -44,4 +44,3 @@ class CellStage(nn.Module):
         tokens = tokens.unflatten(1, (2, h, 2, h)).permute(0, 1, 3, 2, 4, 5)
         logits: Tensor = self.head(tokens.reshape(len(tokens), 4, -1))
         return F.cross_entropy(logits.flatten(0, 1).float(), batch["cells"].flatten())
-

@@ -68,7 +68,9 @@ def read_json(path: Path) -> Any:
 
 def save_weights(path: Path, model: nn.Module) -> None:
     """The model's parameters and buffers as safetensors."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
+    }
     data = safetensors.torch.save(state)
     write_atomically(path, lambda file: file.write(data))
 
@@ -142,7 +144,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             raise ValueError(f"it holds a {type(state).__name__}")
     except (OSError, RuntimeError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         before = [p for p in _checkpoints(path.parent) if p.name < path.name]
-        way_out = f"delete it to go on from {before[-1].name}" if before else "delete it to start over"
+        way_out = (
+            f"delete it to go on from {before[-1].name}" if before else "delete it to start over"
+        )
         reason = (str(error).splitlines() or ["truncated"])[0][:160]
         raise UserError(f"checkpoint {path} is damaged ({reason}); {way_out}") from error
     return state

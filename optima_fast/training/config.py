@@ -61,7 +61,9 @@ class TrainConfig:
     attention_weight: float = _field(1e-2, "a3, weight of the attention losses")
     kl_weight: float | None = _field(None, "a1, weight of the KL term; default 1 for kd, else 0")
     attention_target: str = _field("scores", "what attention losses compare", ("scores", "probs"))
-    hidden_scale: str = _field("none", "divide hidden losses by the teacher's", ("none", "variance"))
+    hidden_scale: str = _field(
+        "none", "divide hidden losses by the teacher's", ("none", "variance")
+    )
     reduction: str = _field("sum", "over the layers of a loss", ("sum", "mean"))
     cross_attention: bool = _field(False, "match the decoder's cross-attention too")
 
@@ -81,7 +83,9 @@ class TrainConfig:
     eval_every: int | None = _field(None, "steps between measurements on the validation split")
     checkpoint_every: int | None = _field(None, "steps between checkpoints")
     out: str | None = _field(None, "run folder; default runs/TASK-METHOD-seedSEED")
-    cache: str | None = _field(None, "where trained teachers are kept; default ~/.cache/optima_fast")
+    cache: str | None = _field(
+        None, "where trained teachers are kept; default ~/.cache/optima_fast"
+    )
     resume: str = _field("auto", "auto, never, or the run folder to go on with")
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ import torch
 import optima_fast
 from optima_fast import tasks
 from optima_fast.errors import UserError
-from optima_fast.models import MODULES, CoCaConfig, initialise, presets
+from optima_fast.models import MODULES, initialise, presets
 from optima_fast.models.task_model import TaskModel, build
 from optima_fast.tasks import TaskData
 from optima_fast.training import checkpoints, teachers
@@ -142,15 +142,16 @@ def load_data(config: TrainConfig) -> TaskData:
     )
 
 
-def _fitted(preset: str, data: TaskData) -> CoCaConfig:
-    """The preset with the vocabulary, text length and images of the data."""
-    return dataclasses.replace(
-        presets.get(preset),
+def new_model(preset: str | None, data: TaskData, dropout: float = 0.0) -> TaskModel:
+    """A preset's model with the task's head, and the data's vocabulary, text length and images."""
+    config = dataclasses.replace(
+        presets.get(preset or ""),
         vocab_size=len(data.vocabulary),
         text_length=data.text_length,
         image_size=data.image_size,
         image_channels=data.channels,
     )
+    return build(config, data.head, data.num_classes, dropout)
 
 
 def _teacher(
@@ -194,9 +195,7 @@ def _student(
     config: TrainConfig, data: TaskData, teacher: TaskModel | None, display: Display
 ) -> TaskModel:
     """A fresh student, from layers of a model of the same widths where there is one."""
-    student = build(
-        _fitted(config.student or "", data), data.head, data.num_classes, config.dropout
-    )
+    student = new_model(config.student, data, config.dropout)
     source = config.student_init
     if source is None:
         same = teacher is not None and teacher.widths == student.widths

@@ -96,6 +96,24 @@ class Run:
         except OSError as error:
             raise UserError(f"cannot write {self.metrics_path}: {error.strerror}") from error
 
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl.
+
+        Raises:
+            UserError: there is none, or a line is not JSON.
+        """
+        try:
+            text = self.metrics_path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot read {self.metrics_path}: {error.strerror}") from error
+        lines = []
+        for position, line in enumerate(text.splitlines(), 1):
+            try:
+                lines.append(json.loads(line))
+            except ValueError as error:
+                raise UserError(f"{self.metrics_path}, line {position}: {error}") from error
+        return lines
+
     def metrics_size(self) -> int:
         return self.metrics_path.stat().st_size if self.metrics_path.exists() else 0
 

@@ -224,7 +224,9 @@ class Trainer:
         bf16 = self.config.precision == "bf16" or (
             self.config.precision == "auto" and self.device.type == "cuda"
         )
-        return torch.autocast(self.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+        return (
+            torch.autocast(self.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+        )
 
     def _not_finite(self, losses: StepLosses, indices: Tensor) -> None:
         """Say which term, layer and batch; the weights are those of the step before."""

@@ -54,7 +54,10 @@ except UserError as error:
 def test_a_real_limit_on_file_size_keeps_the_checkpoint_before(tmp_path):
     assert resource.RLIMIT_FSIZE is not None
     done = subprocess.run(
-        [sys.executable, "-P", "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=True
+        [sys.executable, "-P", "-c", FULL, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert "cannot save" in done.stdout
     assert "File too large" in done.stdout

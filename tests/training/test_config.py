@@ -60,7 +60,10 @@ def test_resolving_leaves_what_was_given_and_no_gap():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--task", "vqaa"], "--task must be one of vqa, snli_ve, nlvr2, coco, got 'vqaa'; did you"),
+        (
+            ["--task", "vqaa"],
+            "--task must be one of vqa, snli_ve, nlvr2, coco, got 'vqaa'; did you",
+        ),
         (["--setps", "3"], "unknown flag --setps; did you mean --steps"),
         (["--stesp=3"], "unknown flag --stesp; did you mean --steps"),
         (["--zzzzzz", "3"], "unknown flag --zzzzzz; --help lists them"),

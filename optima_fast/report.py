@@ -1,0 +1,42 @@
+"""``python -m optima_fast.report RUN...``: compare runs, and write a page for each.
+
+Prints one line a run and writes ``report.html`` into each run folder: results, losses over the
+steps, and which arm the bandit chose in each round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from optima_fast.cli import guarded
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return guarded(lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    from optima_fast.training import overview, page
+    from optima_fast.training.display import Display
+    from optima_fast.training.run import Run
+
+    parser = argparse.ArgumentParser(
+        prog="python -m optima_fast.report", description=(__doc__ or "").partition(": ")[2]
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="run folders")
+    runs = [Run(folder) for folder in parser.parse_args(argv).runs]
+    for run in runs:
+        run.config()
+        run.summary()
+    display = Display()
+    overview.compare(runs, display)
+    for run in runs:
+        display.note(f"wrote {page.write(run)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

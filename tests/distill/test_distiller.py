@@ -1,0 +1,219 @@
+"""Eq. 5: its terms, who gets a gradient, what runs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from optima_fast import Distiller, tasks
+from optima_fast.distill import arms
+from optima_fast.errors import UserError
+from optima_fast.losses import attention_mse, hidden_mse
+from optima_fast.models import MODULES, presets
+from optima_fast.models.task_model import TaskModel, build
+
+DATA = tasks.load("vqa", "digits", train_images=6, validation_images=1, test_images=1)
+BATCH = DATA.train.batch(range(8))
+
+
+def model(preset: str, **changes: object) -> TaskModel:
+    config = dataclasses.replace(
+        presets.get(preset),
+        vocab_size=len(DATA.vocabulary),
+        text_length=DATA.text_length,
+        **changes,
+    )
+    return build(config, DATA.head, DATA.num_classes)
+
+
+@pytest.fixture
+def pair() -> tuple[TaskModel, TaskModel]:
+    torch.manual_seed(0)
+    return model("digits_student"), model("digits_teacher")
+
+
+def no_prediction(logits, batch):
+    return logits.sum() * 0.0
+
+
+def test_the_total_is_the_weighted_sum_of_terms_computed_apart(pair):
+    student, teacher = pair
+    distiller = Distiller(student, teacher, hidden_weight=0.7, attention_weight=0.3, kl_weight=0.2)
+    step = distiller(BATCH, ("image", "multimodal"), predict=DATA.loss, divergence=DATA.divergence)
+    s = student(BATCH, taps={"image": [0, 1], "multimodal": [0]})
+    t = teacher(BATCH, taps={"image": [1, 3], "multimodal": [1]})
+    rows = [("image", 0), ("image", 1), ("multimodal", 0)]
+    hidden = [
+        hidden_mse(
+            s.taps[m][i].hidden,
+            t.taps[m][i].hidden,
+            distiller.projections[f"{m}_{i}"],
+            mask=s.masks[m],
+            backend="reference",
+        )
+        for m, i in rows
+    ]
+    attention = [
+        attention_mse(
+            s.taps[m][i].q,
+            s.taps[m][i].k,
+            t.taps[m][i].q,
+            t.taps[m][i].k,
+            causal=m != "image",
+            query_mask=s.masks[m],
+            key_mask=s.masks[m],
+            backend="reference",
+        )
+        for m, i in rows
+    ]
+    torch.testing.assert_close(step.hidden, torch.cat(hidden), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(step.attention, torch.cat(attention), rtol=1e-5, atol=1e-6)
+    total = DATA.loss(s.logits, BATCH) + 0.2 * DATA.divergence(s.logits, t.logits, BATCH)
+    total = total + 0.7 * sum(hidden) + 0.3 * sum(attention)
+    torch.testing.assert_close(step.total, total.squeeze(), rtol=1e-5, atol=1e-6)
+    assert [(p.module, p.student, p.teacher) for p in step.pairs] == [
+        ("image", 0, 1),
+        ("image", 1, 3),
+        ("multimodal", 0, 1),
+    ]
+
+
+@pytest.mark.parametrize("target", ["scores", "probs"])
+@pytest.mark.parametrize("arm", arms(MODULES), ids="+".join)
+def test_only_the_arm_s_modules_get_a_layerwise_gradient(pair, arm, target):
+    student, teacher = pair
+    distiller = Distiller(student, teacher, attention_target=target, attention_weight=1.0)
+    distiller(BATCH, arm, predict=no_prediction).total.backward()
+    for name in MODULES:
+        projections = [p for n, p in distiller.projections.items() if n.startswith(name)]
+        assert all((p.grad is not None) == (name in arm) for p in projections)
+        layers = list(getattr(student.coca, name).layers.parameters())
+        moved = any(p.grad is not None and bool(p.grad.any()) for p in layers)
+        # a multimodal loss reaches image and text too: they feed that decoder
+        assert moved == (name in arm or "multimodal" in arm)
+
+
+def test_the_teacher_stays_as_it_is_and_out_of_the_state(pair):
+    student, teacher = pair
+    teacher.train()
+    distiller = Distiller(student, teacher, kl_weight=1.0)
+    before = {n: p.clone() for n, p in teacher.state_dict().items()}
+    step = distiller(BATCH, MODULES, predict=DATA.loss, divergence=DATA.divergence)
+    step.total.backward()
+    assert not teacher.training
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+    assert all(torch.equal(before[n], p) for n, p in teacher.state_dict().items())
+    assert set(distiller.state_dict()) == {
+        "projections.image_0",
+        "projections.image_1",
+        "projections.text_0",
+        "projections.multimodal_0",
+    }
+
+
+@pytest.mark.parametrize(
+    ("arm", "idle"),
+    [
+        (("text",), ("image", "multimodal")),
+        (("image",), ("text", "multimodal")),
+        (("image", "text"), ("multimodal",)),
+        ((), MODULES),
+    ],
+)
+def test_what_the_arm_does_not_need_is_not_run_in_the_teacher(pair, arm, idle):
+    student, teacher = pair
+
+    def explode(*args, **kwargs):
+        raise AssertionError("this module was not needed")
+
+    for name in idle:
+        getattr(teacher.coca, name).register_forward_pre_hook(explode)
+    Distiller(student, teacher)(BATCH, arm, predict=DATA.loss)
+
+
+def test_measure_is_the_full_model_without_gradient_and_restores_the_mode(pair):
+    student, teacher = pair
+    distiller = Distiller(student, teacher)
+    student.train()
+    losses = distiller.measure(BATCH, divergence=DATA.divergence)
+    assert student.training
+    assert all(p.grad is None for p in student.parameters())
+    with torch.no_grad():
+        step = distiller(BATCH, MODULES, predict=DATA.loss)
+    assert losses["hidden"] == pytest.approx(float(step.hidden.sum()), rel=1e-5)
+    assert losses["attention"] == pytest.approx(float(step.attention.sum()), rel=1e-5)
+    with torch.no_grad():
+        kl = DATA.divergence(student(BATCH).logits, teacher(BATCH).logits, BATCH)
+    assert losses["kl"] == pytest.approx(float(kl), rel=1e-5)
+
+
+def test_a_student_equal_to_its_teacher_has_nothing_to_learn():
+    torch.manual_seed(0)
+    teacher, student = model("digits_base"), model("digits_base")
+    student.load_state_dict(teacher.state_dict())
+    distiller = Distiller(student, teacher)
+    with torch.no_grad():
+        for projection in distiller.projections.values():
+            nn.init.eye_(projection)
+    losses = distiller.measure(BATCH, divergence=DATA.divergence)
+    assert max(losses.values()) < 1e-9
+
+
+def test_scaled_by_variance_a_constant_guess_costs_one(pair):
+    student, teacher = pair
+    distiller = Distiller(student, teacher, hidden_scale="variance")
+    taps = teacher(BATCH, taps={"text": [1]})
+    mask = taps.masks["text"]
+    states = taps.taps["text"][0].hidden[mask]
+    spread = (states - states.mean(0)).square().mean()
+    plain = Distiller(student, teacher)
+    plain.load_state_dict(distiller.state_dict())
+    scaled = distiller(BATCH, ("text",), predict=DATA.loss).hidden
+    raw = plain(BATCH, ("text",), predict=DATA.loss).hidden
+    torch.testing.assert_close(scaled, raw / spread, rtol=1e-4, atol=0.0)
+
+
+def test_reduction_and_cross_attention(pair):
+    student, teacher = pair
+    torch.manual_seed(1)
+    mean = Distiller(student, teacher, reduction="mean", attention_weight=0.0)
+    step = mean(BATCH, MODULES, predict=no_prediction)
+    torch.testing.assert_close(step.total, step.hidden.mean())
+    crossed = Distiller(student, teacher, cross_attention=True)
+    with_cross = crossed(BATCH, MODULES, predict=no_prediction).attention
+    without = mean(BATCH, MODULES, predict=no_prediction).attention
+    assert with_cross.shape == without.shape
+    torch.testing.assert_close(with_cross[:-1], without[:-1])
+    assert with_cross[-1] > without[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"modules": ["audio"]}, "must be of both models, got 'audio'"),
+        ({"attention_target": "maps"}, "attention_target must be one of"),
+        ({"hidden_scale": "std"}, "hidden_scale must be one of"),
+        ({"reduction": "max"}, "reduction must be one of"),
+        ({"hidden_weight": -1.0}, "hidden_weight must be finite and not negative, got -1.0"),
+        ({"kl_weight": float("nan")}, "kl_weight must be finite and not negative, got nan"),
+    ],
+)
+def test_options_are_checked(pair, options, message):
+    with pytest.raises(ValueError, match=message):
+        Distiller(*pair, **options)
+
+
+def test_wrong_calls_are_told(pair):
+    student, teacher = pair
+    with pytest.raises(ValueError, match="kl_weight is 0.5: pass divergence="):
+        Distiller(student, teacher, kl_weight=0.5)(BATCH, (), predict=DATA.loss)
+    with pytest.raises(ValueError, match="'audio' is not one of"):
+        Distiller(student, teacher)(BATCH, ("audio",), predict=DATA.loss)
+    with pytest.raises(UserError, match="deeper than its teacher"):
+        Distiller(teacher, student)
+    capped = model("digits_teacher", attention_cap=50.0)
+    with pytest.raises(ValueError, match="do not know capped scores"):
+        Distiller(student, capped)

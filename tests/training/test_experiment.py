@@ -1,0 +1,200 @@
+"""Whole runs: settings to summary, every method and task, and the same again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+from small_run import small
+
+from optima_fast.errors import UserError
+from optima_fast.training import checkpoints, experiment, overview, teachers
+from optima_fast.training.config import TrainConfig, resolve
+from optima_fast.training.display import Display
+from optima_fast.training.run import Run
+
+QUIET = Display(quiet=True)
+
+KEYS = {
+    "task", "data", "method", "seed", "steps", "device", "metric_name", "teacher_metric",
+    "student_metric", "majority_metric", "teacher_params", "student_params", "arms", "seconds",
+    "versions",
+}  # fmt: skip
+
+
+def go(tmp_path, **settings: Any) -> tuple[Run, dict[str, Any]]:
+    return experiment.run(small(tmp_path, **settings), QUIET)
+
+
+@pytest.mark.parametrize("task", ["vqa", "snli_ve", "nlvr2", "coco"])
+def test_every_task_runs_from_settings_to_summary(tmp_path, task, capsys):
+    run, summary = go(tmp_path, task=task, steps=14, round_steps=2)
+    assert KEYS <= set(summary)
+    assert summary == run.summary()
+    assert set(summary["seconds"]) >= {"teacher", "distill", "eval"}
+    assert summary["metric_name"] == ("cider" if task == "coco" else "accuracy")
+    assert summary["student_params"] == 242_343 or summary["student_params"] > 100_000
+    assert sum(summary["arms"].values()) == 7
+    names = {p.name for p in run.folder.iterdir()}
+    assert names == {
+        "config.yaml", "metrics.jsonl", "summary.json", "student.safetensors", "model.json",
+        "checkpoints",
+    }  # fmt: skip
+    again, metrics, recorded = experiment.evaluate(run.folder)
+    assert metrics[again.metric_name()] == recorded == summary["student_metric"]
+    overview.show(run, summary, Display())
+    shown = capsys.readouterr().out
+    assert f"{summary['student_metric']:.4f}" in shown
+    assert "majority baseline" in shown
+    assert f"python -m optima_fast.evaluate {run.folder}" in shown
+
+
+def test_the_same_seed_gives_the_same_number_twice_and_another_seed_another(tmp_path):
+    one = go(tmp_path / "a", cache=str(tmp_path / "cache"))
+    two = go(tmp_path / "b", cache=str(tmp_path / "cache"))
+    three = go(tmp_path / "c", cache=str(tmp_path / "cache"), seed=1)
+    weights = [r.weights_path.read_bytes() for r, _ in (one, two, three)]
+    assert weights[0] == weights[1] != weights[2]
+    assert one[1]["student_metric"] == two[1]["student_metric"]
+    assert one[1]["arms"] == two[1]["arms"] != three[1]["arms"]
+
+
+def test_a_teacher_is_trained_once_and_again_when_something_it_depends_on_changes(
+    tmp_path, monkeypatch
+):
+    go(tmp_path, method="kd", steps=2)
+    folder = tmp_path / "cache" / "teachers"
+    (first,) = folder.iterdir()
+    stamp = (first / "student.safetensors").stat().st_mtime_ns
+    go(tmp_path, method="layerwise", steps=2, seed=5, out=str(tmp_path / "two"))
+    assert list(folder.iterdir()) == [first]
+    assert (first / "student.safetensors").stat().st_mtime_ns == stamp
+
+    go(tmp_path, method="kd", steps=2, teacher_steps=5, out=str(tmp_path / "three"))
+    assert len(list(folder.iterdir())) == 2
+
+    def name(**settings):
+        own = resolve(teachers.teacher_config(small(tmp_path, **settings)))
+        return teachers.cached_run(own).folder.name
+
+    before = name()
+    assert before == first.name
+    assert name(threads=2, method="random") == before
+    assert name(data_seed=1) != before
+    assert name(task="coco") != before
+    copy = tmp_path / "package"
+    for room in ("models", "tasks", "training"):
+        (copy / room).mkdir(parents=True)
+    monkeypatch.setattr(teachers.optima_fast, "__file__", str(copy / "__init__.py"))
+    changed = name()
+    assert changed != before
+    (copy / "models" / "new.py").write_text("x = 1\n")
+    assert name() != changed
+
+
+def test_a_finished_run_can_teach_the_next_and_start_it(tmp_path):
+    first, _ = go(tmp_path, method="kd", steps=4, student="digits_base")
+    run, summary = go(
+        tmp_path,
+        method="layerwise",
+        steps=4,
+        teacher=str(first.folder),
+        out=str(tmp_path / "second"),
+    )
+    assert summary["teacher_metric"] == first.summary()["student_metric"]
+    # same widths: the student starts from the teacher's layers unless told otherwise
+    start = experiment._student(run.config(), *_model(first, run))
+    source = _model(first, run)[1].coca
+    assert start.coca.image.layers[0].attention.qkv.weight.equal(
+        source.image.layers[1].attention.qkv.weight
+    )
+
+
+def _model(first: Run, run: Run):
+    data = experiment.load_data(run.config())
+    return data, first.load_model(data), QUIET
+
+
+def test_the_default_folder_is_new_for_each_finished_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = {"out": None, "method": "finetune", "steps": 2}
+    names = [str(go(tmp_path, **settings)[0].folder) for _ in range(2)]
+    assert names == ["runs/vqa-finetune-seed0", "runs/vqa-finetune-seed0-2"]
+
+
+def test_a_folder_is_never_overwritten(tmp_path):
+    run, summary = go(tmp_path, method="finetune", steps=2)
+    before = {p: p.read_bytes() for p in run.folder.rglob("*") if p.is_file()}
+    with pytest.raises(UserError, match="--lr was 0.003 there and is 0.5 now"):
+        go(tmp_path, method="finetune", steps=2, lr=0.5)
+    with pytest.raises(UserError, match="already holds a run: choose another --out"):
+        go(tmp_path, method="finetune", steps=2, resume="never")
+    assert (
+        go(tmp_path, method="finetune", steps=2)[1] == summary
+    )  # finished: told again, not redone
+    other = tmp_path / "full"
+    other.mkdir()
+    (other / "thesis.txt").write_text("all my work")
+    with pytest.raises(UserError, match="not empty and holds no run"):
+        go(tmp_path, method="finetune", steps=2, out=str(other))
+    assert {p: p.read_bytes() for p in run.folder.rglob("*") if p.is_file()} == before
+
+
+def test_resuming_by_folder_takes_its_settings(tmp_path):
+    run, summary = go(tmp_path, method="finetune", steps=3, lr=0.01)
+    # as if it had been stopped before its end
+    run.summary_path.unlink()
+    config = dataclasses.replace(TrainConfig(), resume=str(run.folder))
+    again, second = experiment.run(config, QUIET)
+    assert again.folder == run.folder
+    assert second["student_metric"] == summary["student_metric"]
+    with pytest.raises(UserError, match="holds no run"):
+        experiment.run(TrainConfig(resume=str(tmp_path / "nowhere")), QUIET)
+    with pytest.raises(UserError, match="another configuration: --lr was 0.01"):
+        experiment.run(dataclasses.replace(config, lr=0.5), QUIET)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data": "/no/such/folder"}, "no data folder '/no/such/folder'"),
+        ({"teacher": "coca_lage"}, "no run folder, and there is no model preset 'coca_lage'; did"),
+        ({"student": "digits_studnt"}, "no model preset 'digits_studnt'; did you mean"),
+        ({"student": "digits_teacher", "teacher": "digits_student"}, "deeper than its teacher"),
+        ({"student_init": "teacher"}, "can start only from layers of its own shape"),
+        ({"student_init": "/no/run"}, "must be teacher, random or a run folder: '/no/run'"),
+        ({"policy": "papr"}, "--policy: .*did you mean 'paper'"),
+        ({"device": "cuda:99"}, "--device cuda:99: this torch sees"),
+        ({"batch_size": 61}, "--batch-size 61 is more than the 60 images"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(tmp_path, settings, message):
+    with pytest.raises(UserError, match=message) as caught:
+        go(tmp_path, **settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_of_another_task_or_vocabulary_is_refused(tmp_path):
+    run, _ = go(tmp_path, method="finetune", steps=2)
+    with pytest.raises(UserError, match=r"a model for vqa \(classification head.*not for nlvr2"):
+        go(tmp_path, task="nlvr2", method="kd", teacher=str(run.folder), out=str(tmp_path / "b"))
+    described = json.loads(run.model_path.read_text())
+    described["vocabulary"]["words"] = described["vocabulary"]["words"][:-1]
+    checkpoints.write_json(run.model_path, described)
+    with pytest.raises(UserError, match="trained with another vocabulary"):
+        experiment.evaluate(run.folder)
+    del described["coca"]
+    checkpoints.write_json(run.model_path, described)
+    with pytest.raises(UserError, match="does not describe a model: no 'coca'"):
+        experiment.evaluate(run.folder)
+
+
+def test_an_unfinished_run_cannot_be_evaluated(tmp_path):
+    with pytest.raises(UserError, match="holds no run"):
+        experiment.evaluate(tmp_path)
+    run = Run(tmp_path)
+    run.begin(small(tmp_path))
+    with pytest.raises(UserError, match="is not finished"):
+        experiment.evaluate(tmp_path)

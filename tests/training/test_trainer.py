@@ -1,0 +1,225 @@
+"""The loop: what moves, what is chosen, what stops it, how it goes on."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from small_run import small
+
+from optima_fast.errors import UserError
+from optima_fast.training import checkpoints, experiment
+from optima_fast.training.display import Display
+from optima_fast.training.run import Run
+from optima_fast.training.trainer import Interrupted, Trainer
+
+QUIET = Display(quiet=True)
+
+
+def trainer(tmp_path, **settings: Any) -> Trainer:
+    """A trainer on small data, with a teacher that never trained."""
+    config = small(tmp_path, **settings)
+    device = experiment.prepare(config)
+    data = experiment.load_data(config)
+    teacher = None
+    if config.method != "finetune":
+        torch.manual_seed(7)
+        teacher = experiment.new_model(config.teacher, data)
+        torch.manual_seed(config.seed)
+    student = experiment.new_model(config.student, data).to(device)
+    run = Run(config.out)
+    run.begin(config)
+    return Trainer(config, data, student, teacher, run, QUIET)
+
+
+def lines(run: Run) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
+
+
+def test_the_student_learns_and_the_teacher_does_not_move(tmp_path):
+    t = trainer(tmp_path, method="layerwise", steps=60)
+    teacher = t.distiller.teacher
+    before = {n: p.clone() for n, p in teacher.state_dict().items()}
+    first = t._measure()
+    t.fit()
+    last = t._measure()
+    assert last["hidden"] < 0.5 * first["hidden"]
+    assert last["attention"] < first["attention"]
+    assert all(torch.equal(before[n], p) for n, p in teacher.state_dict().items())
+    losses = [line["prediction"] for line in lines(t.run) if "prediction" in line]
+    assert sum(losses[-5:]) < sum(losses[:5])
+
+
+def test_optima_pulls_each_arm_t0_times_then_follows_its_bandit(tmp_path):
+    t = trainer(tmp_path, steps=40, round_steps=2, init_rounds=2)
+    t.fit()
+    rounds = [line for line in lines(t.run) if "reward" in line]
+    assert len(rounds) == 20
+    first = [line["arm"] for line in rounds[:14]]
+    assert sorted(first) == sorted(2 * list(t.pulls))
+    assert first[:7] != list(t.pulls)  # shuffled, not in order
+    assert t.policy.round == 20
+    assert sum(t.pulls.values()) == 20
+    for line in rounds:
+        drops = line["drops"]
+        assert line["reward"] == pytest.approx(sum(drops.values()) / 3)
+        assert all(0.0 <= d <= 1.0 for d in drops.values())
+    for before, after in zip(rounds, rounds[1:], strict=False):
+        old, new = before["losses"]["hidden"], after["losses"]["hidden"]
+        assert after["drops"]["hidden"] == pytest.approx(max(0.0, (old - new) / old))
+
+
+@pytest.mark.parametrize(
+    ("method", "arm", "expected"),
+    [
+        ("layerwise", None, {"image+text+multimodal"}),
+        ("fixed", "text+image", {"image+text"}),
+        ("kd", None, set()),
+        ("finetune", None, set()),
+    ],
+)
+def test_methods_distil_what_they_say(tmp_path, method, arm, expected):
+    t = trainer(tmp_path, method=method, arm=arm, steps=4)
+    t.fit()
+    assert {name for name, pulls in t.pulls.items() if pulls} == expected
+    line = lines(t.run)[0]
+    assert ("kl" in line) == (method == "kd")
+    assert set(line.get("hidden", {})) == set("+".join(expected).split("+") if expected else ())
+    assert (t.distiller is None) == (method == "finetune")
+
+
+def test_random_takes_different_arms_and_measures_no_reward(tmp_path):
+    t = trainer(tmp_path, method="random", steps=40, round_steps=1)
+    t.fit()
+    assert sum(p > 0 for p in t.pulls.values()) == 7
+    assert not any("reward" in line for line in lines(t.run))
+    assert t.seconds["reward"] == 0.0
+
+
+@pytest.mark.parametrize(("stop_at", "method"), [(13, "optima"), (14, "optima"), (9, "kd")])
+def test_a_stopped_run_goes_on_exactly(tmp_path, monkeypatch, stop_at, method):
+    settings = {"method": method, "steps": 24, "dropout": 0.1, "checkpoint_every": 1000}
+    whole = trainer(tmp_path / "whole", **settings)
+    whole.fit()
+
+    first = trainer(tmp_path / "parts", **settings)
+    step = first._train_step
+
+    def stop(*args):
+        first._stop = first.step + 1 == stop_at
+        return step(*args)
+
+    monkeypatch.setattr(first, "_train_step", stop)
+    with pytest.raises(Interrupted, match=f"after step {stop_at} of 24"):
+        first.fit()
+    first.run.append_metrics({"step": 999})  # as if it had died after a later line
+
+    second = trainer(tmp_path / "parts", **settings)
+    torch.manual_seed(1234)
+    second.resume(checkpoints.latest_checkpoint(second.run.checkpoints))
+    assert second.step == stop_at
+    second.fit()
+    for name, value in whole.student.state_dict().items():
+        assert torch.equal(value, second.student.state_dict()[name]), name
+    for name, value in whole.distiller.state_dict().items():
+        assert torch.equal(value, second.distiller.state_dict()[name]), name
+    assert whole.pulls == second.pulls
+    timing = "samples_per_second"
+    a, b = ([{**x, timing: 0} for x in lines(t.run)] for t in (whole, second))
+    assert a == b
+
+
+def test_ctrl_c_saves_and_stops_after_the_step(tmp_path, monkeypatch):
+    import signal
+
+    t = trainer(tmp_path, method="layerwise", steps=20)
+    step = t._train_step
+
+    def interrupt(*args):
+        if t.step == 5:
+            signal.raise_signal(signal.SIGINT)
+        return step(*args)
+
+    monkeypatch.setattr(t, "_train_step", interrupt)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted, match="after step 6 of 20"):
+        t.fit()
+    assert checkpoints.latest_checkpoint(t.run.checkpoints).name == "step-00000006.pt"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_ctrl_c_does_not_wait(tmp_path, monkeypatch):
+    import signal
+
+    t = trainer(tmp_path, method="layerwise", steps=20)
+
+    def interrupt(*args):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(t, "_train_step", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        t.fit()
+
+
+def _break_prediction(t: Trainer) -> None:
+    t.student.head.classify.weight.data[0, 0] = float("nan")
+
+
+def _break_hidden(t: Trainer) -> None:
+    t.distiller.projections["image_1"].data[0, 0] = float("inf")
+
+
+def _break_gradient(t: Trainer) -> None:
+    loss = t.data.loss
+    object.__setattr__(
+        t.data, "loss", lambda logits, batch: loss(logits, batch) + (logits.sum() * 0.0).sqrt()
+    )
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (_break_prediction, "step 6: prediction is nan"),
+        (_break_hidden, "step 6: hidden of image layer 2 from teacher layer 4 is (inf|nan)"),
+        (_break_gradient, "step 6: the gradient norm is nan"),
+    ],
+)
+def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path, monkeypatch, harm, message):
+    t = trainer(tmp_path, method="layerwise", steps=20, checkpoint_every=2)
+    step = t._train_step
+    kept: dict[str, torch.Tensor] = {}
+
+    def strike(*args):
+        if t.step == 5:
+            harm(t)
+            kept.update({n: p.clone() for n, p in t.student.state_dict().items()})
+        return step(*args)
+
+    monkeypatch.setattr(t, "_train_step", strike)
+    with pytest.raises(UserError, match=message) as caught:
+        t.fit()
+    assert "last good checkpoint" in str(caught.value)
+    assert "step-00000004.pt" in str(caught.value)
+    for name, value in t.student.state_dict().items():
+        torch.testing.assert_close(value, kept[name], rtol=0, atol=0, equal_nan=True)
+    report = checkpoints.read_json(t.run.folder / "nonfinite.json")
+    assert report["step"] == 5
+    assert report["examples"] == t.sampler.at(5).tolist()
+    good = checkpoints.load_checkpoint(checkpoints.latest_checkpoint(t.run.checkpoints))
+    assert all(p.isfinite().all() for p in good["student"].values())
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):
+    t = trainer(tmp_path, steps=20, method="layerwise")
+    path = t.save()
+    other = trainer(tmp_path / "other", steps=20, method="layerwise", lr=0.123)
+    with pytest.raises(UserError, match=r"another configuration: lr is 0\.003 there and 0\.123"):
+        other.resume(path)
+    state = checkpoints.load_checkpoint(path)
+    del state["optimizer"]
+    torch.save(state, path)
+    with pytest.raises(UserError, match="does not fit this run: 'optimizer'"):
+        t.resume(path)
