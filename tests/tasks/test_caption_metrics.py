@@ -190,8 +190,8 @@ def test_tokenize_agrees_with_the_java_tool(text):
     assert " ".join(tokenize(text)) == TOKENIZED[text]
 
 
-@given(st.text(max_size=40))
-@settings(deadline=None, max_examples=200, derandomize=True)
+@given(st.text(st.characters(exclude_characters="&"), max_size=40))  # "&gt;" becomes ">"
+@settings(deadline=None, max_examples=300, derandomize=True)
 def test_tokenize_ends_and_loses_no_letter_or_digit_of_ascii(text):
     tokens = tokenize(text)
     assert all(tokens)
