@@ -36,15 +36,14 @@ def _main(argv: Sequence[str] | None) -> int:
         except importlib.metadata.PackageNotFoundError:
             print(f"{package} not installed")
     print(f"bandit backend {bandit.BACKEND}")
-    print(
-        f"cpu threads {torch.get_num_threads()}, capability {torch.backends.cpu.get_cpu_capability()}"
-    )
+    print(f"cpu {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
     devices = ["cpu"]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         print(f"cuda:{index} {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
         devices.append(f"cuda:{index}")
-    return 0 if all([_losses_agree(device) for device in devices]) else 1
+    agree = [_losses_agree(device) for device in devices]
+    return 0 if all(agree) else 1
 
 
 def _losses_agree(device: str) -> bool:

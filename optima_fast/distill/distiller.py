@@ -33,13 +33,14 @@ class Distillable(Protocol):
     ``k`` [B, H, N, d_h] for the layers in a request (module name to 0-based indices) can be.
     """
 
-    layer_counts: Mapping[str, int]
-    widths: Mapping[str, int]
-    causal: Mapping[str, bool]
-
-    def __call__(
-        self, batch: Batch, *, taps: Mapping[str, Sequence[int]] | None = None, lse: bool = False
-    ) -> Record: ...
+    @property
+    def layer_counts(self) -> Mapping[str, int]: ...
+    @property
+    def widths(self) -> Mapping[str, int]: ...
+    @property
+    def causal(self) -> Mapping[str, bool]: ...
+    @property
+    def __call__(self) -> Callable[..., Any]: ...
 
     def record(
         self, batch: Batch, taps: Mapping[str, Sequence[int]], *, lse: bool = False
@@ -298,7 +299,8 @@ class Distiller(nn.Module):
         return losses
 
     def _attention(self, arm: Arm, student: Record, teacher: Record) -> Tensor:
-        rows, crossing = [], []
+        rows: list[tuple[Any, ...]] = []
+        crossing = []
         for name in arm:
             mask = student.masks[name]
             causal = bool(self.student.causal[name])
@@ -335,7 +337,7 @@ class Distiller(nn.Module):
 
 
 def _variance(states: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean over features of the variance over counted tokens, [..., N, d] -> scalar; at least 1e-6."""
+    """Mean over features of the variance over counted tokens, at least 1e-6; [..., N, d]."""
     flat = states.detach().float().flatten(0, -2)
     if mask is None:
         return flat.var(dim=0, correction=0).mean().clamp_min(1e-6)

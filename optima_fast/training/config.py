@@ -22,6 +22,16 @@ from optima_fast.models import MODULES
 METHODS = ("optima", "layerwise", "random", "fixed", "kd", "finetune")
 TASKS = ("vqa", "snli_ve", "nlvr2", "coco")
 
+_POSITIVE = (
+    *("steps", "round_steps", "reward_examples", "train_images", "batch_size", "lr", "head_lr"),
+    *("clip", "teacher_steps", "teacher_lr", "teacher_batch_size"),
+    *("log_every", "eval_every", "checkpoint_every"),
+)
+_NOT_NEGATIVE = (
+    *("init_rounds", "variance_scale", "warmup_steps", "weight_decay", "hidden_weight"),
+    *("attention_weight", "kl_weight", "seed", "teacher_seed", "data_seed", "threads"),
+)
+
 
 def _field(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:
     return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
@@ -112,18 +122,12 @@ class TrainConfig:
             self._check_rounds()
 
     def _check_numbers(self) -> None:
-        positive = ("steps", "round_steps", "reward_examples", "batch_size", "lr", "clip")
-        positive += ("head_lr", "teacher_steps", "teacher_lr", "teacher_batch_size", "log_every")
-        positive += ("train_images",)
-        positive += ("eval_every", "checkpoint_every")
-        zero = ("init_rounds", "warmup_steps", "weight_decay", "hidden_weight", "variance_scale")
-        zero += ("attention_weight", "kl_weight", "seed", "teacher_seed", "data_seed", "threads")
-        for name in positive + zero:
+        for name in _POSITIVE + _NOT_NEGATIVE:
             value = getattr(self, name)
             if value is None:
                 continue
-            if not math.isfinite(value) or value < 0 or (name in positive and value == 0):
-                kind = "positive" if name in positive else "0 or more"
+            if not math.isfinite(value) or value < 0 or (name in _POSITIVE and value == 0):
+                kind = "positive" if name in _POSITIVE else "0 or more"
                 raise UserError(f"{flag(name)} must be {kind} and finite, got {value}")
         if not 0.0 < self.gamma <= 1.0:
             raise UserError(f"--gamma must be above 0 and at most 1, got {self.gamma}")

@@ -81,7 +81,7 @@ def _place(config: TrainConfig, display: Display) -> tuple[TrainConfig, Run]:
 
 
 def _default_place(config: TrainConfig) -> tuple[TrainConfig, Run]:
-    """``runs/TASK-METHOD-seedN``, or the first of ``-2``, ``-3``, ... that is free or unfinished."""
+    """``runs/TASK-METHOD-seedN``, or the first of ``-2``, ``-3``, ... that is not finished."""
     arm = f"-{config.arm}" if config.arm else ""
     name = f"{config.task}-{config.method}{arm}-seed{config.seed}"
     for number in range(1, 10_000):

@@ -14,6 +14,14 @@ from optima_fast.training.run import Run
 
 WIDTH, ROW, LEFT = 860, 22, 190
 
+METRICS = {
+    "teacher_metric": "teacher",
+    "student_metric_before": "student before",
+    "student_metric": "student after",
+    "majority_metric": "majority",
+    "text_only_metric": "text only",
+}
+
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:900px;margin:2em auto;padding:0 1em}
 table{border-collapse:collapse}td{padding:.15em 1em .15em 0;vertical-align:top}
 svg{background:#fafafa;border:1px solid #ddd}text{font-size:12px}h2{margin-top:1.6em}"""
@@ -27,9 +35,7 @@ def write(run: Run) -> Path:
     """
     summary, lines = run.summary(), run.metrics()
     metric = summary["metric_name"]
-    names = ("teacher_metric", "student_metric_before", "student_metric")
-    names += ("majority_metric", "text_only_metric")
-    results = [(n.replace("_metric", "").replace("_", " "), number(summary[n])) for n in names]
+    results = [(label, number(summary[name])) for name, label in METRICS.items()]
     settings = [(k, str(v)) for k, v in dataclasses.asdict(run.config()).items() if v is not None]
     parts = [
         f"<h1>{escape(summary['task'])}: {escape(method_name(summary))}</h1>",
@@ -92,8 +98,7 @@ def _choices(lines: Sequence[Mapping[str, Any]], pulls: Mapping[str, int]) -> st
     marks = []
     rows = {name: i for i, name in enumerate(pulls)}
     for name, i in rows.items():
-        y = i * ROW + 16
-        marks.append(f'<text x="4" y="{y}">{escape(name)} ({pulls[name]})</text>')
+        marks.append(f'<text x="4" y="{i * ROW + 16}">{escape(name)} ({pulls[name]})</text>')
     for line in rounds:
         tall = 4 + (ROW - 8) * (line.get("reward") or 0.0) / best
         x = LEFT + (line["round"] - 1) * step

@@ -1,4 +1,4 @@
-"""CPU threads that do not fight each other. Imported before torch: it sets what OpenMP reads once."""
+"""CPU threads that do not fight each other; imported before torch, as OpenMP reads this once."""
 
 from __future__ import annotations
 

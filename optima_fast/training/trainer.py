@@ -287,7 +287,7 @@ class Trainer:
         runs = min(max(1, self.config.reward_examples // split.group), len(split) // split.group)
         # a seed of its own, so that they are not the first batch
         chosen = Sampler(split, runs, self.config.seed + 1).at(0)
-        return chosen.split(self.config.batch_size * split.group)
+        return torch.split(chosen, self.config.batch_size * split.group)
 
     def _measure(self) -> dict[str, float]:
         """All distillation losses of the full model on the reward batches."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -66,7 +68,7 @@ def test_optima_pulls_each_arm_t0_times_then_follows_its_bandit(tmp_path):
         drops = line["drops"]
         assert line["reward"] == pytest.approx(sum(drops.values()) / 3)
         assert all(0.0 <= d <= 1.0 for d in drops.values())
-    for before, after in zip(rounds, rounds[1:], strict=False):
+    for before, after in pairwise(rounds):
         old, new = before["losses"]["hidden"], after["losses"]["hidden"]
         assert after["drops"]["hidden"] == pytest.approx(max(0.0, (old - new) / old))
 
@@ -132,8 +134,6 @@ def test_a_stopped_run_goes_on_exactly(tmp_path, monkeypatch, stop_at, method):
 
 
 def test_ctrl_c_saves_and_stops_after_the_step(tmp_path, monkeypatch):
-    import signal
-
     t = trainer(tmp_path, method="layerwise", steps=20)
     step = t._train_step
 
@@ -151,8 +151,6 @@ def test_ctrl_c_saves_and_stops_after_the_step(tmp_path, monkeypatch):
 
 
 def test_a_second_ctrl_c_does_not_wait(tmp_path, monkeypatch):
-    import signal
-
     t = trainer(tmp_path, method="layerwise", steps=20)
 
     def interrupt(*args):
