@@ -37,20 +37,26 @@ class ImageSource(Protocol):
 
 
 class ArrayImages:
-    """Images in memory: `levels` uint8 `[n, C, H, W]`, handed out as levels / 255."""
+    """Images in memory, handed out as (levels / 255 - mean) / std.
 
-    def __init__(self, levels: Tensor) -> None:
+    Args:
+        levels: uint8 `[n, C, H, W]`.
+        mean, std: Of a pixel, as parts of full brightness.
+    """
+
+    def __init__(self, levels: Tensor, *, mean: float = 0.0, std: float = 1.0) -> None:
         if levels.dtype != torch.uint8 or levels.dim() != 4:
             raise ValueError(
                 f"levels must be uint8 [n, C, H, W], got {levels.dtype} {tuple(levels.shape)}"
             )
         self.levels = levels
+        self.mean, self.std = mean, std
 
     def __len__(self) -> int:
         return len(self.levels)
 
     def __getitem__(self, index: Tensor, /) -> Tensor:
-        return self.levels[index].float() / 255
+        return (self.levels[index].float() / 255 - self.mean) / self.std
 
 
 class Split:

@@ -134,8 +134,8 @@ class Canvases:
         return value
 
     def images(self) -> ArrayImages:
-        """The canvases as float32 images `[n, 1, 24, 24]` in 0 .. 1."""
-        return ArrayImages(torch.from_numpy(self.image)[:, None])
+        """The canvases as float32 images `[n, 1, 24, 24]`, black -1/2 and white 3 1/2."""
+        return ArrayImages(torch.from_numpy(self.image)[:, None], mean=0.125, std=0.25)
 
     def cells(self) -> Tensor:
         """Label of each cell, int64 `[n, 4]`: its digit, `EMPTY` for empty and for covered ones."""

@@ -31,17 +31,17 @@ class Question:
 
 QUESTIONS: Mapping[str, Question] = {
     "count": Question(
-        ("how many digits are there?", "what is the number of digits?"),
+        ("how many digits are there?", "number of digits?"),
         (1, 2, 3, 4),
         lambda c: c.count,
     ),
     "largest": Question(
-        ("what is the largest digit?", "which digit is the highest?"),
+        ("what is the largest digit?", "which digit is highest?"),
         tuple(range(10)),
         lambda c: c.largest,
     ),
     "smallest": Question(
-        ("what is the smallest digit?", "which digit is the lowest?"),
+        ("what is the smallest digit?", "which digit is lowest?"),
         tuple(range(10)),
         lambda c: c.smallest,
     ),
@@ -51,7 +51,7 @@ QUESTIONS: Mapping[str, Question] = {
         lambda c: c.brightest,
     ),
     "parity": Question(
-        ("is the brightest digit even or odd?", "even or odd: the digit that shines most?"),
+        ("brightest digit: even or odd?", "even or odd: brightest digit?"),
         (10, 11),
         lambda c: 10 + c.brightest % 2,
     ),

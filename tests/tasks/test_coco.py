@@ -79,7 +79,8 @@ def speaker(monkeypatch, data, split, say):
     seen = []
 
     def greedy(model, images, *, bos_id, eos_id, max_length):
-        assert not model.training and not torch.is_grad_enabled()
+        assert not model.training
+        assert not torch.is_grad_enabled()
         assert (bos_id, eos_id, max_length) == (1, 2, data.text_length)
         rows = torch.arange(len(seen), len(seen) + len(images))
         assert torch.equal(images, split.images[rows])

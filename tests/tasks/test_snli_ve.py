@@ -88,7 +88,8 @@ def test_deal_balances_and_never_repeats_a_text_in_a_row():
     labels = np.where(rng.integers(0, 10, (2000, 6)) < 2, 0, 1)
     labels[:, 5] = -1
     chosen = language.deal(labels, 2, 2, rng)
-    assert chosen.shape == (2000, 2) and (chosen != 5).all()
+    assert chosen.shape == (2000, 2)
+    assert (chosen != 5).all()
     assert (chosen[:, 0] != chosen[:, 1]).all()
     label = np.take_along_axis(labels, chosen, axis=1)
     shares = [label[chosen == text].mean() for text in range(5)]
