@@ -6,11 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from optima_fast.training.threads import calm_openmp
-
-calm_openmp()
-
-from optima_fast.cli import guarded  # noqa: E402
+from optima_fast.cli import guarded
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,11 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from optima_fast.training.threads import calm_openmp
-
-calm_openmp()
-
-from optima_fast.cli import guarded  # noqa: E402
+from optima_fast.cli import guarded
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import platform
 import time
 from collections.abc import Mapping
@@ -21,7 +22,6 @@ from optima_fast.training import checkpoints, teachers
 from optima_fast.training.config import TrainConfig, resolve
 from optima_fast.training.display import Display
 from optima_fast.training.run import Run
-from optima_fast.training.threads import usable_cores
 from optima_fast.training.trainer import Trainer
 
 Summary = dict[str, Any]
@@ -105,7 +105,7 @@ def prepare(config: TrainConfig) -> torch.device:
     Raises:
         UserError: CUDA is asked for and not there.
     """
-    torch.set_num_threads(config.threads or usable_cores())
+    torch.set_num_threads(config.threads or _usable_cores())
     torch.manual_seed(config.seed)
     if config.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -118,6 +118,12 @@ def prepare(config: TrainConfig) -> torch.device:
             f"--device {config.device}: this torch sees {torch.cuda.device_count()} CUDA devices"
         )
     return device
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def load_data(config: TrainConfig) -> TaskData:

@@ -1,0 +1,152 @@
+"""What gets installed, from where, under which names."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import site
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PROBE = "import optima_fast, optima_fast.kernels.hidden_mse as k; print(k.__file__)"
+
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "setup.py").is_file(), reason="the tests were copied away from their checkout"
+)
+
+
+def run(
+    *argv: object, check: bool = True, **settings: object
+) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    env.pop("PYTHONPATH", None)
+    env |= settings.pop("env", {})
+    done = subprocess.run([*map(str, argv)], capture_output=True, text=True, env=env, **settings)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory) -> Path:
+    """A copy of the sources, so that a build leaves nothing in the real ones."""
+    copy = tmp_path_factory.mktemp("source") / "project"
+    junk = shutil.ignore_patterns(
+        ".*", "*.so", "__pycache__", "*.egg-info", "build", "dist", "runs"
+    )
+    shutil.copytree(ROOT, copy, ignore=junk)
+    return copy
+
+
+def environment(folder: Path) -> Path:
+    """The Python of a new, empty environment that also sees this one's packages."""
+    run(sys.executable, "-m", "venv", "--without-pip", folder)
+    (inside,) = folder.glob("lib/python3.*/site-packages")
+    # after the environment's own packages, and without this one's editable installs
+    (inside / "outer.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+    return folder / "bin" / "python"
+
+
+def install(python: Path, *what: object, check: bool = True, **env: str):
+    flags = ("--no-deps", "--no-build-isolation", "--no-index", "--force-reinstall")
+    return run(
+        sys.executable, "-m", "pip", "--python", python, "install", *flags, *what,
+        check=check, env=env,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def wheel(checkout, tmp_path_factory) -> Path:
+    """The wheel built from the source distribution, with the extension."""
+    folder = tmp_path_factory.mktemp("dist")
+    env = {"OPTIMA_FAST_EXT": "1"}
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, checkout, env=env)
+    (found,) = folder.glob("*.whl")
+    assert list(folder.glob("*.tar.gz"))
+    return found
+
+
+def test_the_wheel_from_the_sdist_holds_one_top_level_name_and_everything(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = [n for n in archive.namelist() if ".dist-info/" not in n]
+    assert {n.partition("/")[0] for n in names} == {"optima_fast"}
+    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "optima_fast").rglob("*.py")}
+    sources |= {f"optima_fast/{p.relative_to(ROOT)}" for p in (ROOT / "kernels").rglob("*.py")}
+    assert sources <= set(names)
+    assert "optima_fast/py.typed" in names
+    assert any(n.startswith("optima_fast/_bandit.") and n.endswith(".so") for n in names)
+
+
+def test_the_wheel_works_away_from_the_checkout(wheel, tmp_path):
+    python = environment(tmp_path / "env")
+    install(python, wheel)
+    shown = run(python, "-P", "-c", PROBE, cwd=tmp_path).stdout
+    assert "site-packages/optima_fast/kernels/hidden_mse.py" in shown
+    code = "from optima_fast import bandit; print(bandit.BACKEND)"
+    assert run(python, "-P", "-c", code, cwd=tmp_path).stdout == "c++\n"
+    assert "usage: optima-fast" in run(tmp_path / "env/bin/optima-fast", "--help").stdout
+
+
+def test_an_editable_install_and_a_raw_checkout_find_the_kernels(checkout, tmp_path):
+    python = environment(tmp_path / "env")
+    install(python, "-e", checkout, OPTIMA_FAST_EXT="0")
+    shown = run(python, "-P", "-c", PROBE, cwd=tmp_path).stdout
+    assert shown.strip() == str(checkout / "kernels" / "hidden_mse.py")
+    raw = run(sys.executable, "-c", PROBE, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}).stdout
+    assert raw.strip() == str(ROOT / "kernels" / "hidden_mse.py")
+
+
+def test_another_package_named_kernels_is_not_hidden_by_the_checkout(tmp_path):
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("whose = 'another project'\n")
+    code = f"import sys; sys.path.append({str(tmp_path)!r}); import kernels; print(kernels.whose)"
+    assert run(sys.executable, "-c", code, cwd=ROOT).stdout == "another project\n"
+    assert not list((ROOT / "kernels").rglob("__init__.py"))
+
+
+def test_without_a_compiler_it_installs_in_python_unless_told_to_fail(checkout, tmp_path):
+    python = environment(tmp_path / "env")
+    broken = {"CXX": "/bin/false", "CC": "/bin/false"}
+    install(python, checkout, OPTIMA_FAST_EXT="auto", **broken)
+    code = "from optima_fast import bandit; print(bandit.BACKEND)"
+    assert run(python, "-P", "-c", code, cwd=tmp_path).stdout == "python\n"
+    failed = install(python, checkout, check=False, OPTIMA_FAST_EXT="1", **broken)
+    assert failed.returncode != 0
+    wrong = install(python, checkout, check=False, OPTIMA_FAST_EXT="yes")
+    assert "OPTIMA_FAST_EXT must be auto, 0 or 1, got 'yes'" in wrong.stdout + wrong.stderr
+
+
+def test_importing_the_package_needs_only_python(tmp_path):
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'triton', 'numpy', 'rich', 'yaml', 'sklearn'):\n"
+        "    sys.modules[name] = None\n"
+        "import optima_fast\n"
+        "print(optima_fast.__version__, 'hidden_mse' in dir(optima_fast))"
+    )
+    assert run(sys.executable, "-c", code, cwd=ROOT).stdout.endswith(" True\n")
+
+
+def test_the_losses_need_torch_alone():
+    code = (
+        "import sys\n"
+        "for name in ('triton', 'rich', 'yaml', 'sklearn', 'safetensors', 'PIL'):\n"
+        "    sys.modules[name] = None\n"
+        "import torch, optima_fast\n"
+        "x = torch.ones(2, 3)\n"
+        "print(float(optima_fast.hidden_mse(x, torch.zeros(2, 4), torch.zeros(3, 4))))"
+    )
+    assert run(sys.executable, "-c", code, cwd=ROOT).stdout == "0.0\n"
+
+
+def test_an_unknown_public_name_is_an_attribute_error():
+    import optima_fast
+
+    with pytest.raises(AttributeError, match="no attribute 'hiden_mse'"):
+        optima_fast.hiden_mse  # noqa: B018
+    for name in optima_fast.__all__:
+        assert getattr(optima_fast, name) is not None
