@@ -1,0 +1,222 @@
+"""Layerwise distillation losses for students and teachers of different width, depth and heads.
+
+Both functions take all matched layers in one call and return one value a layer. Backends:
+``reference`` (plain PyTorch: the meaning), ``blockwise`` (cache-sized blocks, any device) and,
+where an implementation is registered, ``triton``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from optima_fast.losses import checks, ops, reference
+
+__all__ = ["attention_mse", "hidden_mse"]
+
+Layers = Tensor | Sequence[Tensor]
+OptionalLayers = Tensor | Sequence[Tensor | None] | None
+
+
+def hidden_mse(
+    student: Layers,
+    teacher: Layers,
+    weight: Layers,
+    *,
+    mask: OptionalLayers = None,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Mean squared error between projected student and teacher hidden states, one value a layer.
+
+    .. math:: L_l = \frac{1}{n\, d_t} \sum_{i \text{ counts}} \lVert h^s_i W - h^t_i \rVert^2
+
+    with :math:`n` counted tokens; 0 with gradient 0 when there is none. A masked token may hold nan
+    or inf. Gradients go to ``student`` and ``weight``, never to ``teacher``. Products and sums are
+    kept in float32 (float64 if an input is float64), under autocast too; a gradient comes in its
+    input's dtype. Differentiable once, except with ``backend="reference"``.
+
+    OPTIMA, Eq. 3.
+
+    Args:
+        student: ``[..., N, d_s]``, or a sequence of L such; float16, bfloat16, float32 or float64,
+            any strides.
+        teacher: ``[..., N, d_t]``, as many; the dtype may differ from the student's.
+        weight: ``[d_s, d_t]``, as many.
+        mask: ``[..., N]`` bool, True where the token counts: one for all layers, or one (or None)
+            per layer. Default: every token.
+        backend: ``"auto"``, ``"triton"``, ``"blockwise"`` or ``"reference"``.
+
+    Returns:
+        ``[L]`` float32 (float64 if an input is float64).
+
+    Raises:
+        TypeError: a tensor that is not floating, a mask that is not bool.
+        ValueError: an empty list, lists of different lengths, shapes or devices that do not fit, an
+            unknown backend, or one that cannot serve the call (with each reason).
+
+    Example:
+        >>> import torch, optima_fast
+        >>> student, teacher = torch.ones(2, 5, 3), torch.zeros(2, 5, 4)
+        >>> optima_fast.hidden_mse(student, teacher, torch.ones(3, 4))
+        tensor([9.])
+    """
+    checks.option("backend", backend, ops.BACKENDS)
+    students, teachers, weights = checks.floating_layers(
+        student=student, teacher=teacher, weight=weight
+    )
+    for s, t, w in zip(students, teachers, weights, strict=True):
+        checks.hidden_shapes(s, t, w)
+    shapes = [tuple(s.shape[:-1]) for s in students]
+    masks = checks.masks("mask", mask, shapes, students[0].device)
+    tensors = (*students, *teachers, *weights)
+    backend = ops.resolve(ops.HIDDEN_MSE, backend, tensors)
+    if backend == "reference":
+        dtype = reference.accumulator(*tensors)
+        layers = zip(students, teachers, weights, masks, strict=True)
+        return torch.stack([reference.hidden_mse(*layer, dtype=dtype) for layer in layers])
+    loss: Tensor = ops.hidden_mse(
+        [_batched(x, 2) for x in students],
+        [_batched(x.detach(), 2) for x in teachers],
+        weights,
+        [None if x is None else _batched(x, 1) for x in masks],
+        _needed(students),
+        _needed(weights),
+        backend,
+    )[0]
+    return loss
+
+
+def attention_mse(
+    student_q: Layers,
+    student_k: Layers,
+    teacher_q: Layers,
+    teacher_k: Layers,
+    *,
+    target: str = "scores",
+    causal: bool = False,
+    query_mask: OptionalLayers = None,
+    key_mask: OptionalLayers = None,
+    student_lse: OptionalLayers = None,
+    teacher_lse: OptionalLayers = None,
+    student_scale: float | Sequence[float | None] | None = None,
+    teacher_scale: float | Sequence[float | None] | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Mean squared error between head-averaged attention maps, one value a layer.
+
+    .. math:: L_l = \frac{1}{n} \sum_{(i, j) \text{ valid}} (A^s_{ij} - A^t_{ij})^2, \quad
+        A = \frac{1}{H} \sum_h c\, Q_h K_h^\top \;\text{ or }\;
+        \frac{1}{H} \sum_h \mathrm{softmax}(c\, Q_h K_h^\top)
+
+    A pair is valid if its query counts, its key counts and, with ``causal``, the key is not after
+    the query; :math:`n` is their number, and the loss is 0 with gradient 0 when there is none. The
+    softmax is over the valid keys; a query without any contributes 0. Tokens in no valid pair may
+    hold nan or inf. Gradients go to ``student_q`` and ``student_k``, never to the teacher. Products
+    and sums are kept in float32 (float64 if an input is float64), under autocast too; a gradient
+    comes in its input's dtype. No ``[B, H, Nq, Nk]`` tensor is made, except with
+    ``backend="reference"``, which alone is differentiable twice.
+
+    OPTIMA, Eq. 4; ``"scores"`` is TinyBERT's attention loss on the head average.
+
+    Args:
+        student_q: ``[B, H_s, Nq, d_s]``, or a sequence of L such; float16, bfloat16, float32 or
+            float64, any strides (laid out as ``[B, N, H, d]`` nothing is copied).
+        student_k: ``[B, H_s, Nk, d_s]``, as many.
+        teacher_q: ``[B, H_t, Nq, d_t]``, as many; heads, d and dtype may differ from the student's.
+        teacher_k: ``[B, H_t, Nk, d_t]``, as many.
+        target: ``"scores"``, before the softmax, or ``"probs"``, after it.
+        causal: a query sees no later key; needs Nq = Nk.
+        query_mask: ``[B, Nq]`` bool, True where the query counts: one for all layers, or one (or
+            None) per layer.
+        key_mask: ``[B, Nk]`` bool, likewise for keys.
+        student_lse: ``[B, H_s, Nq]`` natural log-sum-exp over the valid keys of the student's
+            scaled scores, as flash attention returns it; a list may hold None. It saves computing
+            the softmax's normaliser, and is taken as that of these q and k: gradients are the full
+            ones. The reference backend does not use it. With ``target="probs"`` only.
+        teacher_lse: ``[B, H_t, Nq]``, likewise.
+        student_scale: c, a float or one per layer. Default: ``1 / sqrt(d_s)``.
+        teacher_scale: likewise. Default: ``1 / sqrt(d_t)``.
+        backend: ``"auto"``, ``"triton"``, ``"blockwise"`` or ``"reference"``.
+
+    Returns:
+        ``[L]`` float32 (float64 if an input is float64).
+
+    Raises:
+        TypeError: a tensor that is not floating, a mask that is not bool, a scale or ``causal`` of
+            another type.
+        ValueError: an empty list, lists of different lengths, shapes or devices that do not fit,
+            no head, ``causal`` with Nq != Nk, a log-sum-exp with ``target="scores"``, an unknown
+            target or backend, or a backend that cannot serve the call (with each reason).
+
+    Example:
+        >>> import torch, optima_fast
+        >>> q, k = torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4)  # each score is 4 / sqrt(4)
+        >>> optima_fast.attention_mse([q, q], [k, k], [q, 0 * q], [k, k])
+        tensor([0., 4.])
+    """
+    checks.option("target", target, ("scores", "probs"))
+    checks.option("backend", backend, ops.BACKENDS)
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal must be True or False, got {causal!r}")
+    inputs = checks.floating_layers(
+        student_q=student_q, student_k=student_k, teacher_q=teacher_q, teacher_k=teacher_k
+    )
+    queries, keys, teacher_queries, teacher_keys = inputs
+    for layer in zip(*inputs, strict=True):
+        checks.matching_maps(*layer, causal=causal)
+    device = queries[0].device
+    query_masks = checks.masks(
+        "query_mask", query_mask, [(x.shape[0], x.shape[2]) for x in queries], device
+    )
+    key_masks = checks.masks("key_mask", key_mask, [(x.shape[0], x.shape[2]) for x in keys], device)
+    student_lses = checks.normalisers("student_lse", student_lse, queries, target)
+    teacher_lses = checks.normalisers("teacher_lse", teacher_lse, teacher_queries, target)
+    student_scales = checks.scales("student_scale", student_scale, queries)
+    teacher_scales = checks.scales("teacher_scale", teacher_scale, teacher_queries)
+    tensors = [x for layers in inputs for x in layers]
+    backend = ops.resolve(ops.ATTENTION_MSE, backend, tensors)
+    if backend == "reference":
+        dtype = reference.accumulator(*tensors)
+        return torch.stack(
+            [
+                reference.attention_mse(
+                    *layer,
+                    target=target,
+                    causal=causal,
+                    student_scale=student_scales[i],
+                    teacher_scale=teacher_scales[i],
+                    dtype=dtype,
+                )
+                for i, layer in enumerate(zip(*inputs, query_masks, key_masks, strict=True))
+            ]
+        )
+    loss: Tensor = ops.attention_mse(
+        queries,
+        keys,
+        [x.detach() for x in teacher_queries],
+        [x.detach() for x in teacher_keys],
+        query_masks,
+        key_masks,
+        [None if x is None else x.detach() for x in student_lses],
+        [None if x is None else x.detach() for x in teacher_lses],
+        student_scales,
+        teacher_scales,
+        target,
+        causal,
+        _needed(queries),
+        _needed(keys),
+        backend,
+    )[0]
+    return loss
+
+
+def _needed(tensors: list[Tensor]) -> list[bool]:
+    return [torch.is_grad_enabled() and x.requires_grad for x in tensors]
+
+
+def _batched(x: Tensor, inner: int) -> Tensor:
+    """All leading dimensions as one: [B, N, d] of [..., N, d]; a view if it can be."""
+    return x.reshape(math.prod(x.shape[:-inner]), *x.shape[x.ndim - inner :])

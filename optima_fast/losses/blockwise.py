@@ -1,0 +1,348 @@
+"""Both losses block by block, on any device: a block's loss and gradients while it is in cache.
+
+A block is some batch items and some query rows (tokens, for the hidden states) with all heads.
+Each function takes one layer, unchecked, and returns the loss with the gradients it was asked for,
+of the loss itself (an upstream gradient of 1). Nothing of size B * H * Nq * Nk is ever made.
+
+attention_mse, with A = mean_h P_h, R = A_student - A_teacher on the n valid pairs, else 0:
+
+    scores  P_h = c Q_h K_h^T = S_h          sum over heads = one product of width H d
+            dQ = G K,  dK = G^T Q            G = 2 c R / (n H), heads side by side
+    probs   P_h = softmax(S_h)
+            dS_h = P_h * (G - r_h)           r_h = rowsum(G * P_h)
+            dQ_h = dS_h K_h,  dK_h = dS_h^T Q_h
+
+Least traffic, forward and backward: the inputs once and the gradients once; the maps stay in cache.
+Every sum has a fixed order, so results are bit-reproducible.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# elements of the largest array a block works on, all heads: 8 MB of float32. Of 2**18 .. 2**22
+# this was the fastest or within 3 % of it on 2 cores with 32 MB of L3; bench/bench_losses.py
+BLOCK_ELEMENTS = 2**20
+
+LOG2_E = math.log2(math.e)
+
+
+class Gradients(NamedTuple):
+    """What one layer returns; a gradient that was not asked for is None."""
+
+    loss: Tensor
+    first: Tensor | None
+    second: Tensor | None
+
+
+def block_shape(batch: int, rows: int, row_elements: int) -> tuple[int, int]:
+    """How many batch items and rows make a block: whole items, or rows of one item."""
+    room = max(1, BLOCK_ELEMENTS // max(1, row_elements))
+    if room >= rows:
+        return max(1, min(batch, room // max(1, rows))), rows
+    # even blocks, in multiples of 16 rows: a short last one would waste its products
+    blocks = math.ceil(rows / room)
+    return 1, min(rows, math.ceil(rows / blocks / 16) * 16)
+
+
+def starts(total: int, step: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of each block, the last one first."""
+    for start in reversed(range(0, total, max(1, step))):
+        yield start, min(total, start + step)
+
+
+def stored(x: Tensor) -> torch.dtype:
+    """The dtype of an input's unit gradient, which for a large mean would underflow in float16."""
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
+
+
+def empty_gradient(x: Tensor, needed: bool) -> Tensor | None:
+    """Room for a gradient, in the layout of its input where that is dense."""
+    return torch.empty_like(x, dtype=stored(x)) if needed else None
+
+
+def view(buffer: Tensor, *shape: int) -> Tensor:
+    """The first elements of a flat buffer in this shape."""
+    return buffer[: math.prod(shape)].view(shape)
+
+
+def mean(partial: list[Tensor], count: Tensor | float) -> Tensor:
+    """The blocks' sums over the count; the order is fixed."""
+    return torch.stack(partial).sum() / count
+
+
+def nothing(like: Tensor, first: Tensor | None, second: Tensor | None) -> Gradients:
+    """The result where there is no element at all."""
+    zeros = (None if x is None else x.zero_() for x in (first, second))
+    return Gradients(like.new_zeros(()), *zeros)
+
+
+def hidden_mse(
+    student: Tensor,  # [B, N, d_s]
+    teacher: Tensor,  # [B, N, d_t]
+    weight: Tensor,  # [d_s, d_t]
+    mask: Tensor | None,  # [B, N]
+    *,
+    need_student: bool,
+    need_weight: bool,
+    dtype: torch.dtype,
+) -> Gradients:
+    """Mean of ``(student @ weight - teacher) ** 2``; gradients of student and weight."""
+    (B, N, d_s), d_t = student.shape, weight.shape[1]
+    w = weight.to(dtype)
+    d_student, d_weight = empty_gradient(student, need_student), empty_gradient(weight, need_weight)
+    if not teacher.numel():
+        return nothing(w, d_student, d_weight)
+    count: Tensor | float = float(teacher.numel())
+    if mask is not None:
+        count = (mask.sum() * d_t).clamp(min=1).to(dtype)
+    back = (w * (2 / count)).t()
+    dw = w.new_zeros(d_s, d_t) if need_weight else None
+    items, rows = block_shape(B, N, max(d_s, d_t))
+    work = w.new_empty(items * rows * d_t)
+    partial = []
+    for b0, b1 in starts(B, items):
+        for i0, i1 in starts(N, rows):
+            x = student[b0:b1, i0:i1].reshape(-1, d_s).to(dtype)
+            y = teacher[b0:b1, i0:i1].reshape(-1, d_t).to(dtype)
+            residual = torch.addmm(y, x, w, beta=-1, out=view(work, len(x), d_t))
+            if mask is not None:
+                masked = ~mask[b0:b1, i0:i1].reshape(-1, 1)
+                x, residual = x.masked_fill(masked, 0), residual.masked_fill_(masked, 0)
+            partial.append(residual.square().sum())
+            if d_student is not None:
+                d_student[b0:b1, i0:i1] = (residual @ back).view(b1 - b0, i1 - i0, d_s)
+            if dw is not None:
+                dw.addmm_(x.t(), residual)
+    if d_weight is not None and dw is not None:
+        d_weight.copy_(dw.mul_(2 / count))
+    return Gradients(mean(partial, count), d_student, d_weight)
+
+
+class Pairs(NamedTuple):
+    """Which (query, key) pairs are valid, without a [Nq, Nk] array."""
+
+    queries: Tensor | None  # [B, Nq] bool: takes part in a valid pair. None: each does
+    keys: Tensor | None  # [B, Nk] bool: takes part in a valid pair. None: each does
+    number: Tensor | float  # of valid pairs, at least 1
+
+
+def valid_pairs(
+    query_mask: Tensor | None,
+    key_mask: Tensor | None,
+    causal: bool,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+) -> Pairs:
+    """Valid pairs of a [B, Nq, Nk] problem. What is in none may hold anything, nan included."""
+    B, Nq, Nk = shape
+    given = query_mask if key_mask is None else key_mask
+    if given is None:
+        return Pairs(None, None, float(B * (Nq * (Nq + 1) // 2 if causal else Nq * Nk)))
+    q = given.new_ones(B, Nq) if query_mask is None else query_mask
+    k = given.new_ones(B, Nk) if key_mask is None else key_mask
+    if causal:
+        seen = k.cumsum(1)  # keys that query i sees
+        seeing = q.flip(1).cumsum(1).flip(1)  # queries that see key j
+    else:
+        seen, seeing = k.sum(1, keepdim=True), q.sum(1, keepdim=True)
+    count = (q * seen).sum().clamp(min=1).to(dtype)
+    return Pairs(q & (seen > 0), k & (seeing > 0), count)
+
+
+class Side(NamedTuple):
+    """Student or teacher: one layer's queries and keys, and how their map is made."""
+
+    q: Tensor  # [B, H, Nq, d]
+    k: Tensor  # [B, H, Nk, d]
+    scale: float
+    lse: Tensor | None  # [B, H, Nq]
+
+    @property
+    def heads(self) -> int:
+        return self.q.shape[1]
+
+
+def attention_mse(
+    student_q: Tensor,  # [B, H_s, Nq, d_s]
+    student_k: Tensor,  # [B, H_s, Nk, d_s]
+    teacher_q: Tensor,  # [B, H_t, Nq, d_t]
+    teacher_k: Tensor,  # [B, H_t, Nk, d_t]
+    query_mask: Tensor | None,  # [B, Nq]
+    key_mask: Tensor | None,  # [B, Nk]
+    student_lse: Tensor | None,  # [B, H_s, Nq]
+    teacher_lse: Tensor | None,  # [B, H_t, Nq]
+    *,
+    target: str,
+    causal: bool,
+    student_scale: float,
+    teacher_scale: float,
+    need_q: bool,
+    need_k: bool,
+    dtype: torch.dtype,
+) -> Gradients:
+    """Mean squared difference of the head-averaged maps; gradients of the student's q and k.
+
+    A log-sum-exp that is given is believed, and taken as that of the same q and k: the gradients
+    are those of the softmax.
+    """
+    B, _, Nq, _ = student_q.shape
+    Nk = student_k.shape[2]
+    d_q, d_k = empty_gradient(student_q, need_q), empty_gradient(student_k, need_k)
+    if not B * Nq * Nk:
+        return nothing(student_q.new_empty(0, dtype=dtype), d_q, d_k)
+    student = Side(student_q, student_k, student_scale, student_lse)
+    teacher = Side(teacher_q, teacher_k, teacher_scale, teacher_lse)
+    pairs = valid_pairs(query_mask, key_mask, causal, (B, Nq, Nk), dtype)
+    layer = _scores if target == "scores" else _probs
+    return layer(student, teacher, pairs, key_mask, causal, d_q, d_k, dtype)
+
+
+def _scores(
+    student: Side,
+    teacher: Side,
+    pairs: Pairs,
+    key_mask: Tensor | None,
+    causal: bool,
+    d_q: Tensor | None,
+    d_k: Tensor | None,
+    dtype: torch.dtype,
+) -> Gradients:
+    B, H, Nq, d = student.q.shape
+    Nk = student.k.shape[2]
+    scale = student.scale / H
+    items, rows = block_shape(B, Nq, Nk)
+    work = student.q.new_empty(items * rows * Nk, dtype=dtype)
+    partial = []
+    for b0, b1 in starts(B, items):
+        qs, qt = (_heads_last(x.q, pairs.queries, b0, b1, dtype) for x in (student, teacher))
+        ks, kt = (_heads_last(x.k, pairs.keys, b0, b1, dtype) for x in (student, teacher))
+        dk = torch.empty_like(ks) if d_k is not None else None
+        for i0, i1 in starts(Nq, rows):
+            # the last rows come first: there a causal block sees, and so initialises, every key
+            n, beta = i1 if causal else Nk, 0 if i1 == Nq else 1
+            block = view(work, b1 - b0, i1 - i0, n)
+            q, k = qs[:, i0:i1], ks[:, :n]
+            residual = torch.baddbmm(block, q, k.mT, beta=0, alpha=scale, out=block)
+            residual.baddbmm_(qt[:, i0:i1], kt[:, :n].mT, alpha=-teacher.scale / teacher.heads)
+            if pairs.queries is not None:
+                residual.masked_fill_(~pairs.queries[b0:b1, i0:i1, None], 0)
+            if key_mask is not None:
+                residual.masked_fill_(~key_mask[b0:b1, None, :n], 0)
+            if causal:
+                residual.tril_(i0)
+            partial.append(residual.square().sum())
+            residual.mul_(2 * scale / pairs.number)
+            if d_q is not None:
+                d_q[b0:b1, :, i0:i1] = (residual @ k).view(-1, i1 - i0, H, d).transpose(1, 2)
+            if dk is not None:
+                dk[:, :n].baddbmm_(residual.mT, q, beta=beta)
+        if d_k is not None and dk is not None:
+            d_k[b0:b1] = dk.view(-1, Nk, H, d).transpose(1, 2)
+    return Gradients(mean(partial, pairs.number), d_q, d_k)
+
+
+def _probs(
+    student: Side,
+    teacher: Side,
+    pairs: Pairs,
+    key_mask: Tensor | None,
+    causal: bool,
+    d_q: Tensor | None,
+    d_k: Tensor | None,
+    dtype: torch.dtype,
+) -> Gradients:
+    B, H, Nq, d = student.q.shape
+    Nk = student.k.shape[2]
+    most = max(H, teacher.heads)
+    items, rows = block_shape(B, Nq, most * Nk)
+    work = [student.q.new_empty(items * rows * Nk * h, dtype=dtype) for h in (most, most, 1, 1)]
+    partial = []
+    for b0, b1 in starts(B, items):
+        C = b1 - b0
+        qs, qt = (_heads_first(x.q, pairs.queries, b0, b1, dtype) for x in (student, teacher))
+        ks, kt = (_heads_first(x.k, pairs.keys, b0, b1, dtype) for x in (student, teacher))
+        ls, lt = (_log2_normaliser(x.lse, pairs.queries, b0, b1, dtype) for x in (student, teacher))
+        hidden = None if key_mask is None else ~key_mask[b0:b1, None, :]
+        # [d, Nk], not [Nk, d]: the product that adds to it is a third faster
+        dk = qs.new_empty(H * C, d, Nk) if d_k is not None else None
+        for i0, i1 in starts(Nq, rows):
+            # the last rows come first: there a causal block sees, and so initialises, every key
+            m, n, beta = i1 - i0, i1 if causal else Nk, 0 if i1 == Nq else 1
+            sums = []
+            # the student last: its probabilities are still needed
+            for side, q, k, lse, out in (
+                (teacher, qt, kt, lt, work[2]),
+                (student, qs, ks, ls, work[3]),
+            ):
+                scores, probs = (view(x, side.heads, C, m, n) for x in work[:2])
+                factor = side.scale if lse is None else side.scale * LOG2_E
+                flat = scores.view(-1, m, n)
+                torch.baddbmm(flat, q[:, i0:i1], k[:, :n].mT, beta=0, alpha=factor, out=flat)
+                _hide(scores, None if hidden is None else hidden[..., :n], i0 if causal else None)
+                if lse is None:
+                    torch.softmax(scores, -1, out=probs)
+                else:
+                    torch.sub(scores, lse[:, :, i0:i1, None], out=probs).exp2_()
+                sums.append(torch.sum(probs, 0, out=view(out, C, m, n)))
+            residual = sums[1].sub_(sums[0], alpha=H / teacher.heads)  # H times R
+            if pairs.queries is not None:
+                residual.masked_fill_(~pairs.queries[b0:b1, i0:i1, None], 0)
+            partial.append(residual.square().sum())
+            if d_q is None and dk is None:
+                continue
+            residual.mul_(2 * student.scale / (H * H) / pairs.number)
+            d_scores = torch.mul(probs, residual, out=scores)
+            d_scores.addcmul_(probs, d_scores.sum(-1, keepdim=True), value=-1)
+            flat = d_scores.view(-1, m, n)
+            if d_q is not None:
+                product = (flat @ ks[:, :n]).view(H, C, m, d)
+                d_q[b0:b1, :, i0:i1] = product.transpose(0, 1)
+            if dk is not None:
+                dk[:, :, :n].baddbmm_(qs[:, i0:i1].mT, flat, beta=beta)
+        if d_k is not None and dk is not None:
+            d_k[b0:b1] = dk.view(H, C, d, Nk).transpose(0, 1).mT
+    return Gradients(mean(partial, pairs.number * H**2), d_q, d_k)
+
+
+def _hide(scores: Tensor, hidden: Tensor | None, start: int | None) -> None:
+    """Masked keys, and keys after their query, to the lowest finite score.
+
+    Finite, so that a query without any key has a softmax to be discarded, not nan.
+    """
+    low = torch.finfo(scores.dtype).min
+    if hidden is not None:
+        scores.masked_fill_(hidden, low)
+    if start is not None:
+        m = scores.shape[2]
+        later = torch.ones(m, m, dtype=torch.bool, device=scores.device).triu_(1)
+        scores[..., start:].masked_fill_(later, low)
+
+
+def _heads_first(x: Tensor, keep: Tensor | None, b0: int, b1: int, dtype: torch.dtype) -> Tensor:
+    """[H * C, N, d] of C batch items, zero where nothing counts; of one float32 item a view."""
+    x = x[b0:b1].transpose(0, 1).to(dtype)
+    if keep is not None:
+        x = torch.where(keep[b0:b1, :, None], x, 0)
+    return x.reshape(-1, *x.shape[2:])
+
+
+def _heads_last(x: Tensor, keep: Tensor | None, b0: int, b1: int, dtype: torch.dtype) -> Tensor:
+    """[C, N, H * d] of C batch items; a view of a tensor laid out as [B, N, H, d]."""
+    x = x[b0:b1].transpose(1, 2).flatten(2).to(dtype)
+    return x if keep is None else torch.where(keep[b0:b1, :, None], x, 0)
+
+
+def _log2_normaliser(
+    lse: Tensor | None, keep: Tensor | None, b0: int, b1: int, dtype: torch.dtype
+) -> Tensor | None:
+    """[H, C, Nq] base-2 log-sum-exp, 0 for queries that do not count (theirs may be infinite)."""
+    if lse is None:
+        return None
+    x = lse[b0:b1].transpose(0, 1).to(dtype) * LOG2_E
+    return x if keep is None else torch.where(keep[b0:b1], x, 0)
