@@ -130,10 +130,11 @@ class Reference:
 @pytest.mark.parametrize("length", [LENGTH, 4])
 def test_equals_an_independent_implementation(cap: float | None, length: int) -> None:
     generator = torch.Generator().manual_seed(1)
-    model = CoCa(tiny(cap)).eval()
+    model = CoCa(tiny(cap)).eval().double()
+    # large enough that caps and the exact form of GELU show
     for parameter in model.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
-    images = torch.randn(3, 3, IMAGE, IMAGE, generator=generator)
+        parameter.data = torch.randn(parameter.shape, generator=generator).double() * 0.5
+    images = torch.randn(3, 3, IMAGE, IMAGE, generator=generator).double()
     ids = torch.randint(1, VOCAB, (3, length), generator=generator)
     ids[1, 3:] = 0
     ids[2, 1:] = 0

@@ -89,6 +89,7 @@ def test_records_equal_the_whole_run_and_run_no_more(kind: str, modules: tuple[s
     assert some.logits is None
     assert list(some.taps) == list(modules)
     for module in modules:
+        assert some.taps[module][0].lse is not None
         for a, b in zip(some.taps[module], whole.taps[module], strict=True):
             for x, y in zip(a, b, strict=True):
                 assert (x is None) == (y is None)
