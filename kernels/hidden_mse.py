@@ -1,6 +1,6 @@
 """Mean squared error of projected hidden states, for many layers of any shapes in one launch.
 
-    E = M (Hs W - Ht)               Hs: [T, d_s], W: [d_s, d_t], Ht: [T, d_t], M: 1 where a token counts
+    E = M (Hs W - Ht)               Hs: [T, d_s], W: [d_s, d_t], Ht: [T, d_t]; M: which tokens count
     loss = sum E^2 / n              n = (tokens that count) * d_t; no token counts: 0
     dHs = (2 g / n) E W^T           g: upstream gradient of the layer's loss
     dW  = (2 g / n) Hs^T E
@@ -54,30 +54,28 @@ def _find(first, tile):
 
 
 @triton.jit
-def _product(
+def _add_product(
+    acc,  # [BLOCK_M, BLOCK_N]
     a_ptr,  # [M, K], inner stride 1
     b_ptr,  # [K, N]
     stride_am,
     stride_bk,
     stride_bn,
-    rows,  # [BLOCK_M] int64
-    cols,  # [BLOCK_N] int64
     row_counts,  # [BLOCK_M] bool: False reads as 0
     col_counts,  # [BLOCK_N] bool
     K,
     BLOCK_K: tl.constexpr,
-    ACC: tl.constexpr,
 ):
-    """One tile of A B, with zeros in place of the rows and columns that do not count."""
+    """acc + the first tile of A B, with zeros for the rows and columns that do not count."""
     k = tl.arange(0, BLOCK_K)
-    a_ptrs = a_ptr + rows[:, None] * stride_am + k[None, :]
-    b_ptrs = b_ptr + k[:, None].to(tl.int64) * stride_bk + cols[None, :] * stride_bn
-    acc = tl.zeros((rows.shape[0], cols.shape[0]), dtype=ACC)
+    m, n = tl.arange(0, acc.shape[0]), tl.arange(0, acc.shape[1])
+    a_ptrs = a_ptr + m[:, None] * stride_am + k[None, :]
+    b_ptrs = b_ptr + k[:, None] * stride_bk + n[None, :] * stride_bn
     for start in range(0, K, BLOCK_K):
         inside = k < K - start
         a = tl.load(a_ptrs, mask=row_counts[:, None] & inside[None, :], other=0.0)
         b = tl.load(b_ptrs, mask=inside[:, None] & col_counts[None, :], other=0.0)
-        acc = tl.dot(a, b, acc, input_precision="ieee", out_dtype=ACC)
+        acc = tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
         a_ptrs += BLOCK_K
         b_ptrs += BLOCK_K * stride_bk
     return acc
@@ -113,38 +111,41 @@ def _hidden_mse_fwd_kernel(
     across = tl.cdiv(d_t, BLOCK_N)
     local = tile - _pick(first, layer)
     column = local % across
-    # int64: T * d passes 2**31
-    rows = (local // across).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = column.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_counts, col_counts = rows < tokens, cols < d_t
+    # int64: T * d passes 2**31; offsets within a tile do not, and cost half the registers
+    row = (local // across).to(tl.int64) * BLOCK_M
+    col = column * BLOCK_N
+    m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    row_counts, col_counts = m < tokens - row, n < d_t - col
     if HAS_MASK:
-        row_counts &= tl.load(_pick(m_ptrs, layer) + rows, mask=row_counts, other=0) != 0
-    acc = _product(
-        _pick(s_ptrs, layer),
-        _pick(w_ptrs, layer),
-        _pick(stride_st, layer),
+        row_counts &= tl.load(_pick(m_ptrs, layer) + row + m, mask=row_counts, other=0) != 0
+    counts = row_counts[:, None] & col_counts[None, :]
+    stride_s, stride_t = _pick(stride_st, layer), _pick(stride_tt, layer)
+    t_tile = _pick(t_ptrs, layer) + row * stride_t + col + m[:, None] * stride_t + n[None, :]
+    t = tl.load(t_tile, mask=counts, other=0.0)
+    # the sum starts at -t: read at the end, t would take a third more registers on sm_90, and
+    # with them the second program of a multiprocessor
+    e = _add_product(
+        -t.to(ACC),
+        _pick(s_ptrs, layer) + row * stride_s,
+        _pick(w_ptrs, layer) + col,
+        stride_s,
         _pick(stride_wd, layer),
         1,
-        rows,
-        cols,
         row_counts,
         col_counts,
         _pick(D_S, layer),
         BLOCK_K,
-        ACC,
     )
-    counts = row_counts[:, None] & col_counts[None, :]
-    t_tile = _pick(t_ptrs, layer) + rows[:, None] * _pick(stride_tt, layer) + cols[None, :]
-    t = tl.load(t_tile, mask=counts, other=0.0).to(ACC)
-    # where, and not 0 alone: 0 * nan in W is nan
-    e = tl.where(counts, acc - t, 0.0)
-    tl.store(sum_ptr + tile, tl.sum(tl.sum(e * e, axis=1), axis=0))
+    # other=0 is not enough: 0 * nan in W is nan
+    e = tl.where(counts, e, 0.0)
+    # both axes at once: one after the other, Triton 3.6 fails to compile it for sm_100
+    tl.store(sum_ptr + tile, tl.sum(e * e))
     counted = tl.sum(row_counts.to(tl.int32), axis=0)
     tl.store(count_ptr + tile, tl.where(column == 0, counted, 0))
     if STORE:
         e_ptr = _pick(e_ptrs, layer)
-        e_tile = e_ptr + rows[:, None] * d_t + cols[None, :]
-        inside = (rows < tokens)[:, None] & col_counts[None, :]
+        e_tile = e_ptr + row * d_t + col + m[:, None] * d_t + n[None, :]
+        inside = (m < tokens - row)[:, None] & col_counts[None, :]
         tl.store(e_tile, e.to(e_ptr.dtype.element_ty), mask=inside)
 
 
@@ -196,26 +197,26 @@ def _hidden_mse_bwd_kernel(
     tokens, d_s, d_t = _pick(T, layer), _pick(D_S, layer), _pick(D_T, layer)
     across = tl.cdiv(d_s, BLOCK_N)
     local = tile - _pick(first, layer)
-    rows = (local // across).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = (local % across).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside_rows, inside_cols = rows < tokens, cols < d_s
-    acc = _product(
-        _pick(e_ptrs, layer),
-        _pick(w_ptrs, layer),
+    row = (local // across).to(tl.int64) * BLOCK_M
+    col = (local % across).to(tl.int64) * BLOCK_N
+    m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    inside_rows, inside_cols = m < tokens - row, n < d_s - col
+    stride_w = _pick(stride_wd, layer)
+    acc = _add_product(
+        tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC),
+        _pick(e_ptrs, layer) + row * d_t,
+        _pick(w_ptrs, layer) + col * stride_w,
         d_t,
         1,
-        _pick(stride_wd, layer),
-        rows,
-        cols,
+        stride_w,
         inside_rows,
         inside_cols,
         d_t,
         BLOCK_K,
-        ACC,
     )
     ds_ptr = _pick(ds_ptrs, layer)
     ds = (acc * tl.load(factor_ptr + _pick(place, layer))).to(ds_ptr.dtype.element_ty)
-    ds_tile = ds_ptr + rows[:, None] * d_s + cols[None, :]
+    ds_tile = ds_ptr + row * d_s + col + m[:, None] * d_s + n[None, :]
     tl.store(ds_tile, ds, mask=inside_rows[:, None] & inside_cols[None, :])
 
 
@@ -233,10 +234,10 @@ class LaunchConfig(NamedTuple):
 # memory as compiled ahead of time, which tests/kernels/test_resources.py repeats; not timed yet.
 # Two programs fit on a multiprocessor, so that one's epilogue hides under the other's products.
 LAUNCH_TABLE = {
-    (8, 2): LaunchConfig(128, 128, 32, 8, 4),
+    (8, 2): LaunchConfig(128, 128, 32, 4, 4),
     (9, 2): LaunchConfig(128, 128, 64, 8, 3),
     (10, 2): LaunchConfig(128, 128, 64, 8, 3),
-    (8, 4): LaunchConfig(64, 64, 32, 8, 3),
+    (8, 4): LaunchConfig(64, 64, 16, 4, 3),
     (8, 8): LaunchConfig(32, 32, 16, 4, 2),
 }
 
@@ -279,6 +280,10 @@ def not_served(
         reasons.append(f"dtypes must be float16, bfloat16, float32 or float64, got {dtype}")
     if torch.float64 in found and len(found) > 1:
         reasons.append("float64 cannot be mixed with other dtypes")
+    if torch.float64 in found and not INTERPRETED:
+        reasons.append(
+            "float64 runs in the interpreter only: Triton 3.6 cannot compile its products"
+        )
     if torch.bfloat16 in found and INTERPRETED:
         reasons.append("the interpreter computes bfloat16 products wrongly; use float16 or float32")
     return reasons
@@ -436,9 +441,7 @@ def hidden_mse_backward(
     wanted = [i for i, need in enumerate(need_student) if need]
     for start in range(0, len(wanted), MAX_LAYERS):
         part = wanted[start : start + MAX_LAYERS]
-        for i, d in zip(
-            part, _student_gradients(part, students, weights, residuals, factor), strict=True
-        ):
+        for i, d in zip(part, _student_gradients(part, weights, residuals, factor), strict=True):
             d_students[i] = d
     d_weights = [
         _weight_gradient(students[i], masks[i], residuals[i], factor[i]).to(weights[i].dtype)
@@ -451,7 +454,6 @@ def hidden_mse_backward(
 
 def _student_gradients(
     part: Sequence[int],
-    students: Sequence[Tensor],
     weights: Sequence[Tensor],
     residuals: Sequence[Tensor],
     factor: Tensor,
