@@ -110,7 +110,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
             ["--setps", "3"],
             "error: unknown flag --setps; did you mean --steps",
         ),
-        ("optima_fast.train", ["--data", "/no/folder", "--steps", "700"], "error: no data folder"),
+        ("optima_fast.train", ["--data", "/no/folder"], "error: no data folder"),
         ("optima_fast.evaluate", ["/no/run"], "error: /no/run holds no run"),
         ("optima_fast.report", ["/no/run"], "error: /no/run holds no run"),
         ("optima_fast.cli", [], "usage: optima-fast {train,evaluate,report,doctor}"),

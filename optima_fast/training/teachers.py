@@ -45,6 +45,7 @@ def teacher_config(config: TrainConfig) -> TrainConfig:
         compile=config.compile,
         precision=config.precision,
         threads=config.threads,
+        cache=config.cache,
     )
 
 
