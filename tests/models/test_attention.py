@@ -78,6 +78,29 @@ def test_asking_for_lse_changes_nothing(case: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(asked, plain, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("case", ["full", "causal", "mask", "cap"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_cuda_kernels_give_the_same(case: str, dtype: torch.dtype) -> None:
+    q, k, v, options = make(case)
+    expected, expected_lse = formula(q, k, v, options)
+    if "mask" in options:
+        options["mask"] = options["mask"].cuda()
+    tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-3
+    inputs = [x.cuda().to(dtype).requires_grad_() for x in (q, k, v)]
+    out, sums = attend(*inputs, **options, lse=True)
+    out.sum().backward()
+    assert inputs[0].grad.isfinite().all()
+    torch.testing.assert_close(out.double().cpu(), expected, rtol=tolerance, atol=tolerance)
+    assert (sums is None) == (case == "mask" or (case != "cap" and dtype == torch.float64))
+    if sums is not None:
+        assert sums.shape == q.shape[:-1]
+        torch.testing.assert_close(
+            sums.double().cpu(), expected_lse, rtol=tolerance, atol=tolerance
+        )
+
+
 def test_more_keys_than_queries() -> None:
     q, k, v, options = make("mask", keys=11)
     expected, expected_lse = formula(q, k, v, options)

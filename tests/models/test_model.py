@@ -343,6 +343,21 @@ def test_compiles_into_one_graph(config: CoCaConfig, lse: bool) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+@every_form
+def test_runs_under_autocast(config: CoCaConfig) -> None:
+    model, (images, text) = build(config), inputs()
+    features = config.contrastive != "none"
+    expected = model(images, text, features=features)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(images, text, taps=ALL, lse=True, features=features)
+    tap = out.taps["multimodal"][1]
+    dtypes = [x.dtype for x in (tap.hidden, tap.q, tap.cross_k, tap.lse)]
+    assert dtypes == [torch.float32, torch.bfloat16, torch.bfloat16, torch.float32]
+    torch.testing.assert_close(out.decoded, expected.decoded, rtol=0, atol=0.1)
+    out.decoded.square().sum().backward()
+    assert model.image.positions.grad.isfinite().all()
+
+
 def test_same_seed_same_model() -> None:
     first, second = (build(PAPER, seed) for seed in (3, 3))
     other = build(PAPER, 4)

@@ -45,8 +45,8 @@ def test_cider_of_disjoint_captions_is_zero():
 def test_cider_length_penalty_by_hand():
     # Image 0: every word of both captions is in one image of two, so each weighs log 2.
     # unigrams: candidate {a, b}, reference {a, b, c, d}: 2 / (sqrt 2 sqrt 4) = 1 / sqrt 2
-    # bigrams: {ab} against {ab, bc, cd}: 1 / sqrt 3; lengths in bigrams 1 and 3
-    penalty = math.exp(-((1 - 3) ** 2) / (2 * 6.0**2))
+    # bigrams: {ab} against {ab, bc, cd}: 1 / sqrt 3; lengths 2 and 4
+    penalty = math.exp(-((2 - 4) ** 2) / (2 * 6.0**2))
     expected = 10 * (1 / math.sqrt(2) + 1 / math.sqrt(3)) * penalty / 4
     _, each = cider(["a b", "z"], [["a b c d"], ["z"]], tokenized=True)
     assert each[0] == pytest.approx(expected, rel=1e-12)
@@ -55,7 +55,7 @@ def test_cider_length_penalty_by_hand():
 def test_cider_clips_repeated_words_and_counts_images_not_captions_in_frequency():
     # "a" is in one of two images though in both references of it: idf log 2, not 0.
     # candidate a a a: unigram vector 3, reference 1: min(3, 1) * 1 / (3 * 1) = 1 / 3
-    penalty = math.exp(-((2 - 0) ** 2) / 72)
+    penalty = math.exp(-((3 - 1) ** 2) / 72)
     _, each = cider(["a a a", "z"], [["a", "a"], ["z"]], tokenized=True)
     assert each[0] == pytest.approx(10 * penalty / 3 / 4, rel=1e-12)
 

@@ -536,7 +536,8 @@ def test_options_out_of_range(tmp_path, options, message):
 def test_consistency_by_hand_and_bad_input():
     names = ["dev-1-0-0", "dev-1-1-0", "dev-1-0-1", "dev-2-0-0"]
     assert nlvr2_consistency(names, [True, True, False, True]) == pytest.approx(2 / 3)
-    assert nlvr2_consistency(names, [True, False, True, True]) == pytest.approx(2 / 3)
+    assert nlvr2_consistency(names, [False, True, True, False]) == pytest.approx(1 / 3)
+    assert nlvr2_consistency(names[:3], [True, False, False]) == 0
     with pytest.raises(ValueError, match="got 4 and 1"):
         nlvr2_consistency(names, [True])
     with pytest.raises(ValueError, match="split-set-pair-sentence, got 'dev-1'"):

@@ -1,0 +1,106 @@
+"""Random problems for the losses, and what they return with every gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import optima_fast
+from optima_fast.losses import blockwise
+
+
+class Problem:
+    """Tensors a gradient goes to, the others, and the options of one call."""
+
+    def __init__(
+        self, loss: Callable[..., Tensor], trained: list[Tensor], fixed: list[Tensor], **options: Any
+    ) -> None:
+        self.loss, self.trained, self.fixed, self.options = loss, trained, fixed, options
+
+    def double(self) -> Problem:
+        """The same problem, with the very values it has, in float64."""
+        options = {
+            k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
+            for k, v in self.options.items()
+        }
+        trained, fixed = ([x.double() for x in xs] for xs in (self.trained, self.fixed))
+        return Problem(self.loss, trained, fixed, **options)
+
+    def arguments(self, trained: list[Tensor]) -> list[Tensor]:
+        if self.loss is optima_fast.hidden_mse:
+            return [trained[0], self.fixed[0], trained[1]]
+        return [*trained, *self.fixed]
+
+    def __call__(self, backend: str, upstream: float = 1.0) -> list[Tensor]:
+        """The loss, then the gradient of upstream * loss for each trained tensor."""
+        leaves = [x.detach().requires_grad_() for x in self.trained]
+        value = self.loss(*self.arguments(leaves), backend=backend, **self.options)
+        return [value.detach(), *torch.autograd.grad((value * upstream).sum(), leaves)]
+
+
+@pytest.fixture
+def hidden_problem(device: str) -> Callable[..., Problem]:
+    def make(
+        tokens: tuple[int, ...],
+        d_s: int = 5,
+        d_t: int = 7,
+        dtype: torch.dtype = torch.float32,
+        masked: bool = False,
+        seed: int = 0,
+    ) -> Problem:
+        g = torch.Generator().manual_seed(seed)
+        draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+        options = {}
+        mask = torch.rand(tokens, generator=g) > 0.4
+        if masked:
+            options["mask"] = mask.to(device)
+        student, teacher, weight = (
+            x.to(device, dtype)
+            for x in (draw(*tokens, d_s), draw(*tokens, d_t), draw(d_s, d_t) * d_s**-0.5)
+        )
+        return Problem(optima_fast.hidden_mse, [student, weight], [teacher], **options)
+
+    return make
+
+
+@pytest.fixture
+def attention_problem(device: str) -> Callable[..., Problem]:
+    def make(
+        batch: int = 2,
+        queries: int = 9,
+        keys: int | None = None,
+        heads: tuple[int, int] = (2, 3),
+        widths: tuple[int, int] = (4, 6),
+        dtype: torch.dtype = torch.float32,
+        masked: str = "",
+        seed: int = 0,
+        **options: Any,
+    ) -> Problem:
+        keys = queries if keys is None else keys
+        g = torch.Generator().manual_seed(seed)
+        draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+        tensors = [
+            # as a model makes them, [B, N, H, d] in memory; * 1.5 for a softmax with peaks
+            (1.5 * draw(batch, n, h, d)).to(device, dtype).transpose(1, 2)
+            for h, d in zip(heads, widths, strict=True)
+            for n in (queries, keys)
+        ]
+        query_mask = torch.rand(batch, queries, generator=g) > 0.3
+        key_mask = torch.rand(batch, keys, generator=g) > 0.4
+        if "q" in masked:
+            options["query_mask"] = query_mask.to(device)
+        if "k" in masked:
+            options["key_mask"] = key_mask.to(device)
+        return Problem(optima_fast.attention_mse, tensors[:2], tensors[2:], **options)
+
+    return make
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Blocks of so many elements, that small problems have several and a ragged last one."""
+    return lambda elements: monkeypatch.setattr(blockwise, "BLOCK_ELEMENTS", elements)
