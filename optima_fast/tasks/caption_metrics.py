@@ -65,8 +65,7 @@ def cider(
             inverse = log_images - math.log(max(1.0, frequency[ngram]))
             weights[len(ngram) - 1][ngram] = count * inverse
         norms = [math.sqrt(sum(value**2 for value in level.values())) for level in weights]
-        # pycocoevalcap measures length in bigrams
-        return weights, norms, sum(count for ngram, count in counts.items() if len(ngram) == 2)
+        return weights, norms, sum(count for ngram, count in counts.items() if len(ngram) == 1)
 
     scores = []
     for counts, group in zip(cooked, cooked_groups, strict=True):
