@@ -128,8 +128,7 @@ class TextDecoder(nn.Module):
 
     def _append_cls(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens and mask with [CLS], and what each query sees, ``[T, 1, L + 1, L + 1]``."""
-        if self.cls_token is None:
-            raise ValueError("features need contrastive 'query' or 'cascade', got 'none'")
+        assert self.cls_token is not None
         length = x.shape[1]
         token = self.cls_token * self.scale
         if self.learned:
