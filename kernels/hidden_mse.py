@@ -33,6 +33,7 @@ from triton.runtime.jit import JITFunction
 # a launch passes some 100 bytes a layer, and a kernel's arguments have 4 KB
 MAX_LAYERS = 32
 TOTAL_BLOCK = 1024
+MAX_STRIDE = 2**24  # a tile has at most 2**7 rows
 
 
 @triton.jit
@@ -300,7 +301,18 @@ def _config(x: Tensor) -> LaunchConfig:
 
 
 def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """Rows that lie so that offsets within a tile fit 32 bits; a copy if they do not."""
+    return x if x.stride(-1) == 1 and x.stride(0) < MAX_STRIDE else x.contiguous()
+
+
+def _sizes(rows: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
+    """T, d_s and d_t, each with an entry a layer."""
+    layers = ((len(x), *w.shape) for x, w in zip(rows, weights, strict=True))
+    return tuple(zip(*layers, strict=True))
+
+
+def _strides(rows: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple(x.stride(0) for x in rows)
 
 
 def _first_tiles(rows: Sequence[int], cols: Sequence[int], config: LaunchConfig) -> tuple[int, ...]:
@@ -350,26 +362,16 @@ def hidden_mse_forward(
     """
     layers = len(students)
     if layers > MAX_LAYERS:
-        halves = [
-            hidden_mse_forward(
-                students[part],
-                teachers[part],
-                weights[part],
-                masks[part],
-                need_residual=need_residual,
-            )
+        lists = (students, teachers, weights, masks)
+        head, tail = (
+            hidden_mse_forward(*(x[part] for x in lists), need_residual=need_residual)  # type: ignore[arg-type]
             for part in (slice(MAX_LAYERS), slice(MAX_LAYERS, None))
-        ]
-        (loss_a, residuals_a, scale_a), (loss_b, residuals_b, scale_b) = halves
-        return (
-            torch.cat([loss_a, loss_b]),
-            residuals_a + residuals_b,
-            torch.cat([scale_a, scale_b]),
         )
+        return torch.cat([head[0], tail[0]]), head[1] + tail[1], torch.cat([head[2], tail[2]])
     s = tuple(_unit_stride(x) for x in students)
     t = tuple(_unit_stride(x) for x in teachers)
     w = _projections(weights, s[0].dtype)
-    T, D_S, D_T = [len(x) for x in s], [x.shape[1] for x in s], [x.shape[1] for x in t]
+    T, D_S, D_T = _sizes(s, w)
     has_mask = any(m is not None for m in masks)
     counted = s
     if has_mask:
@@ -395,12 +397,12 @@ def hidden_mse_forward(
                 e,
                 sums,
                 counts,
-                tuple(x.stride(0) for x in s),
-                tuple(x.stride(0) for x in t),
-                tuple(x.stride(0) for x in w),
-                tuple(T),
-                tuple(D_S),
-                tuple(D_T),
+                _strides(s),
+                _strides(t),
+                _strides(w),
+                T,
+                D_S,
+                D_T,
                 first[:-1],
                 HAS_MASK=has_mask,
                 STORE=need_residual,
@@ -408,7 +410,7 @@ def hidden_mse_forward(
                 **_options(config),
             )
         _hidden_mse_total_kernel[(layers,)](
-            sums, counts, losses, scales, tuple(D_T), first, BLOCK=TOTAL_BLOCK, ACC=acc
+            sums, counts, losses, scales, D_T, first, BLOCK=TOTAL_BLOCK, ACC=acc
         )
     return losses, list(e) if need_residual else [], scales
 
@@ -423,6 +425,7 @@ def hidden_mse_backward(
     *,
     need_student: Sequence[bool],
     need_weight: Sequence[bool],
+    dtype: torch.dtype | None = None,
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Gradients of L layers from what the forward kept, which is only read.
 
@@ -431,24 +434,25 @@ def hidden_mse_backward(
         students, weights, masks: as given to ``hidden_mse_forward``.
         residuals, scales: as it returned them.
         need_student, need_weight: L flags: which gradients to compute.
+        dtype: of the gradients, each input's own by default. A unit gradient (``grad`` of ones, to
+            be scaled later) of float16 inputs underflows in float16.
 
     Returns:
-        dHs, L x ``[T, d_s]`` in the students' dtype, and dW, L x ``[d_s, d_t]`` in each weight's
-        own, with None where none was asked for.
+        dHs, L x ``[T, d_s]``, and dW, L x ``[d_s, d_t]``; None where none was asked for.
     """
     factor = (grad * scales).to(scales.dtype).contiguous()
     d_students: list[Tensor | None] = [None] * len(students)
     wanted = [i for i, need in enumerate(need_student) if need]
     for start in range(0, len(wanted), MAX_LAYERS):
         part = wanted[start : start + MAX_LAYERS]
-        for i, d in zip(part, _student_gradients(part, weights, residuals, factor), strict=True):
-            d_students[i] = d
-    d_weights = [
-        _weight_gradient(students[i], masks[i], residuals[i], factor[i]).to(weights[i].dtype)
-        if need
-        else None
-        for i, need in enumerate(need_weight)
-    ]
+        gradients = _student_gradients(part, weights, residuals, factor, dtype)
+        for i, gradient in zip(part, gradients, strict=True):
+            d_students[i] = gradient
+    d_weights: list[Tensor | None] = [None] * len(students)
+    for i, need in enumerate(need_weight):
+        if need:
+            gradient = _weight_gradient(students[i], masks[i], residuals[i], factor[i])
+            d_weights[i] = gradient.to(weights[i].dtype if dtype is None else dtype)
     return d_students, d_weights
 
 
@@ -457,12 +461,14 @@ def _student_gradients(
     weights: Sequence[Tensor],
     residuals: Sequence[Tensor],
     factor: Tensor,
+    dtype: torch.dtype | None,
 ) -> list[Tensor]:
     """dHs of the layers of ``part``, in one launch."""
     e = tuple(residuals[i] for i in part)
     w = _projections([weights[i] for i in part], e[0].dtype)
-    T, D_S, D_T = [len(x) for x in e], [len(x) for x in w], [x.shape[1] for x in w]
-    out = tuple(x.new_empty(m, n) for x, m, n in zip(e, T, D_S, strict=True))
+    T, D_S, D_T = _sizes(e, w)
+    dtype = e[0].dtype if dtype is None else dtype
+    out = tuple(e[0].new_empty(m, n, dtype=dtype) for m, n in zip(T, D_S, strict=True))
     config = _config(e[0])
     first = _first_tiles(T, D_S, config)
     if first[-1]:
@@ -473,10 +479,10 @@ def _student_gradients(
                 out,
                 factor,
                 tuple(part),
-                tuple(x.stride(0) for x in w),
-                tuple(T),
-                tuple(D_S),
-                tuple(D_T),
+                _strides(w),
+                T,
+                D_S,
+                D_T,
                 first[:-1],
                 ACC=_accumulator(e[0])[1],
                 **_options(config),

@@ -311,6 +311,36 @@ def test_only_wanted_gradients_and_a_second_backward(device: str) -> None:
         assert torch.equal(d_weights[0], whole.d_weights[0])
 
 
+def test_gradients_in_a_wider_dtype(device: str) -> None:
+    """Unit gradients of float16 inputs, for a mean that is too large for float16."""
+    layers = make([(40, 3, 4)], torch.float16, device)
+    grad = torch.full((1,), 2.0**-22, device=device)
+    _, residuals, scales = kernel.hidden_mse_forward(*layers, need_residual=True)
+    wide = kernel.hidden_mse_backward(
+        grad,
+        layers.students,
+        layers.weights,
+        layers.masks,
+        residuals,
+        scales,
+        need_student=[True],
+        need_weight=[True],
+        dtype=torch.float32,
+    )
+    exact = autograd(layers, grad, torch.float64)
+    for actual, truth in zip(wide, exact[1:], strict=True):
+        assert actual[0].dtype == torch.float32
+        error = (actual[0].double() - truth[0]).norm() / truth[0].norm()
+        assert error <= torch.finfo(torch.float16).eps
+
+
+def test_rows_too_far_apart_for_32_bits_are_copied() -> None:
+    far = torch.zeros(kernel.MAX_STRIDE + 3, dtype=torch.bool).as_strided(
+        (2, 3), (kernel.MAX_STRIDE, 1)
+    )
+    assert kernel._unit_stride(far).stride() == (3, 1)
+
+
 class HiddenMSE(torch.autograd.Function):
     """The least that makes the launchers differentiable: two layers, the second masked."""
 
