@@ -1,5 +1,5 @@
 // optima_fast._bandit: the arithmetic of the bandit policies. optima_fast/_bandit_py.py is the same
-// in Python, step by step and bit by bit; optima_fast/bandit.py checks arguments and names policies.
+// in Python, step by step and bit by bit; optima_fast/bandit.py names policies and checks settings.
 //
 // Every draw is a function of (seed, round, arm): a counter-based generator and an inverse normal
 // CDF that uses only operations IEEE 754 rounds exactly (+ - * / sqrt, frexp). The distributions of
@@ -128,7 +128,7 @@ std::size_t arm_of(py::handle value, std::size_t arms) {
   }
   int overflow = 0;
   const long long arm = PyLong_AsLongLongAndOverflow(index.ptr(), &overflow);
-  if (overflow != 0 || arm < 0 || static_cast<unsigned long long>(arm) >= arms)
+  if (overflow != 0 || static_cast<unsigned long long>(arm) >= arms)  // -1 wraps to the largest
     throw std::out_of_range("arm must be from 0 to " + std::to_string(arms - 1) + ", got " +
                             shown(value));
   return static_cast<std::size_t>(arm);
@@ -243,8 +243,7 @@ PYBIND11_MODULE(_bandit, m) {
   m.def("uniform", &uniform, "seed"_a, "index"_a, "lane"_a, "stream"_a,
         "Odd multiple of 2**-53 in (0, 1).");
   m.def("normal_quantile", &normal_quantile, "p"_a, "Inverse of the normal CDF, 0 < p < 1.");
-  py::class_<GaussianThompson>(m, "GaussianThompson",
-                               "Core of optima_fast.bandit.GaussianThompson, which checks arguments.")
+  py::class_<GaussianThompson>(m, "GaussianThompson", "Core of optima_fast.bandit.GaussianThompson.")
       .def(py::init<std::uint32_t, double, std::uint32_t, double, std::uint64_t>(), "arms"_a,
            "gamma"_a, "init_rounds"_a, "variance_scale"_a, "seed"_a)
       .def("select", &GaussianThompson::select, "Index of the arm to pull next.")
