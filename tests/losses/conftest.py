@@ -17,7 +17,11 @@ class Problem:
     """Tensors a gradient goes to, the others, and the options of one call."""
 
     def __init__(
-        self, loss: Callable[..., Tensor], trained: list[Tensor], fixed: list[Tensor], **options: Any
+        self,
+        loss: Callable[..., Tensor],
+        trained: list[Tensor],
+        fixed: list[Tensor],
+        **options: Any,
     ) -> None:
         self.loss, self.trained, self.fixed, self.options = loss, trained, fixed, options
 

@@ -17,8 +17,9 @@ SHAPES = [(1,), (2, 16), (2, 17), (1, 53), (3, 2, 5), (9, 3)]
 
 def compare(p, upstream=1.0, names=("loss", "d_student", "d_weight")):
     exact = p.double()("reference", upstream)
-    for name, *results in zip(names, p("blockwise", upstream), p("reference", upstream), exact):
-        assert_as_good_as_eager(name, *results)
+    results = zip(p("blockwise", upstream), p("reference", upstream), exact, strict=True)
+    for name, compared in zip(names, results, strict=True):
+        assert_as_good_as_eager(name, *compared)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -56,9 +57,7 @@ def test_float16_gradients_of_a_large_mean_do_not_underflow(device):
 
 def test_each_layer_has_its_own_shape_mask_and_upstream(hidden_problem):
     layers = [hidden_problem((2, 5), 3, 4, masked=True, seed=1), hidden_problem((7,), 6, 2, seed=2)]
-    students, weights = (
-        [p.trained[i].clone().requires_grad_() for p in layers] for i in (0, 1)
-    )
+    students, weights = ([p.trained[i].clone().requires_grad_() for p in layers] for i in (0, 1))
     upstream = torch.tensor([0.5, -2.0], device=students[0].device)
     masks = [layers[0].options["mask"], None]
     loss = optima_fast.hidden_mse(students, [p.fixed[0] for p in layers], weights, mask=masks)
@@ -68,6 +67,13 @@ def test_each_layer_has_its_own_shape_mask_and_upstream(hidden_problem):
         assert torch.equal(loss[i : i + 1], value)
         assert torch.equal(students[i].grad, d_student)
         assert torch.equal(weights[i].grad, d_weight)
+
+
+def test_weights_may_be_a_parameter_list(hidden_problem):
+    p = hidden_problem((2, 5))
+    weights = torch.nn.ParameterList([p.trained[1]])
+    loss = optima_fast.hidden_mse([p.trained[0]], [p.fixed[0]], weights)
+    assert torch.equal(loss, p("blockwise")[0])
 
 
 def test_one_mask_serves_all_layers(hidden_problem):

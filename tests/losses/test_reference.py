@@ -28,7 +28,10 @@ def naive_map(q, k, b, i, visible, target, scale):
     heads = len(q[b])
     row = dict.fromkeys(visible, 0.0)
     for h in range(heads):
-        s = {j: scale * sum(x * y for x, y in zip(q[b][h][i], k[b][h][j])) for j in visible}
+        s = {
+            j: scale * sum(x * y for x, y in zip(q[b][h][i], k[b][h][j], strict=True))
+            for j in visible
+        }
         if target == "probs":
             total = sum(math.exp(x) for x in s.values())
             s = {j: math.exp(x) / total for j, x in s.items()}
@@ -43,9 +46,7 @@ def naive_attention_mse(sq, sk, tq, tk, query_mask, key_mask, causal, target, sc
         for i in range(len(sq[b][0])):
             if not query_mask[b][i]:
                 continue
-            visible = [
-                j for j in range(len(sk[b][0])) if key_mask[b][j] and (j <= i or not causal)
-            ]
+            visible = [j for j in range(len(sk[b][0])) if key_mask[b][j] and (j <= i or not causal)]
             student = naive_map(sq, sk, b, i, visible, target, scales[0])
             teacher = naive_map(tq, tk, b, i, visible, target, scales[1])
             total += sum((student[j] - teacher[j]) ** 2 for j in visible)
@@ -72,9 +73,7 @@ def test_hidden_mse_is_its_definition(hidden_problem, masked, backend):
     ("masked", "causal", "keys"),
     [("", False, 4), ("", True, 5), ("qk", True, 5), ("k", False, 7), ("q", False, 4)],
 )
-def test_attention_mse_is_its_definition(
-    attention_problem, masked, causal, keys, target, backend
-):
+def test_attention_mse_is_its_definition(attention_problem, masked, causal, keys, target, backend):
     scales = (0.5, 1 / math.sqrt(3))
     p = attention_problem(
         2, 5, keys, (2, 3), (2, 3), torch.float64, masked,
