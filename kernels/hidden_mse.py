@@ -155,7 +155,7 @@ def _hidden_mse_total_kernel(
     sum_ptr,  # [tiles]
     count_ptr,  # [tiles] int32
     loss_ptr,  # [L] out
-    scale_ptr,  # [L] out: 2 / n, 0 where nothing counts
+    scale_ptr,  # [L] out: 2 / n
     D_T,  # L ints
     first,  # L + 1 ints: the layer's first tile, and the number of tiles
     BLOCK: tl.constexpr,
@@ -169,11 +169,10 @@ def _hidden_mse_total_kernel(
         tiles = start + tl.arange(0, BLOCK)
         total += tl.load(sum_ptr + tiles, mask=tiles < end, other=0.0)
         counted += tl.load(count_ptr + tiles, mask=tiles < end, other=0)
-    n = tl.sum(counted, axis=0).to(ACC) * _pick(D_T, layer)
-    any_counts = n > 0
-    n = tl.where(any_counts, n, 1)
-    tl.store(loss_ptr + layer, tl.where(any_counts, tl.sum(total, axis=0) / n, 0.0))
-    tl.store(scale_ptr + layer, tl.where(any_counts, 2.0 / n, 0.0))
+    # where nothing counts the sum is 0 already
+    n = tl.maximum(tl.sum(counted, axis=0) * _pick(D_T, layer), 1).to(ACC)
+    tl.store(loss_ptr + layer, tl.sum(total, axis=0) / n)
+    tl.store(scale_ptr + layer, 2.0 / n)
 
 
 @triton.jit(do_not_specialize=["T", "first"])
@@ -357,7 +356,7 @@ def hidden_mse_forward(
         need_residual: whether a gradient will be wanted.
 
     Returns:
-        losses ``[L]`` and scales ``[L]`` (2 / n, 0 where nothing counts), float32 or float64; and
+        losses ``[L]`` and scales ``[L]`` (2 / n, n at least 1), float32 or float64; and
         between them the residuals, L x ``[T, d_t]`` in the students' dtype, or an empty list.
     """
     layers = len(students)
