@@ -199,15 +199,15 @@ def attention_mse(
     student = Side(student_q, student_k, student_scale, student_lse)
     teacher = Side(teacher_q, teacher_k, teacher_scale, teacher_lse)
     pairs = valid_pairs(query_mask, key_mask, causal, (B, Nq, Nk), dtype)
-    layer = _scores if target == "scores" else _probs
-    return layer(student, teacher, pairs, key_mask, causal, d_q, d_k, dtype)
+    if target == "scores":
+        return _scores(student, teacher, pairs, causal, d_q, d_k, dtype)
+    return _probs(student, teacher, pairs, key_mask, causal, d_q, d_k, dtype)
 
 
 def _scores(
     student: Side,
     teacher: Side,
     pairs: Pairs,
-    key_mask: Tensor | None,
     causal: bool,
     d_q: Tensor | None,
     d_k: Tensor | None,
@@ -230,10 +230,7 @@ def _scores(
             q, k = qs[:, i0:i1], ks[:, :n]
             residual = torch.baddbmm(block, q, k.mT, beta=0, alpha=scale, out=block)
             residual.baddbmm_(qt[:, i0:i1], kt[:, :n].mT, alpha=-teacher.scale / teacher.heads)
-            if pairs.queries is not None:
-                residual.masked_fill_(~pairs.queries[b0:b1, i0:i1, None], 0)
-            if key_mask is not None:
-                residual.masked_fill_(~key_mask[b0:b1, None, :n], 0)
+            # 0 already where a query or key is masked: both its products are with zeros
             if causal:
                 residual.tril_(i0)
             partial.append(residual.square().sum())
