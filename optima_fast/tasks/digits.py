@@ -44,7 +44,7 @@ TASKS: Mapping[str, tuple[type[TaskData], tuple[str, ...]]] = {
     "nlvr2": (Nlvr2, NLVR2_CLASSES),
     "coco": (Coco, ()),
 }
-DEFAULTS: Mapping[str, Mapping[str, Any]] = {}
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {"coco": {"texts_per_image": 5}}
 SPLITS = ("train", "validation", "test")
 
 
@@ -54,7 +54,8 @@ class Options:
 
     Attributes:
         train_images, validation_images, test_images: Canvases per split.
-        texts_per_image: Questions, statements or captions about a canvas (sentences: a pair).
+        texts_per_image: Questions, statements or captions about a canvas, or sentences about a
+            pair; by default 4, for captions 5.
         noise: Standard deviation of the noise, as a part of full brightness.
         annotator_error: How often a simulated annotator draws an answer by chance (vqa).
         kinds: Kinds of texts to use; None for all of the task's.
@@ -91,7 +92,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "nlvr2": tuple(dict.fromkeys(claim.kind for claim in language.SENTENCES)),
     "coco": ("caption",),
 }
-COVERS = {"snli_ve": (0, 1, 1)}  # covered cells of a canvas, drawn from these
+COVERS = {"snli_ve": (0, 1)}  # covered cells of a canvas, drawn from these
 
 
 @dataclasses.dataclass(frozen=True)

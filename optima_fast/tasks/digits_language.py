@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from optima_fast.tasks.canvases import EMPTY, PLACES, Canvases, Ints, Rng
+from optima_fast.tasks.canvases import EMPTY, Canvases, Ints, Rng
 
 Bools = NDArray[np.bool_]
 Property = Callable[[Ints], Bools]
@@ -144,17 +144,6 @@ def _at_least(k: int) -> Callable[[Canvases], Ints]:
     return lambda c: _verdict(c.count >= k, c.count + c.covered.sum(1) < k)
 
 
-def _at(cell: int, has: Property) -> Callable[[Canvases], Ints]:
-    """The digit in a cell has a property; not said of an empty cell."""
-
-    def label(c: Canvases) -> Ints:
-        holds, hidden = has(c.digit[:, cell]), c.covered[:, cell]
-        verdict = _verdict(holds & ~hidden, ~holds & ~hidden)
-        return np.where((c.digit[:, cell] == EMPTY) & ~hidden, NOT_SAID, verdict)
-
-    return label
-
-
 def _even(d: Ints) -> Bools:
     return np.equal(d % 2, 0)
 
@@ -180,14 +169,11 @@ STATEMENTS: tuple[Claim, ...] = (
         Claim("every", (f"every digit is {name}", f"all digits are {name}"), _every(has))
         for name, has in (("even", _even), ("odd", _odd))
     ),
-    *(Claim("above", (f"some digit is above {WORDS[k]}",), _some(_above(k))) for k in (4, 5, 6, 7)),
-    *(Claim("below", (f"some digit is below {WORDS[k]}",), _some(_below(k))) for k in (2, 3, 4, 5)),
+    *(Claim("above", (f"some digit is above {WORDS[k]}",), _some(_above(k))) for k in (5, 7)),
+    *(Claim("above", (f"no digit is above {WORDS[k]}",), _every(_below(k + 1))) for k in (4, 6)),
+    *(Claim("below", (f"some digit is below {WORDS[k]}",), _some(_below(k))) for k in (2, 4)),
+    *(Claim("below", (f"no digit is below {WORDS[k]}",), _every(_above(k - 1))) for k in (3, 5)),
     *(Claim("count", (f"there are at least {WORDS[k]} digits",), _at_least(k)) for k in (2, 3)),
-    *(
-        Claim("place", (f"the digit at the {place} is {name}",), _at(i, has))
-        for i, place in enumerate(PLACES)
-        for name, has in (("even", _even), ("odd", _odd))
-    ),
 )
 
 
@@ -199,60 +185,31 @@ def _compare(left: Ints, right: Ints) -> Ints:
 SENTENCES: tuple[Claim, ...] = (
     Claim(
         "more",
-        (
-            "the left image has more digits than the right one",
-            "there are fewer digits in the right image than in the left one",
-        ),
+        ("the left image has more digits", "the right image has fewer digits"),
         lambda a, b: _compare(a.count, b.count),
     ),
     Claim(
-        "more",
-        (
-            "the right image has more digits than the left one",
-            "there are fewer digits in the left image than in the right one",
-        ),
-        lambda a, b: _compare(b.count, a.count),
-    ),
-    Claim(
         "largest",
-        ("the largest digit is in the left image",),
+        ("the largest digit is in the left image", "the left image has the largest digit"),
         lambda a, b: _compare(a.largest, b.largest),
     ),
     Claim(
-        "largest",
-        ("the largest digit is in the right image",),
-        lambda a, b: _compare(b.largest, a.largest),
-    ),
-    Claim(
         "smallest",
-        ("the smallest digit is in the left image",),
+        ("the smallest digit is in the left image", "the left image has the smallest digit"),
         lambda a, b: _compare(b.smallest, a.smallest),
-    ),
-    Claim(
-        "smallest",
-        ("the smallest digit is in the right image",),
-        lambda a, b: _compare(a.smallest, b.smallest),
     ),
     *(
         Claim(
             "both",
-            (f"both images show an {name} digit", f"there is an {name} digit in each image"),
+            (f"both images have an {name} digit", f"each image has an {name} digit"),
             lambda a, b, has=has: (_holds(a, has) & _holds(b, has)).astype(np.int64),
         )
         for name, has in (("even", _even), ("odd", _odd))
     ),
     *(
         Claim(
-            "neither",
-            (f"neither image shows an {name} digit", f"no image has an {name} digit"),
-            lambda a, b, has=has: (~_holds(a, has) & ~_holds(b, has)).astype(np.int64),
-        )
-        for name, has in (("even", _even), ("odd", _odd))
-    ),
-    *(
-        Claim(
             "total",
-            (f"there are at least {WORDS[k]} digits in total",),
+            (f"at least {WORDS[k]} digits in total",),
             lambda a, b, k=k: (a.count + b.count >= k).astype(np.int64),
         )
         for k in (4, 5, 6)
