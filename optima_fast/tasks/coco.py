@@ -2,13 +2,16 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from optima_fast.tasks.base import Split, TaskData, evaluating, mean_kl
+
+if TYPE_CHECKING:
+    from optima_fast.models.task_model import TaskModel
 
 
 class Coco(TaskData):
@@ -70,7 +73,7 @@ class Coco(TaskData):
         with evaluating(model):
             for ids in torch.split(torch.arange(len(split.images)), batch_size):
                 written = greedy(
-                    model,
+                    cast("TaskModel", model),
                     split.images[ids].to(device),
                     bos_id=words.bos_id,
                     eos_id=words.eos_id,

@@ -19,6 +19,11 @@ def data():
     return tasks.load("coco", seed=4, train_images=400, validation_images=30, test_images=80)
 
 
+@pytest.fixture(scope="module")
+def baselines(data):
+    return data.baselines()
+
+
 def test_captions_name_what_can_be_seen():
     drawn = c.compose(200, "train", c.generator(1))
     forms = set()
@@ -91,17 +96,17 @@ def speaker(monkeypatch, data, split, say):
     return nn.Dropout()
 
 
-def test_evaluation_scores_each_image_once_against_all_its_references(data, monkeypatch):
+def test_evaluation_scores_each_image_once_against_all_its_references(data, monkeypatch, baselines):
     split = data.test
     model = speaker(monkeypatch, data, split, lambda row: split.references[row][0])
     result = data.evaluate(model, split, batch_size=32)
     expected = cider([group[0] for group in split.references], split.references)[0]
     assert result["cider"] == pytest.approx(expected, rel=1e-9)
     assert model.training
-    assert expected > 2 * data.baselines()["text_only"]
+    assert expected > 2 * baselines["text_only"]
 
 
-def test_a_constant_speaker_reaches_the_majority_baseline(data, monkeypatch):
+def test_a_constant_speaker_reaches_the_majority_baseline(data, monkeypatch, baselines):
     counts = {}
     for group in data.train.references:
         for caption in group:
@@ -109,11 +114,10 @@ def test_a_constant_speaker_reaches_the_majority_baseline(data, monkeypatch):
     common = min(counts, key=lambda caption: (-counts[caption], caption))
     model = speaker(monkeypatch, data, data.test, lambda _: common)
     result = data.evaluate(model, data.test, batch_size=50)
-    assert result["cider"] == pytest.approx(data.baselines()["majority"], rel=1e-9)
+    assert result["cider"] == pytest.approx(baselines["majority"], rel=1e-9)
 
 
-def test_the_best_blind_caption_beats_the_commonest_one(data):
-    baselines = data.baselines()
+def test_the_best_blind_caption_beats_the_commonest_one(baselines):
     assert 0 <= baselines["majority"] < baselines["text_only"]
 
 

@@ -16,6 +16,11 @@ def data():
     return tasks.load("nlvr2", seed=3, train_images=6000, validation_images=50, test_images=1500)
 
 
+@pytest.fixture(scope="module")
+def baselines(data):
+    return data.baselines()
+
+
 def truth(text, left, right):
     """A sentence read word by word, about two lists of digits; None where it does not apply."""
     words = text.split()
@@ -70,8 +75,7 @@ def test_each_sentence_is_true_half_of_the_time(data):
     assert float(data.train.target.float().mean()) == pytest.approx(0.5, abs=0.01)
 
 
-def test_baselines_are_at_chance(data):
-    baselines = data.baselines()
+def test_baselines_are_at_chance(baselines):
     assert baselines["majority"] == pytest.approx(0.5, abs=0.03)
     assert baselines["text_only"] == pytest.approx(0.5, abs=0.05)
 

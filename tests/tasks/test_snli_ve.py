@@ -22,6 +22,11 @@ def data():
     return tasks.load("snli_ve", seed=2, **SIZES)
 
 
+@pytest.fixture(scope="module")
+def baselines(data):
+    return data.baselines()
+
+
 def test_class_order():
     assert (language.ENTAILMENT, language.NEUTRAL, language.CONTRADICTION) == (0, 1, 2)
     assert CLASSES == ("entailment", "neutral", "contradiction")
@@ -104,8 +109,7 @@ def test_an_image_alone_does_not_give_the_label_away(data):
     assert (labels != labels[:, :1]).any(1).float().mean() > 0.8
 
 
-def test_baselines_are_at_chance(data):
-    baselines = data.baselines()
+def test_baselines_are_at_chance(baselines):
     assert baselines["majority"] == pytest.approx(1 / 3, abs=0.03)
     assert baselines["text_only"] == pytest.approx(1 / 3, abs=0.04)
 
@@ -128,7 +132,7 @@ class Fixed(nn.Module):
         return SimpleNamespace(logits=self.logits(batch["target"]))
 
 
-def test_oracle_and_constant(data):
+def test_oracle_and_constant(data, baselines):
     def oracle(target):
         return nn.functional.one_hot(target, 3).float()
 
@@ -137,4 +141,4 @@ def test_oracle_and_constant(data):
     constant = data.evaluate(
         Fixed(lambda target: oracle(torch.full_like(target, common))), data.test, batch_size=500
     )
-    assert constant["accuracy"] == pytest.approx(data.baselines()["majority"], abs=1e-6)
+    assert constant["accuracy"] == pytest.approx(baselines["majority"], abs=1e-6)

@@ -31,6 +31,11 @@ def data():
     return tasks.load("vqa", seed=1, train_images=1500, validation_images=50, test_images=500)
 
 
+@pytest.fixture(scope="module")
+def baselines(data):
+    return data.baselines()
+
+
 def test_three_annotators_make_an_answer_right():
     scores = soft_scores([[0, 1, 2, 3, 4, 10]])
     assert scores.dtype == torch.float32
@@ -98,7 +103,7 @@ def test_divergence_is_the_mean_over_questions(data):
     assert float(data.divergence(teacher, teacher, batch)) == 0
 
 
-def test_oracle_and_constant(data):
+def test_oracle_and_constant(data, baselines):
     oracle = data.evaluate(Fixed(lambda b: b["target"]), data.test, batch_size=300)
     assert oracle["accuracy"] == 1
     assert {name for name in oracle if "/" in name} == {f"accuracy/{k}" for k in language.QUESTIONS}
@@ -107,7 +112,7 @@ def test_oracle_and_constant(data):
     constant = data.evaluate(
         Fixed(lambda b: row.expand(len(b["text"]), -1)), data.test, batch_size=300
     )
-    assert constant["accuracy"] == pytest.approx(data.baselines()["majority"], abs=1e-6)
+    assert constant["accuracy"] == pytest.approx(baselines["majority"], abs=1e-6)
 
 
 def test_accuracy_is_soft_and_weighs_kinds_by_their_examples(data):
@@ -131,13 +136,12 @@ def test_loss_of_an_evaluation_is_the_mean_over_examples(data):
     assert model.training
 
 
-def test_text_alone_is_far_from_enough(data):
-    baselines = data.baselines()
+def test_text_alone_is_far_from_enough(baselines):
     assert 0.05 < baselines["majority"] < 0.2
     assert baselines["majority"] < baselines["text_only"] < 0.35
 
 
-def test_text_only_is_the_best_answer_to_each_text(data):
+def test_text_only_is_the_best_answer_to_each_text(data, baselines):
     best = {}
     for text, target in zip(data.train.text.tolist(), data.train.target, strict=True):
         best[tuple(text)] = best.get(tuple(text), 0) + target
@@ -145,4 +149,4 @@ def test_text_only_is_the_best_answer_to_each_text(data):
         float(target[best[tuple(text)].argmax()])
         for text, target in zip(data.test.text.tolist(), data.test.target, strict=True)
     ]
-    assert data.baselines()["text_only"] >= np.mean(scores) - 1e-6
+    assert baselines["text_only"] >= np.mean(scores) - 1e-6
