@@ -40,11 +40,14 @@ class Gradients(NamedTuple):
     second: Tensor | None
 
 
-def block_shape(batch: int, rows: int, row_elements: int) -> tuple[int, int]:
-    """How many batch items and rows make a block: whole items, or rows of one item."""
+def block_shape(batch: int, rows: int, row_elements: int, *, shared: int = 1) -> tuple[int, int]:
+    """How many batch items and rows make a block: whole items, or rows of one item.
+
+    Items share a block up to one ``shared``-th of what a single item may fill.
+    """
     room = max(1, BLOCK_ELEMENTS // max(1, row_elements))
     if room >= rows:
-        return max(1, min(batch, room // max(1, rows))), rows
+        return max(1, min(batch, room // shared // max(1, rows))), rows
     # even blocks, in multiples of 16 rows: a short last one would waste its products
     blocks = math.ceil(rows / room)
     return 1, min(rows, math.ceil(rows / blocks / 16) * 16)
@@ -257,7 +260,8 @@ def _probs(
     B, H, Nq, d = student.q.shape
     Nk = student.k.shape[2]
     most = max(H, teacher.heads)
-    items, rows = block_shape(B, Nq, most * Nk)
+    # of one item queries and keys are views, of several copies, which only small maps repay
+    items, rows = block_shape(B, Nq, most * Nk, shared=8)
     work = [student.q.new_empty(items * rows * Nk * h, dtype=dtype) for h in (most, most, 1, 1)]
     partial = []
     for b0, b1 in starts(B, items):

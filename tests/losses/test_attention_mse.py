@@ -63,7 +63,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("causal", "masked", "keys"), OPTIONS)
-@pytest.mark.parametrize("elements", [160, 7000, 2**20])
+@pytest.mark.parametrize("elements", [160, 60000, 2**20])
 def test_masks_and_causality(
     attention_problem, small_blocks, causal, masked, keys, elements, target, poisoned_memory
 ):

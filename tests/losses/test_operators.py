@@ -228,6 +228,10 @@ def test_nothing_of_the_size_of_the_maps_is_allocated(attention_problem, target,
 @pytest.mark.parametrize("row_elements", [1, 64, 12 * 77, 16 * 1024, 16 * 2**20])
 def test_block_shape(batch, rows, row_elements):
     items, block = blockwise.block_shape(batch, rows, row_elements)
+    fewer, same = blockwise.block_shape(batch, rows, row_elements, shared=8)
+    assert same == block
+    assert fewer == max(1, items // 8) or fewer * 8 * block * row_elements <= 2**20
+    assert 1 <= fewer <= items
     assert 1 <= items <= batch
     assert 1 <= block <= rows
     assert items == 1 or block == rows
