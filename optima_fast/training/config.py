@@ -180,17 +180,23 @@ DIGITS_SCALE: dict[str, Any] = {
     "lr": 3e-3,
     "warmup_steps": 50,
     "train_images": 20_000,
-    "batch_size": 64,
+    "batch_size": 32,
     "reward_examples": 256,
-    "teacher_steps": 1500,
-    "teacher_lr": 1e-3,
+    "teacher_steps": 1200,
+    "teacher_lr": 2e-3,
+}
+_DIGITS_TASKS: dict[str, dict[str, Any]] = {
+    "vqa": {},
+    "snli_ve": {"teacher_steps": 1000},
+    "nlvr2": {"teacher_steps": 1000, "batch_size": 24},
+    "coco": {"teacher_steps": 700, "batch_size": 24},
 }
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
     """Fill every ``None`` that stands for a default of the task, data or method."""
     if config.data == "digits":
-        defaults = dict(DIGITS_SCALE)
+        defaults = DIGITS_SCALE | _DIGITS_TASKS[config.task]
     else:
         defaults = PAPER_SCALE | _PAPER_TASKS[config.task]
     steps = config.steps or defaults["steps"]

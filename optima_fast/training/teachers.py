@@ -38,7 +38,7 @@ def teacher_config(config: TrainConfig) -> TrainConfig:
         batch_size=config.teacher_batch_size,
         weight_decay=config.weight_decay,
         clip=config.clip,
-        cell_stage=0.2 if config.data == "digits" else 0.0,
+        cell_stage=0.3 if config.data == "digits" else 0.0,
         seed=config.teacher_seed,
         data_seed=config.data_seed,
         device=config.device,
