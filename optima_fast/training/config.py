@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from optima_fast import bandit
 from optima_fast.distill import arms, parse_arm, parse_reward
 from optima_fast.errors import UserError
 from optima_fast.models import MODULES
@@ -106,6 +107,9 @@ class TrainConfig:
                 raise UserError(_no_choice(flag(field.name), str(value), choices))
         self._check_numbers()
         parse_reward(self.reward)
+        policies = [name for name in bandit.names() if name != "fixed"]
+        if self.policy not in policies:
+            raise UserError(_no_choice("--policy", self.policy, policies))
         if self.method == "fixed":
             if self.arm is None:
                 raise UserError("--method fixed needs --arm, such as --arm image+text")

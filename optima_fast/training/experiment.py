@@ -14,6 +14,7 @@ import torch
 
 import optima_fast
 from optima_fast import tasks
+from optima_fast.distill import Distiller
 from optima_fast.errors import UserError
 from optima_fast.models import MODULES, initialise, presets
 from optima_fast.models.task_model import TaskModel, build
@@ -22,6 +23,7 @@ from optima_fast.training import checkpoints, teachers
 from optima_fast.training.config import TrainConfig, resolve
 from optima_fast.training.display import Display
 from optima_fast.training.run import Run
+from optima_fast.training.sampler import Sampler
 from optima_fast.training.trainer import Trainer
 
 Summary = dict[str, Any]
@@ -43,6 +45,7 @@ def run(config: TrainConfig, display: Display) -> tuple[Run, Summary]:
         return folder, folder.summary()
     device = prepare(config)
     data = load_data(config)
+    _rehearse(config, data)
     began = time.perf_counter()
     teacher, teacher_metric = _teacher(config, data, display, device)
     teacher_seconds = time.perf_counter() - began
@@ -160,46 +163,84 @@ def new_model(preset: str | None, data: TaskData, dropout: float = 0.0) -> TaskM
     return build(config, data.head, data.num_classes, dropout)
 
 
+def _rehearse(config: TrainConfig, data: TaskData) -> None:
+    """Meet every mistake in sizes and names before any training, on models without memory.
+
+    Raises:
+        UserError: as the run itself would, but not after an hour.
+    """
+    assert config.batch_size is not None
+    Sampler(data.train, config.batch_size, config.seed)
+    teacher = None
+    if config.method != "finetune":
+        folder = _finished_model(config.teacher, "--teacher")
+        teacher = folder.load_model(data) if folder else None
+    with torch.device("meta"):
+        student = new_model(config.student, data)
+        if config.method != "finetune":
+            teacher = teacher or new_model(config.teacher, data)
+            try:
+                Distiller(student, teacher, modules=MODULES)
+            except UserError:
+                raise
+            except ValueError as error:
+                raise UserError(f"--student {config.student}: {error}") from error
+        if config.student_init == "teacher":
+            if teacher is None:
+                raise UserError(f"--student-init teacher: --method {config.method} has no teacher")
+            initialise.from_layers(student.coca, teacher.coca)
+    if config.student_init not in (None, "teacher", "random"):
+        folder = _finished_model(config.student_init, "--student-init")
+        if folder is None:
+            raise UserError(
+                "--student-init must be teacher, random or the model of a run, got "
+                f"{config.student_init!r}"
+            )
+
+
+def _finished_model(name: str | None, flag: str) -> Run | None:
+    """The run whose folder or ``.safetensors`` file ``name`` is; None for the name of a preset."""
+    path = Path(name or "")
+    if name in presets.PRESETS:
+        return None
+    if path.suffix == ".safetensors":
+        path = path.parent
+    if path.is_dir():
+        return Run(path)
+    try:
+        presets.get(name or "")
+    except UserError as error:
+        raise UserError(f"{flag} {name!r} is no run folder, and {error}") from None
+    return None
+
+
 def _teacher(
     config: TrainConfig, data: TaskData, display: Display, device: torch.device
 ) -> tuple[TaskModel | None, float | None]:
     """The teacher on its device with its metric on the test split, or None for finetune."""
     if config.method == "finetune":
         return None, None
-    name = config.teacher or ""
-    if name in presets.PRESETS:
-        own = resolve(teachers.teacher_config(config))
-        folder = teachers.cached_run(own)
-        if folder.finished():
-            display.note(f"teacher: {name}, trained before, from {folder.folder}")
-        else:
-            display.note(f"teacher: {name}, training it on {config.task} first (kept for later)")
-            prepare(own)
-            own = dataclasses.replace(own, out=str(folder.folder))
-            summary = train(own, folder, data, display, None, device)
-            checkpoints.write_json(folder.summary_path, summary)
-            prepare(config)
-    elif Path(name).is_dir():
-        folder = Run(name)
+    folder = _finished_model(config.teacher, "--teacher")
+    if folder is not None:
         display.note(f"teacher: the model of {folder.folder}")
+        teacher = folder.load_model(data).to(device)
+        return teacher, data.evaluate(teacher, data.test, device=device)[data.metric_name]
+    own = resolve(teachers.teacher_config(config))
+    folder = teachers.cached_run(own)
+    if folder.finished():
+        display.note(f"teacher: {config.teacher}, trained before, from {folder.folder}")
     else:
-        raise UserError(f"--teacher {name!r} is no run folder, and {_no_preset(name)}")
-    teacher = folder.load_model(data).to(device)
-    metric = folder.summary()["student_metric"]
-    return teacher, float(metric)
+        display.note(
+            f"teacher: {config.teacher}, training it on {config.task} first, kept for later"
+        )
+        prepare(own)
+        own = dataclasses.replace(own, out=str(folder.folder))
+        checkpoints.write_json(folder.summary_path, train(own, folder, data, display, None, device))
+        prepare(config)
+    return folder.load_model(data).to(device), float(folder.summary()["student_metric"])
 
 
-def _no_preset(name: str) -> str:
-    try:
-        presets.get(name)
-    except UserError as error:
-        return str(error)
-    raise AssertionError(name)
-
-
-def _student(
-    config: TrainConfig, data: TaskData, teacher: TaskModel | None, display: Display
-) -> TaskModel:
+def _student(config: TrainConfig, data: TaskData, teacher: TaskModel | None) -> TaskModel:
     """A fresh student, from layers of a model of the same widths where there is one."""
     student = new_model(config.student, data, config.dropout)
     source = config.student_init
@@ -207,13 +248,12 @@ def _student(
         same = teacher is not None and teacher.widths == student.widths
         source = "teacher" if same else "random"
     if source == "teacher":
-        if teacher is None:
-            raise UserError(f"--student-init teacher: --method {config.method} has no teacher")
+        assert teacher is not None
         initialise.from_layers(student.coca, teacher.coca)
     elif source != "random":
-        if not Path(source).is_dir():
-            raise UserError(f"--student-init must be teacher, random or a run folder: {source!r}")
-        initialise.from_layers(student.coca, Run(source).load_model(data).coca)
+        folder = _finished_model(source, "--student-init")
+        assert folder is not None
+        initialise.from_layers(student.coca, folder.load_model(data).coca)
     return student
 
 
@@ -226,7 +266,7 @@ def train(
     device: torch.device,
 ) -> Summary:
     """Train (or go on training) one model in its folder, measure it on the test split, save it."""
-    student = _student(config, data, teacher, display).to(device)
+    student = _student(config, data, teacher).to(device)
     compile_modules(config, [student, *([teacher] if teacher else [])], device)
     trainer = Trainer(config, data, student, teacher, folder, display)
     began = time.perf_counter()

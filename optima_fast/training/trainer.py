@@ -139,10 +139,7 @@ class Trainer:
                 "init_rounds": config.init_rounds,
                 "variance_scale": config.variance_scale,
             }
-        try:
-            return bandit.make(name, len(self.arms), **options), ()
-        except ValueError as error:
-            raise UserError(f"--policy: {error}") from error
+        return bandit.make(name, len(self.arms), **options), ()
 
     # ------------------------------------------------------------------ the loop
 

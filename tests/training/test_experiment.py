@@ -105,16 +105,13 @@ def test_a_finished_run_can_teach_the_next_and_start_it(tmp_path):
     )
     assert summary["teacher_metric"] == first.summary()["student_metric"]
     # same widths: the student starts from the teacher's layers unless told otherwise
-    start = experiment._student(run.config(), *_model(first, run))
-    source = _model(first, run)[1].coca
+    data = experiment.load_data(run.config())
+    teacher = first.load_model(data)
+    start = experiment._student(run.config(), data, teacher)
+    source = teacher.coca
     assert start.coca.image.layers[0].attention.qkv.weight.equal(
         source.image.layers[1].attention.qkv.weight
     )
-
-
-def _model(first: Run, run: Run):
-    data = experiment.load_data(run.config())
-    return data, first.load_model(data), QUIET
 
 
 def test_the_default_folder_is_new_for_each_finished_run(tmp_path, monkeypatch):
@@ -164,8 +161,16 @@ def test_resuming_by_folder_takes_its_settings(tmp_path):
         ({"student": "digits_studnt"}, "no model preset 'digits_studnt'; did you mean"),
         ({"student": "digits_teacher", "teacher": "digits_student"}, "deeper than its teacher"),
         ({"student_init": "teacher"}, "can start only from layers of its own shape"),
-        ({"student_init": "/no/run"}, "must be teacher, random or a run folder: '/no/run'"),
-        ({"policy": "papr"}, "--policy: .*did you mean 'paper'"),
+        ({"student_init": "/no/run"}, "'/no/run' is no run folder, and there is no model preset"),
+        (
+            {"student_init": "digits_base"},
+            "teacher, random or the model of a run, got 'digits_base",
+        ),
+        ({"student_init": "teacher", "method": "finetune"}, "--method finetune has no teacher"),
+        (
+            {"policy": "papr"},
+            "--policy must be one of paper, random, got 'papr'; did you mean paper",
+        ),
         ({"device": "cuda:99"}, "--device cuda:99: this torch sees"),
         ({"batch_size": 61}, "--batch-size 61 is more than the 60 images"),
     ],
@@ -174,6 +179,7 @@ def test_mistakes_are_told_in_one_line(tmp_path, settings, message):
     with pytest.raises(UserError, match=message) as caught:
         go(tmp_path, **settings)
     assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())  # said before any work
 
 
 def test_a_model_of_another_task_or_vocabulary_is_refused(tmp_path):
