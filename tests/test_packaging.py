@@ -20,9 +20,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def run(
-    *argv: object, check: bool = True, **settings: object
-) -> subprocess.CompletedProcess[str]:
+def run(*argv: object, check: bool = True, **settings: object) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     env.pop("PYTHONPATH", None)
     env |= settings.pop("env", {})

@@ -311,23 +311,22 @@ class Distiller(nn.Module):
         layers = len(rows)
         for _, s, t, mask in crossing:
             rows.append((s.cross_q, s.cross_k, t.cross_q, t.cross_k, None, None, False, mask, None))
-        q_s, k_s, q_t, k_t, lse_s, lse_t, causal_, query_mask, key_mask = map(
+        q_s, k_s, q_t, k_t, lse_s, lse_t, causals, query_mask, key_mask = map(
             list, zip(*rows, strict=True)
         )
-        with_lse: dict[str, Any] = {}
-        if self.attention_target == "probs":
-            with_lse = {"student_lse": lse_s, "teacher_lse": lse_t}
+        probs = self.attention_target == "probs"
         losses = attention_mse(
             q_s,
             k_s,
             q_t,
             k_t,
             target=self.attention_target,
-            causal=causal_,
+            causal=causals,
             query_mask=query_mask,
             key_mask=key_mask,
+            student_lse=lse_s if probs else None,
+            teacher_lse=lse_t if probs else None,
             backend=self.backend,
-            **with_lse,
         )
         if not crossing:
             return losses

@@ -96,7 +96,7 @@ def attention_mse(
     teacher_k: Layers,
     *,
     target: str = "scores",
-    causal: bool = False,
+    causal: bool | Sequence[bool] = False,
     query_mask: OptionalLayers = None,
     key_mask: OptionalLayers = None,
     student_lse: OptionalLayers = None,
@@ -128,7 +128,7 @@ def attention_mse(
         teacher_q: ``[B, H_t, Nq, d_t]``, as many; heads, d and dtype may differ from the student's.
         teacher_k: ``[B, H_t, Nk, d_t]``, as many.
         target: ``"scores"``, before the softmax, or ``"probs"``, after it.
-        causal: a query sees no later key; needs Nq = Nk.
+        causal: a query sees no later key; one for all layers or one per layer; needs Nq = Nk.
         query_mask: ``[B, Nq]`` bool, True where the query counts: one for all layers, or one (or
             None) per layer.
         key_mask: ``[B, Nk]`` bool, likewise for keys.
@@ -159,14 +159,13 @@ def attention_mse(
     """
     checks.option("target", target, ("scores", "probs"))
     checks.option("backend", backend, ops.BACKENDS)
-    if not isinstance(causal, bool):
-        raise TypeError(f"causal must be True or False, got {causal!r}")
     inputs = checks.floating_layers(
         student_q=student_q, student_k=student_k, teacher_q=teacher_q, teacher_k=teacher_k
     )
     queries, keys, teacher_queries, teacher_keys = inputs
-    for layer in zip(*inputs, strict=True):
-        checks.matching_maps(*layer, causal=causal)
+    causals = checks.flags("causal", causal, len(queries))
+    for *layer, flag in zip(*inputs, causals, strict=True):
+        checks.matching_maps(*layer, causal=flag)
     device = queries[0].device
     query_masks = checks.masks(
         "query_mask", query_mask, [(x.shape[0], x.shape[2]) for x in queries], device
@@ -185,7 +184,7 @@ def attention_mse(
                 reference.attention_mse(
                     *layer,
                     target=target,
-                    causal=causal,
+                    causal=causals[i],
                     student_scale=student_scales[i],
                     teacher_scale=teacher_scales[i],
                     dtype=dtype,
@@ -205,7 +204,7 @@ def attention_mse(
         student_scales,
         teacher_scales,
         target,
-        causal,
+        causals,
         _needed(queries),
         _needed(keys),
         backend,

@@ -168,6 +168,15 @@ def normalisers(
     return layers
 
 
+def flags(name: str, value: bool | Sequence[bool], layers: int) -> list[bool]:
+    """One bool for all layers, or one each."""
+    values = per_layer(name, value, layers)
+    for x in values:
+        if not isinstance(x, bool):
+            raise TypeError(f"{name} must be True or False, got {x!r}")
+    return values
+
+
 def scales(
     name: str, value: float | Sequence[float | None] | None, queries: Sequence[Tensor]
 ) -> list[float]:

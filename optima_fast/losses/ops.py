@@ -32,6 +32,8 @@ class Backend(NamedTuple):
     run: Callable[..., Result]
     refusals: Callable[[Sequence[Tensor]], list[str]]
     """Why it cannot serve these inputs; empty if it can."""
+    automatic: bool = True
+    """Whether ``auto`` may take it."""
 
 
 def resolve(backends: dict[str, Backend], backend: str, tensors: Sequence[Tensor]) -> str:
@@ -46,21 +48,23 @@ def resolve(backends: dict[str, Backend], backend: str, tensors: Sequence[Tensor
     if backend != "auto":
         return backend
     triton = backends.get("triton")
-    return "triton" if triton and not triton.refusals(tensors) else "blockwise"
+    serves = triton is not None and triton.automatic and not triton.refusals(tensors)
+    return "triton" if serves else "blockwise"
 
 
 def _triton_refusals(backends: dict[str, Backend], tensors: Sequence[Tensor]) -> list[str]:
+    triton = backends.get("triton")
+    installed = importlib.util.find_spec("triton") is not None
+    if triton is not None and installed:
+        return triton.refusals(tensors)
     reasons = []
     device = tensors[0].device
     if device.type != "cuda":
         reasons.append(f"it needs tensors on a CUDA device, got {device}")
-    if importlib.util.find_spec("triton") is None:
+    if not installed:
         reasons.append("triton is not installed")
-    triton = backends.get("triton")
     if triton is None:
         reasons.append("this version has no Triton implementation of this loss")
-    else:
-        reasons.extend(triton.refusals(tensors))
     return reasons
 
 
@@ -85,7 +89,7 @@ def _blockwise_hidden_mse(
 def _blockwise_attention_mse(
     *lists: Sequence[Any],
     target: str,
-    causal: bool,
+    causal: Sequence[bool],
     student_scale: Sequence[float],
     teacher_scale: Sequence[float],
     need_q: Sequence[bool],
@@ -96,7 +100,7 @@ def _blockwise_attention_mse(
         blockwise.attention_mse(
             *layer,
             target=target,
-            causal=causal,
+            causal=causal[i],
             student_scale=student_scale[i],
             teacher_scale=teacher_scale[i],
             need_q=need_q[i],
@@ -113,7 +117,57 @@ def _collect(layers: list[blockwise.Gradients]) -> Result:
     return losses, [layer.first for layer in layers] + [layer.second for layer in layers]
 
 
-HIDDEN_MSE = {"blockwise": Backend(_blockwise_hidden_mse, lambda tensors: [])}
+def _triton_hidden_mse(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    mask: Sequence[Tensor | None],
+    need_student: Sequence[bool],
+    need_weight: Sequence[bool],
+    dtype: torch.dtype,
+) -> Result:
+    from optima_fast.kernels import hidden_mse as kernel
+
+    students = [x.flatten(0, 1) for x in student]
+    masks = [None if x is None else x.flatten() for x in mask]
+    needed = any((*need_student, *need_weight))
+    losses, residuals, scales = kernel.hidden_mse_forward(
+        students, [x.flatten(0, 1) for x in teacher], weight, masks, need_residual=needed
+    )
+    if not needed:
+        return losses, [None] * (2 * len(student))
+    first, second = kernel.hidden_mse_backward(
+        torch.ones_like(losses),
+        students,
+        weight,
+        masks,
+        residuals,
+        scales,
+        need_student=need_student,
+        need_weight=need_weight,
+        dtype=blockwise.stored(student[0]),
+    )
+    unit = [None if g is None else g.view(x.shape) for g, x in zip(first, student, strict=True)]
+    unit += [
+        None if g is None else g.to(blockwise.stored(w))
+        for g, w in zip(second, weight, strict=True)
+    ]
+    return losses, unit
+
+
+def _hidden_mse_refusals(tensors: Sequence[Tensor]) -> list[str]:
+    from optima_fast.kernels import hidden_mse as kernel
+
+    L = len(tensors) // 3
+    reasons: list[str] = kernel.not_served(tensors[:L], tensors[L : 2 * L], tensors[2 * L :])
+    return reasons
+
+
+HIDDEN_MSE = {
+    "blockwise": Backend(_blockwise_hidden_mse, lambda tensors: []),
+    # by name only, until it has been timed on a card
+    "triton": Backend(_triton_hidden_mse, _hidden_mse_refusals, automatic=False),
+}
 ATTENTION_MSE = {"blockwise": Backend(_blockwise_attention_mse, lambda tensors: [])}
 
 
@@ -175,7 +229,7 @@ def _(
     mutates_args=(),
     schema="(Tensor[] student_q, Tensor[] student_k, Tensor[] teacher_q, Tensor[] teacher_k,"
     " Tensor?[] query_mask, Tensor?[] key_mask, Tensor?[] student_lse, Tensor?[] teacher_lse,"
-    " float[] student_scale, float[] teacher_scale, str target, bool causal,"
+    " float[] student_scale, float[] teacher_scale, str target, bool[] causal,"
     " bool[] need_q, bool[] need_k, str backend) -> (Tensor, Tensor, Tensor[])",
 )
 def attention_mse(
@@ -190,7 +244,7 @@ def attention_mse(
     student_scale: list[float],
     teacher_scale: list[float],
     target: str,
-    causal: bool,
+    causal: list[bool],
     need_q: list[bool],
     need_k: list[bool],
     backend: str,
@@ -230,7 +284,7 @@ def _(
     student_scale: list[float],
     teacher_scale: list[float],
     target: str,
-    causal: bool,
+    causal: list[bool],
     need_q: list[bool],
     need_k: list[bool],
     backend: str,

@@ -41,7 +41,7 @@ def run(config: TrainConfig, display: Display) -> tuple[Run, Summary]:
     """
     config, folder = _place(config, display)
     if folder.finished():
-        display.note(f"{folder.folder} is finished already; --resume never starts another run")
+        display.note(f"{folder.folder} is finished already; another --out starts another run")
         return folder, folder.summary()
     device = prepare(config)
     data = load_data(config)

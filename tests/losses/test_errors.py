@@ -86,6 +86,9 @@ ATTENTION = [
     (GOOD, {"backend": "fast"}, ValueError, "backend must be one of 'auto', .* got 'fast'"),
     (GOOD, {"causal": True}, ValueError, "causal needs Nq = Nk, got Nq = 5 and Nk = 6"),
     (GOOD, {"causal": 1}, TypeError, "causal must be True or False, got 1"),
+    (GOOD, {"causal": [False, False]}, ValueError, "causal must be one or a list of 1, got 2"),
+    (GOOD, {"causal": [None]}, TypeError, "causal must be True or False, got None"),
+    (GOOD, {"causal": [True]}, ValueError, "causal needs Nq = Nk, got Nq = 5 and Nk = 6"),
     (GOOD, {"query_mask": x(2, 5)}, TypeError, "query_mask must be bool, .*got torch.float32"),
     (GOOD, {"query_mask": x(2, 6).bool()}, ValueError, r"query_mask .*\(2, 5\), got \(2, 6\)"),
     (GOOD, {"key_mask": x(2, 5).bool()}, ValueError, r"key_mask .*\(2, 6\), got \(2, 5\)"),
@@ -126,12 +129,16 @@ def test_attention_mse(args, options, error, message):
 def test_triton_lists_each_reason(monkeypatch):
     monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: None)
     reasons = (
-        "needs tensors on a CUDA device, got cpu; triton is not installed; this version has no "
-        "Triton implementation of this loss. Use backend='auto'"
+        "it needs tensors on a CUDA device, got cpu; triton is not installed{}. Use backend='auto'"
     )
-    for call in (
-        lambda: optima_fast.hidden_mse(S, T, W, backend="triton"),
-        lambda: optima_fast.attention_mse(*GOOD, backend="triton"),
-    ):
-        with pytest.raises(ValueError, match=re.escape(reasons)):
-            call()
+    with pytest.raises(ValueError, match=re.escape(reasons.format(""))):
+        optima_fast.hidden_mse(S, T, W, backend="triton")
+    missing = "; this version has no Triton implementation of this loss"
+    with pytest.raises(ValueError, match=re.escape(reasons.format(missing))):
+        optima_fast.attention_mse(*GOOD, backend="triton")
+
+
+def test_triton_s_own_reasons_are_passed_on(monkeypatch):
+    monkeypatch.setattr("optima_fast.kernels.hidden_mse.INTERPRETED", False)
+    with pytest.raises(ValueError, match="must be CUDA, got cpu, and TRITON_INTERPRET is not set"):
+        optima_fast.hidden_mse(S, T, W, backend="triton")

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from tolerance import assert_as_good_as_eager
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -58,7 +59,7 @@ def test_opcheck_attention(attention_problem, grad, target):
         (
             q, k, *([p.fixed[i] for p in (a, b)] for i in (0, 1)),
             [a.options["query_mask"], None], [a.options["key_mask"], None], [None, None], lse,
-            [0.5, 0.25], [0.5, 0.5], target, False, [grad, grad], [grad, False], "blockwise",
+            [0.5, 0.25], [0.5, 0.5], target, [False, False], [grad, grad], [grad, False], "blockwise",
         ),
     )  # fmt: skip
 
@@ -264,6 +265,34 @@ def test_auto_prefers_triton_where_it_serves(monkeypatch, hidden_problem):
     refused.clear()
     assert torch.equal(optima_fast.hidden_mse(*args), expected)
     assert calls == [3]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_triton_by_name_serves_the_public_function(hidden_problem, dtype, masked):
+    """On a CPU in Triton's interpreter; ``auto`` does not take what no card has timed."""
+    p = hidden_problem((3, 11), 17, 20, dtype=dtype, masked=masked)
+    results = zip(
+        p("triton", -2.0), p("reference", -2.0), p.double()("reference", -2.0), strict=True
+    )
+    for name, compared in zip(("loss", "d_student", "d_weight"), results, strict=True):
+        assert_as_good_as_eager(name, *compared)
+    assert ops.resolve(ops.HIDDEN_MSE, "auto", [*p.trained, *p.fixed]) == "blockwise"
+    with torch.no_grad():
+        only = optima_fast.hidden_mse(*p.arguments(p.trained), backend="triton", **p.options)
+    assert torch.equal(only, p("triton")[0])
+
+
+@pytest.mark.parametrize("backend", ["blockwise", "reference"])
+def test_layers_may_differ_in_causality(attention_problem, backend):
+    p, q = attention_problem(2, 9), attention_problem(1, 5, seed=1)
+    together = optima_fast.attention_mse(
+        *([x, y] for x, y in zip([*p.trained, *p.fixed], [*q.trained, *q.fixed], strict=True)),
+        causal=[True, False],
+        backend=backend,
+    )
+    p.options["causal"] = True
+    assert torch.equal(together, torch.cat([p(backend)[0], q(backend)[0]]))
 
 
 def test_losses_need_torch_alone():
