@@ -59,7 +59,8 @@ def test_opcheck_attention(attention_problem, grad, target):
         (
             q, k, *([p.fixed[i] for p in (a, b)] for i in (0, 1)),
             [a.options["query_mask"], None], [a.options["key_mask"], None], [None, None], lse,
-            [0.5, 0.25], [0.5, 0.5], target, [False, False], [grad, grad], [grad, False], "blockwise",
+            [0.5, 0.25], [0.5, 0.5], target, [False, False],
+            [grad, grad], [grad, False], "blockwise",
         ),
     )  # fmt: skip
 
