@@ -163,7 +163,7 @@ _PAPER_TASKS: dict[str, dict[str, Any]] = {
     "nlvr2": {"batch_size": 64, "teacher_steps": 50_000, "teacher_lr": 2e-5},
     "coco": {"batch_size": 128, "teacher_steps": 50_000, "teacher_lr": 1e-5},
 }
-PAPER_SCALE: dict[str, Any] = {
+_PAPER: dict[str, Any] = {
     "teacher": "coca_large",
     "student": "coca_tiny12",
     "steps": 100_000,
@@ -175,7 +175,7 @@ PAPER_SCALE: dict[str, Any] = {
 }
 
 # the built-in data: minutes on two CPU cores
-DIGITS_SCALE: dict[str, Any] = {
+_DIGITS: dict[str, Any] = {
     "teacher": "digits_teacher",
     "student": "digits_student",
     "steps": 1000,
@@ -200,9 +200,9 @@ _DIGITS_TASKS: dict[str, dict[str, Any]] = {
 def resolve(config: TrainConfig) -> TrainConfig:
     """Fill every ``None`` that stands for a default of the task, data or method."""
     if config.data == "digits":
-        defaults = DIGITS_SCALE | _DIGITS_TASKS[config.task]
+        defaults = _DIGITS | _DIGITS_TASKS[config.task]
     else:
-        defaults = PAPER_SCALE | _PAPER_TASKS[config.task]
+        defaults = paper_scale(config.task)
     steps = config.steps or defaults["steps"]
     # a short run of a few steps keeps its shape: a twentieth of warm-up, not more steps than it has
     defaults["warmup_steps"] = min(defaults["warmup_steps"], steps // 20)
@@ -214,6 +214,11 @@ def resolve(config: TrainConfig) -> TrainConfig:
     defaults["checkpoint_every"] = max(1, steps // 10)
     missing = {k: v for k, v in defaults.items() if getattr(config, k) is None}
     return dataclasses.replace(config, **missing)
+
+
+def paper_scale(task: str) -> dict[str, Any]:
+    """What the paper trains with on a task, as far as it says (else CoCa, to which it refers)."""
+    return _PAPER | _PAPER_TASKS[task]
 
 
 def flag(name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from optima_fast.training.config import DIGITS_SCALE, PAPER_SCALE
+from optima_fast.training.config import TrainConfig, paper_scale
 from optima_fast.training.display import Display
 from optima_fast.training.run import Run
 
@@ -43,7 +43,7 @@ def show(run: Run, summary: Mapping[str, Any], display: Display) -> None:
     facts.append(["files", str(run.folder)])
     display.table("", facts)
     if summary["data"] == "digits":
-        display.note(_scaled_down())
+        display.note(_scaled_down(config))
     display.note(f"next: python -m optima_fast.evaluate {run.folder}")
     other = "layerwise" if summary["method"] != "layerwise" else "optima"
     display.note(f"  or: python -m optima_fast.train --task {summary['task']} --method {other}")
@@ -91,10 +91,11 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _scaled_down() -> str:
+def _scaled_down(config: TrainConfig) -> str:
+    paper = paper_scale(config.task)
     changed = [
-        f"{name.replace('_', ' ')} {DIGITS_SCALE[name]} (paper {PAPER_SCALE[name]})"
-        for name in PAPER_SCALE
-        if name in DIGITS_SCALE and name not in ("teacher", "student")
+        f"{name.replace('_', ' ')} {getattr(config, name)} (paper {value})"
+        for name, value in paper.items()
+        if getattr(config, name) != value
     ]
     return "the built-in run is scaled down: " + ", ".join(changed)
