@@ -9,7 +9,7 @@ import platform
 import sys
 from collections.abc import Sequence
 
-from optima_fast.cli import guarded
+from optima_fast.entry import guarded
 
 PACKAGES = ("torch", "triton", "xformers", "numpy", "scikit-learn", "safetensors", "rich")
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from optima_fast.cli import guarded
+from optima_fast.entry import guarded
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from optima_fast.cli import guarded
+from optima_fast.entry import guarded
 
 
 def main(argv: Sequence[str] | None = None) -> int:

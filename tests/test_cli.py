@@ -113,6 +113,8 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
         ("optima_fast.train", ["--data", "/no/folder"], "error: no data folder"),
         ("optima_fast.evaluate", ["/no/run"], "error: /no/run holds no run"),
         ("optima_fast.report", ["/no/run"], "error: /no/run holds no run"),
+        ("optima_fast.cli", ["train", "--setps", "3"], "error: unknown flag --setps"),
+        ("optima_fast.cli", ["evaluate", "/no/run"], "error: /no/run holds no run"),
         ("optima_fast.cli", [], "usage: optima-fast {train,evaluate,report,doctor}"),
     ],
 )
@@ -137,6 +139,21 @@ def test_a_damaged_checkpoint_is_one_line_and_stays(tmp_path):
     assert f"error: checkpoint {newest} is damaged" in done.stderr
     assert done.stderr.count("\n") == 1
     assert newest.stat().st_size == 100
+
+
+def test_a_missing_extra_is_told(tmp_path):
+    code = (
+        "import sys\n"
+        "sys.modules['yaml'] = None\n"
+        "from optima_fast.train import main\n"
+        "sys.exit(main([]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 2
+    assert "pip install 'optima-fast[train]'" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_doctor_checks_the_losses():
