@@ -196,6 +196,7 @@ TOKENIZED = {
     "'tisn't cannot-x gonna, GIMME lemme": "'t is n't cannot-x gon na gim me lem me",
     "~ == *** __ ### << ^_^ :'( :D": "~ = = *** __ ### << ^_^ :'-lrb- :d",
     "a_b_c _a b_ 2\u00bd m\u00b2 \u00ab\u00e0\u00bb": "a_b_c _ a b _ 2 1/2 m \u00b2 \u00e0",
+    "wood---a dog D'll see": "wood a dog d 'll see",
     "\U0001f600 ": "",
     "": "",
 }
