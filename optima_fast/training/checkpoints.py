@@ -26,7 +26,8 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     Raises:
         UserError: the disk is full, or the folder cannot be written; ``path`` is as it was.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    # two processes may write the same file: the teacher that both need
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:

@@ -103,13 +103,12 @@ def _default_place(config: TrainConfig) -> tuple[TrainConfig, Run]:
 
 
 def prepare(config: TrainConfig) -> torch.device:
-    """Set thread count and seed; the device to use.
+    """Set the thread count; the device to use.
 
     Raises:
         UserError: CUDA is asked for and not there.
     """
     torch.set_num_threads(config.threads or _usable_cores())
-    torch.manual_seed(config.seed)
     if config.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -233,10 +232,8 @@ def _teacher(
         display.note(
             f"teacher: {config.teacher}, training it on {config.task} first, kept for later"
         )
-        prepare(own)
         own = dataclasses.replace(own, out=str(folder.folder))
         checkpoints.write_json(folder.summary_path, train(own, folder, data, display, None, device))
-        prepare(config)
     return folder.load_model(data).to(device), float(folder.summary()["student_metric"])
 
 
@@ -266,6 +263,7 @@ def train(
     device: torch.device,
 ) -> Summary:
     """Train (or go on training) one model in its folder, measure it on the test split, save it."""
+    torch.manual_seed(config.seed)
     student = _student(config, data, teacher).to(device)
     compile_modules(config, [student, *([teacher] if teacher else [])], device)
     trainer = Trainer(config, data, student, teacher, folder, display)
