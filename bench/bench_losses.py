@@ -25,8 +25,9 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-# read when torch is imported: threads that spin take the cores from each other; fewer log lines
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from optima_fast.entry import calm_openmp
+
+calm_openmp()  # as the trainer runs
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 import torch

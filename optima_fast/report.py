@@ -27,11 +27,17 @@ def _main(argv: Sequence[str] | None) -> int:
         prog="python -m optima_fast.report", description=(__doc__ or "").partition(": ")[2]
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", help="run folders")
-    runs = [Run(folder) for folder in parser.parse_args(argv).runs]
-    for run in runs:
-        run.config()
-        run.summary()
     display = Display()
+    runs = []
+    for run in map(Run, parser.parse_args(argv).runs):
+        run.config()
+        if run.finished():
+            run.summary()
+            runs.append(run)
+        else:
+            display.note(f"{run.folder} is not finished: left out")
+    if not runs:
+        return 0
     overview.compare(runs, display)
     for run in runs:
         display.note(f"wrote {page.write(run)}")

@@ -23,7 +23,8 @@ def _main(argv: Sequence[str] | None) -> int:
     from optima_fast.training.display import Display
     from optima_fast.training.trainer import Interrupted
 
-    config = parse(argv, prog="python -m optima_fast.train", description=__doc__ or "")
+    given = parse(argv, prog="python -m optima_fast.train", description=__doc__ or "")
+    config = experiment.settings(given)
     display = Display()
     try:
         run, summary = experiment.run(config, display)

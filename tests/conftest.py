@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 
-# One spinning OpenMP team is enough on a small machine; set before torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from optima_fast.entry import calm_openmp
+
+calm_openmp()
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest

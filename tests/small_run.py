@@ -23,11 +23,3 @@ def small(tmp_path: Path, **settings: Any) -> TrainConfig:
     """Settings of a small run below ``tmp_path``; its teacher is kept there too."""
     defaults = {**SMALL, "out": str(tmp_path / "run"), "cache": str(tmp_path / "cache")}
     return resolve(TrainConfig(**{**defaults, **settings}))
-
-
-def as_flags(config: TrainConfig, *names: str) -> list[str]:
-    """The named settings as command-line flags."""
-    out = []
-    for name in names:
-        out += ["--" + name.replace("_", "-"), str(getattr(config, name))]
-    return out

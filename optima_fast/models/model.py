@@ -191,8 +191,12 @@ class CoCa(nn.Module):
             vector = self.contrastive_pooler(tokens)[:, 0]
         return F.normalize(vector, dim=-1)
 
-    def _wanted(self, taps: TapRequest, run: Collection[str]) -> dict[str, Sequence[int]]:
-        """The layers to record of every module, () where none."""
+    def _wanted(self, taps: TapRequest, run: Collection[str]) -> dict[str, tuple[bool, ...]]:
+        """Whether to record it, for each layer of every module.
+
+        Flags, as torch.compile would take indices that differ between two models of one process
+        for variables, and comparisons with them for unknown.
+        """
         for module in [*run, *taps]:
             if module not in MODULES:
                 raise ValueError(f"a module must be one of {', '.join(MODULES)}, got {module!r}")
@@ -209,7 +213,10 @@ class CoCa(nn.Module):
                     f"taps[{module!r}] must be ascending layer indices from 0 to {count - 1}, "
                     f"got {list(layers)}"
                 )
-        return {module: taps.get(module, ()) for module in MODULES}
+        return {
+            module: tuple(i in taps.get(module, ()) for i in range(count))
+            for module, count in self.layer_counts.items()
+        }
 
 
 def _given(tensor: Tensor | None, name: str) -> Tensor:

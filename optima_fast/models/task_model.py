@@ -50,7 +50,6 @@ class TaskModel(nn.Module):
         self.layer_counts = coca.layer_counts
         self.widths = coca.widths
         self.causal = coca.causal
-        self.causal = {"image": False, "text": True, "multimodal": True}
         self.attention_cap = coca.config.attention_cap
 
     def forward(

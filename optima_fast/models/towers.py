@@ -41,7 +41,7 @@ class ImageEncoder(nn.Module):
         self.norm = nn.LayerNorm(width) if config.image_final_norm else None
 
     def forward(
-        self, images: Tensor, wanted: Sequence[int] = (), lse: bool = False
+        self, images: Tensor, wanted: Sequence[bool] = (), lse: bool = False
     ) -> tuple[Tensor, list[LayerTap]]:
         """``[I, C, H, W]`` to ``[I, N, d]`` and the wanted layers' records."""
         if images.ndim != 4 or images.shape[1:] != self.image_shape:
@@ -91,13 +91,13 @@ class TextDecoder(nn.Module):
         self.norm_cls = nn.LayerNorm(width) if has_cls else None
 
     def forward(
-        self, text: Tensor, wanted: Sequence[int] = (), lse: bool = False, cls: bool = False
+        self, text: Tensor, wanted: Sequence[bool] = (), lse: bool = False, cls: bool = False
     ) -> tuple[Tensor, Tensor | None, Tensor, list[LayerTap]]:
         """Run the decoder.
 
         Args:
             text: ``[T, L]`` int64 ids.
-            wanted: Layers to record.
+            wanted: Whether to record it, for each layer; empty for none.
             lse: Whether records hold the logsumexp.
             cls: Whether to run [CLS]; then N = L + 1, else N = L.
 
@@ -160,7 +160,7 @@ class MultimodalDecoder(nn.Module):
         x: Tensor,
         image: Tensor,
         pair_image: Tensor | None = None,
-        wanted: Sequence[int] = (),
+        wanted: Sequence[bool] = (),
         lse: bool = False,
     ) -> tuple[Tensor, list[LayerTap]]:
         """Text states ``[P, L, d]`` and image tokens ``[I, M, d]`` to ``[P, L, d]``, records."""
@@ -177,15 +177,16 @@ class MultimodalDecoder(nn.Module):
 def _through(
     layers: nn.ModuleList,
     x: Tensor,
-    wanted: Sequence[int],
+    wanted: Sequence[bool],
     lse: bool,
     call: Callable[[nn.Module, Tensor, bool], LayerTap],
 ) -> tuple[Tensor, list[LayerTap]]:
     """Run ``layers`` one after the other and keep the wanted ones' records."""
     taps = []
     for index, layer in enumerate(layers):
-        tap = call(layer, x, lse and index in wanted)
+        record = bool(wanted) and wanted[index]
+        tap = call(layer, x, lse and record)
         x = tap.hidden
-        if index in wanted:
+        if record:
             taps.append(tap)
     return x, taps

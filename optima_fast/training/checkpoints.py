@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -37,7 +38,8 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         partial.replace(path)
     except (OSError, RuntimeError) as error:
         # torch.save reports a failed write as a RuntimeError
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         cause = error if isinstance(error, OSError) else error.__cause__ or error.__context__
         why = getattr(cause, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"cannot save {path}: {why}; earlier files are intact") from error

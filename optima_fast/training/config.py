@@ -20,12 +20,14 @@ from optima_fast.distill import arms, parse_arm, parse_reward
 from optima_fast.errors import UserError
 from optima_fast.models import MODULES
 
+MAX_THREADS = 1024
+
 METHODS = ("optima", "layerwise", "random", "fixed", "kd", "finetune")
 TASKS = ("vqa", "snli_ve", "nlvr2", "coco")
 
 _POSITIVE = (
     *("steps", "round_steps", "reward_examples", "train_images", "batch_size", "lr", "head_lr"),
-    *("clip", "teacher_steps", "teacher_lr", "teacher_batch_size"),
+    *("clip", "teacher_steps", "teacher_lr", "teacher_head_lr", "teacher_batch_size"),
     *("log_every", "eval_every", "checkpoint_every"),
 )
 _NOT_NEGATIVE = (
@@ -80,6 +82,7 @@ class TrainConfig:
 
     teacher_steps: int | None = _field(None, "optimizer steps of the teacher's own training")
     teacher_lr: float | None = _field(None, "its peak learning rate")
+    teacher_head_lr: float | None = _field(None, "and of its task head; default --teacher-lr")
     teacher_batch_size: int | None = _field(None, "its images per step")
     cell_stage: float = _field(0.0, "digits: share of steps that also name the digit in each cell")
 
@@ -118,7 +121,17 @@ class TrainConfig:
             raise UserError(f"--arm {self.arm} is for --method fixed, not --method {self.method}")
         if self.device != "auto" and self.device.partition(":")[0] not in ("cpu", "cuda"):
             raise UserError(f"--device must be auto, cpu, cuda or cuda:N, got {self.device!r}")
-        if self.method == "optima" and None not in (
+        if self.cell_stage and (self.method != "finetune" or self.data != "digits"):
+            raise UserError(
+                f"--cell-stage {self.cell_stage} is for --method finetune on the digits, not for "
+                f"--method {self.method} on {self.data}"
+            )
+        for name in ("seed", "teacher_seed", "data_seed"):
+            if getattr(self, name) >= 2**63:
+                raise UserError(f"{flag(name)} must be below 2**63, got {getattr(self, name)}")
+        if self.threads > MAX_THREADS:
+            raise UserError(f"--threads must be at most {MAX_THREADS}, got {self.threads}")
+        if (self.method, self.policy) == ("optima", "paper") and None not in (
             self.steps,
             self.round_steps,
             self.init_rounds,
@@ -158,11 +171,17 @@ class TrainConfig:
 
 # what the paper (and CoCa, where the paper refers to it) trains with, by task
 _PAPER_TASKS: dict[str, dict[str, Any]] = {
-    "vqa": {"batch_size": 64, "teacher_steps": 100_000, "teacher_lr": 2e-5},
-    "snli_ve": {"batch_size": 128, "teacher_steps": 50_000, "teacher_lr": 5e-5},
-    "nlvr2": {"batch_size": 64, "teacher_steps": 50_000, "teacher_lr": 2e-5},
+    "vqa": {
+        "batch_size": 64, "teacher_steps": 100_000, "teacher_lr": 2e-5, "teacher_head_lr": 5e-4,
+    },
+    "snli_ve": {
+        "batch_size": 128, "teacher_steps": 50_000, "teacher_lr": 5e-5, "teacher_head_lr": 1e-3,
+    },
+    "nlvr2": {
+        "batch_size": 64, "teacher_steps": 50_000, "teacher_lr": 2e-5, "teacher_head_lr": 5e-4,
+    },
     "coco": {"batch_size": 128, "teacher_steps": 50_000, "teacher_lr": 1e-5},
-}
+}  # fmt: skip
 _PAPER: dict[str, Any] = {
     "teacher": "coca_large",
     "student": "coca_tiny12",
@@ -171,8 +190,9 @@ _PAPER: dict[str, Any] = {
     "init_rounds": 10,
     "lr": 1e-3,
     "warmup_steps": 1000,
-    "reward_examples": 256,
 }
+# where neither says: a choice of this project
+_OWN: dict[str, Any] = {"reward_examples": 256}
 
 # the built-in data: minutes on two CPU cores
 _DIGITS: dict[str, Any] = {
@@ -202,10 +222,11 @@ def resolve(config: TrainConfig) -> TrainConfig:
     if config.data == "digits":
         defaults = _DIGITS | _DIGITS_TASKS[config.task]
     else:
-        defaults = paper_scale(config.task)
+        defaults = paper_scale(config.task) | _OWN
     steps = config.steps or defaults["steps"]
     # a short run of a few steps keeps its shape: a twentieth of warm-up, not more steps than it has
     defaults["warmup_steps"] = min(defaults["warmup_steps"], steps // 20)
+    defaults.setdefault("teacher_head_lr", config.teacher_lr or defaults["teacher_lr"])
     defaults["teacher_batch_size"] = config.batch_size or defaults["batch_size"]
     defaults["head_lr"] = config.lr or defaults["lr"]
     defaults["kl_weight"] = 1.0 if config.method == "kd" else 0.0
@@ -226,8 +247,8 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def parse(argv: Sequence[str] | None, *, prog: str, description: str) -> TrainConfig:
-    """Settings from flags over ``--config FILE.yaml`` over the defaults.
+def parse(argv: Sequence[str] | None, *, prog: str, description: str) -> dict[str, Any]:
+    """The settings that flags give, over those of ``--config FILE.yaml``; no defaults.
 
     Raises:
         UserError: an unknown flag or key (with the nearest name), or a value of the wrong type.
@@ -249,7 +270,7 @@ def parse(argv: Sequence[str] | None, *, prog: str, description: str) -> TrainCo
     path = given.pop("config")
     values = read_yaml(Path(path)) if path else {}
     values |= {name: _convert(flag(name), name, text) for name, text in given.items()}
-    return TrainConfig(**values)
+    return values
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -322,7 +343,12 @@ def _metavar(field: dataclasses.Field[Any]) -> str:
 
 
 def _default_text(field: dataclasses.Field[Any]) -> str:
-    return "" if field.default is None else f" (default {field.default})"
+    if field.default is not None:
+        return f" (default {field.default})"
+    if field.name in _DIGITS:
+        paper = (_PAPER | _OWN).get(field.name, "by task")
+        return f" (default {_DIGITS[field.name]} on digits, else {paper})"
+    return ""
 
 
 def _no_choice(what: str, got: str, choices: Sequence[str], *, list_all: bool = True) -> str:

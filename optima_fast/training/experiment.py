@@ -39,35 +39,45 @@ def run(config: TrainConfig, display: Display) -> tuple[Run, Summary]:
         UserError: a mistake in settings, data or files; nothing on disk was harmed.
         Interrupted: Ctrl-C; the run can be gone on with.
     """
-    config, folder = _place(config, display)
+    config, folder = _place(config)
     if folder.finished():
         display.note(f"{folder.folder} is finished already; another --out starts another run")
         return folder, folder.summary()
     device = prepare(config)
     data = load_data(config)
     _rehearse(config, data)
-    began = time.perf_counter()
-    teacher, teacher_metric = _teacher(config, data, display, device)
-    teacher_seconds = time.perf_counter() - began
-    summary = train(config, folder, data, display, teacher, device)
-    summary |= {
-        "teacher_metric": teacher_metric,
-        "teacher_params": count(teacher) if teacher else None,
-    }
-    summary["seconds"]["teacher"] += teacher_seconds
-    checkpoints.write_json(folder.summary_path, summary)
+    with folder.held():
+        began = time.perf_counter()
+        teacher, teacher_metric = _teacher(config, data, display, device)
+        teacher_seconds = time.perf_counter() - began
+        summary = train(config, folder, data, display, teacher, device)
+        summary |= {
+            "teacher_metric": teacher_metric,
+            "teacher_params": count(teacher) if teacher else None,
+        }
+        summary["seconds"]["teacher"] += teacher_seconds
+        checkpoints.write_json(folder.summary_path, summary)
     return folder, summary
 
 
-def _place(config: TrainConfig, display: Display) -> tuple[TrainConfig, Run]:
+def settings(given: Mapping[str, Any]) -> TrainConfig:
+    """The settings that were given, over the defaults or over those of the run to go on with.
+
+    Raises:
+        UserError: ``resume`` names a folder without a run, or settings contradict each other.
+    """
+    resume = given.get("resume", "auto")
+    if resume in ("auto", "never"):
+        return TrainConfig(**given)
+    if given.get("out", resume) != resume:
+        raise UserError(f"--resume {resume} goes on in that folder: leave --out {given['out']} out")
+    return dataclasses.replace(Run(resume).config(), **{**given, "out": resume})
+
+
+def _place(config: TrainConfig) -> tuple[TrainConfig, Run]:
     """Resolve the settings and find the folder: a new one, or one to go on with."""
     if config.resume not in ("auto", "never"):
         folder = Run(config.resume)
-        before = folder.config()
-        settings = dataclasses.asdict(config)
-        defaults = dataclasses.asdict(TrainConfig())
-        given = {k: v for k, v in settings.items() if v != defaults[k] and k != "resume"}
-        config = dataclasses.replace(before, **given, resume=config.resume, out=config.resume)
         folder.check_same(config)
         return config, folder
     config = resolve(config)
@@ -78,6 +88,8 @@ def _place(config: TrainConfig, display: Display) -> tuple[TrainConfig, Run]:
         if config.resume == "never":
             raise UserError(f"{folder.folder} already holds a run: choose another --out")
         folder.check_same(config)
+    elif folder.folder.exists() and not folder.folder.is_dir():
+        raise UserError(f"--out {folder.folder} is a file: choose another --out")
     elif folder.folder.is_dir() and any(folder.folder.iterdir()):
         raise UserError(f"{folder.folder} is not empty and holds no run: choose another --out")
     return config, folder
@@ -96,7 +108,7 @@ def _default_place(config: TrainConfig) -> tuple[TrainConfig, Run]:
                 folder.check_same(config)
             except UserError:
                 continue
-        elif folder.folder.exists():
+        elif folder.folder.exists() and any(folder.folder.iterdir()):
             continue
         return dataclasses.replace(config, out=str(folder.folder)), folder
     raise UserError("ten thousand runs below runs/: choose an --out")
@@ -170,6 +182,17 @@ def _rehearse(config: TrainConfig, data: TaskData) -> None:
     """
     assert config.batch_size is not None
     Sampler(data.train, config.batch_size, config.seed)
+    try:
+        _rehearse_models(config, data)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(
+            f"--student {config.student} and --teacher {config.teacher} on {config.data}: {error}"
+        ) from error
+
+
+def _rehearse_models(config: TrainConfig, data: TaskData) -> None:
     teacher = None
     if config.method != "finetune":
         folder = _finished_model(config.teacher, "--teacher")
@@ -178,12 +201,7 @@ def _rehearse(config: TrainConfig, data: TaskData) -> None:
         student = new_model(config.student, data)
         if config.method != "finetune":
             teacher = teacher or new_model(config.teacher, data)
-            try:
-                Distiller(student, teacher, modules=MODULES)
-            except UserError:
-                raise
-            except ValueError as error:
-                raise UserError(f"--student {config.student}: {error}") from error
+            Distiller(student, teacher, modules=MODULES)
         if config.student_init == "teacher":
             if teacher is None:
                 raise UserError(f"--student-init teacher: --method {config.method} has no teacher")
@@ -202,7 +220,7 @@ def _finished_model(name: str | None, flag: str) -> Run | None:
     path = Path(name or "")
     if name in presets.PRESETS:
         return None
-    if path.suffix == ".safetensors":
+    if path.is_file() and path == Run(path.parent).weights_path:
         path = path.parent
     if path.is_dir():
         return Run(path)
@@ -225,15 +243,17 @@ def _teacher(
         teacher = folder.load_model(data).to(device)
         return teacher, data.evaluate(teacher, data.test, device=device)[data.metric_name]
     own = resolve(teachers.teacher_config(config))
-    folder = teachers.cached_run(own)
-    if folder.finished():
-        display.note(f"teacher: {config.teacher}, trained before, from {folder.folder}")
-    else:
-        display.note(
-            f"teacher: {config.teacher}, training it on {config.task} first, kept for later"
-        )
-        own = dataclasses.replace(own, out=str(folder.folder))
-        checkpoints.write_json(folder.summary_path, train(own, folder, data, display, None, device))
+    folder = teachers.cached_run(own, data, device)
+    with folder.held(wait=True):
+        if folder.finished():
+            display.note(f"teacher: {config.teacher}, trained before, from {folder.folder}")
+        else:
+            display.note(
+                f"teacher: {config.teacher}, training it on {config.task} first, kept for later"
+            )
+            own = dataclasses.replace(own, out=str(folder.folder))
+            summary = train(own, folder, data, display, None, device)
+            checkpoints.write_json(folder.summary_path, summary)
     return folder.load_model(data).to(device), float(folder.summary()["student_metric"])
 
 
@@ -336,8 +356,13 @@ def evaluate(folder: str | Path, device: str | None = None) -> tuple[Run, dict[s
 def compile_modules(
     config: TrainConfig, task_models: list[TaskModel], device: torch.device
 ) -> None:
-    """torch.compile each module in place, so that no choice of arm compiles anything anew."""
+    """torch.compile each module in place.
+
+    A teacher's module has a graph for each of: recorded, run for another module only. The limit
+    is raised as student and teacher share the code that is compiled.
+    """
     if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for model in task_models:
             for name in MODULES:
                 getattr(model.coca, name).compile()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,9 +45,10 @@ def show(run: Run, summary: Mapping[str, Any], display: Display) -> None:
     display.table("", facts)
     if summary["data"] == "digits":
         display.note(_scaled_down(config))
-    display.note(f"next: python -m optima_fast.evaluate {run.folder}")
+    display.note(f"next: python -m optima_fast.evaluate {shlex.quote(str(run.folder))}")
     other = "layerwise" if summary["method"] != "layerwise" else "optima"
-    display.note(f"  or: python -m optima_fast.train --task {summary['task']} --method {other}")
+    data = "" if config.data == "digits" else f" --data {shlex.quote(config.data)}"
+    display.note(f"  or: python -m optima_fast.train --task {config.task}{data} --method {other}")
 
 
 def show_evaluation(

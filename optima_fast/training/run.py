@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,17 @@ from optima_fast.models.task_model import TaskModel, build
 from optima_fast.tasks import TaskData, Vocabulary
 from optima_fast.training import checkpoints
 from optima_fast.training.config import TrainConfig, flag, read_yaml, to_yaml
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where two runs in one folder are not noticed
+    fcntl = None  # type: ignore[assignment]
+
+SUMMARY_KEYS = (
+    *("task", "data", "method", "arm", "policy", "seed", "steps", "device", "metric_name"),
+    *("teacher_metric", "student_metric", "student_metric_before", "majority_metric"),
+    *("text_only_metric", "teacher_params", "student_params", "arms", "seconds", "versions"),
+)
 
 # settings that say where and how a run executes, not what it computes
 _PLACE = ("out", "cache", "resume", "device", "threads", "checkpoint_every")
@@ -57,12 +71,41 @@ class Run:
         if self.exists() and not self.summary_path.is_file():
             raise UserError(f"{self.folder} is not finished: there is no summary.json yet")
         value = checkpoints.read_json(self.summary_path)
-        if not isinstance(value, dict) or "metric_name" not in value:
-            raise UserError(f"{self.summary_path} is no summary of a run")
-        return value
+        missing = [k for k in SUMMARY_KEYS if k not in value] if isinstance(value, dict) else ["{"]
+        if missing:
+            raise UserError(f"{self.summary_path} is no summary of a run: no {missing[0]!r}")
+        summary: dict[str, Any] = value
+        return summary
 
     def metric_name(self) -> str:
         return str(self.summary()["metric_name"])
+
+    @contextlib.contextmanager
+    def held(self, *, wait: bool = False) -> Iterator[None]:
+        """Keep the folder, created if need be, to this process.
+
+        Raises:
+            UserError: the folder cannot be written, or (unless ``wait``) another process has it.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            raise UserError(f"cannot write to {self.folder}: {error.strerror}") from error
+        if fcntl is None:
+            yield
+            return
+        handle = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            for litter in self.folder.rglob(".*.partial"):
+                litter.unlink(missing_ok=True)
+            yield
+        except BlockingIOError as error:
+            raise UserError(f"{self.folder} is in use by another process") from error
+        finally:
+            os.close(handle)
 
     def begin(self, config: TrainConfig) -> None:
         """Create the folder and write the settings."""
@@ -111,6 +154,8 @@ class Run:
         for position, line in enumerate(text.splitlines(), 1):
             try:
                 lines.append(json.loads(line))
+                if not isinstance(lines[-1], dict):
+                    raise ValueError("not an object")
             except ValueError as error:
                 raise UserError(f"{self.metrics_path}, line {position}: {error}") from error
         return lines
@@ -120,9 +165,8 @@ class Run:
 
     def truncate_metrics(self, size: int) -> None:
         """Drop what was logged after the checkpoint that a run goes on from."""
-        if self.metrics_path.exists():
-            with self.metrics_path.open("r+b") as file:
-                file.truncate(size)
+        if self.metrics_size() > size:
+            os.truncate(self.metrics_path, size)
 
     def save_model(self, model: TaskModel, data: TaskData, config: TrainConfig) -> None:
         """Write ``student.safetensors`` and ``model.json``, enough to build the model again."""
@@ -157,6 +201,12 @@ class Run:
             raise UserError(
                 f"{self.folder} holds a model for {task} ({head} head, {classes} classes), not "
                 f"for {data.task} ({data.head} head, {data.num_classes} classes)"
+            )
+        shape = (coca.image_size, coca.image_channels, coca.text_length)
+        if shape != (data.image_size, data.channels, data.text_length):
+            raise UserError(
+                f"{self.folder} holds a model for (image size, channels, text length) {shape}, "
+                f"not {(data.image_size, data.channels, data.text_length)}"
             )
         if vocabulary.to_dict() != data.vocabulary.to_dict():
             raise UserError(

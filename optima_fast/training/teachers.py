@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 import optima_fast
+from optima_fast.tasks import TaskData
 from optima_fast.training.config import TrainConfig
 from optima_fast.training.run import Run
 
@@ -35,6 +36,7 @@ def teacher_config(config: TrainConfig) -> TrainConfig:
         steps=config.teacher_steps,
         train_images=config.train_images,
         lr=config.teacher_lr,
+        head_lr=config.teacher_head_lr,
         batch_size=config.teacher_batch_size,
         weight_decay=config.weight_decay,
         clip=config.clip,
@@ -49,14 +51,19 @@ def teacher_config(config: TrainConfig) -> TrainConfig:
     )
 
 
-def cached_run(config: TrainConfig) -> Run:
+def cached_run(config: TrainConfig, data: TaskData, device: torch.device) -> Run:
     """The folder that holds the trained teacher of these (its own, resolved) settings.
 
-    Its name is a digest of the settings, of the data's files, of this package's models, tasks and
-    training code and of the version of torch: when one of them changes, so does the folder.
+    Its name is a digest of the settings, the kind of device, the data (what was read of it and the
+    annotation files), this package's models, tasks and training code and the version of torch:
+    when one of them changes, so does the folder.
     """
     digest = hashlib.sha256()
     digest.update(json.dumps(Run.computed_by(dataclasses.asdict(config))).encode())
+    digest.update(json.dumps([device.type, data.vocabulary.to_dict(), data.classes]).encode())
+    sizes = [data.text_length, data.image_size, data.channels]
+    sizes += [len(split) for split in (data.train, data.validation, data.test)]
+    digest.update(json.dumps(sizes).encode())
     digest.update(torch.__version__.encode())
     package = Path(optima_fast.__file__).parent
     for room in _ROOMS:

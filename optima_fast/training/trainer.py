@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import signal
 import time
 from collections.abc import Iterator
@@ -37,6 +38,8 @@ from optima_fast.training.display import Display, Stage
 from optima_fast.training.run import Run
 from optima_fast.training.sampler import Sampler
 from optima_fast.training.schedule import lr_at
+
+FORMAT = 1  # of checkpoints
 
 
 class Interrupted(Exception):
@@ -72,6 +75,7 @@ class Trainer:
         self.steps = config.steps
         self.sampler = Sampler(data.train, config.batch_size, config.seed)
         self.distiller = self._make_distiller(teacher)
+        self.teacher_digest = "" if teacher is None else digest(teacher)
         self.cells = CellStage(config, data, student).to(self.device)
         self.optimizer = self._make_optimizer()
 
@@ -107,6 +111,10 @@ class Trainer:
             reduction=config.reduction,
             cross_attention=config.cross_attention,
         ).to(self.device)
+
+    @property
+    def _cuda(self) -> bool:
+        return self.device.type == "cuda"
 
     def _make_optimizer(self) -> Adafactor:
         """The head apart, at its own rate; the teacher in none of the groups."""
@@ -219,7 +227,9 @@ class Trainer:
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         bf16 = self.config.precision == "bf16" or (
-            self.config.precision == "auto" and self.device.type == "cuda"
+            self.config.precision == "auto"
+            and self.device.type == "cuda"
+            and torch.cuda.is_bf16_supported(including_emulation=False)
         )
         return (
             torch.autocast(self.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
@@ -236,14 +246,18 @@ class Trainer:
         where, value = bad[0] if bad else ("the gradient norm", float("nan"))
         path = self.run.folder / "nonfinite.json"
         examples = indices.tolist()
-        report = {"step": self.step, "terms": [n for n, _ in bad] or [where], "examples": examples}
+        report = {
+            "step": self.step + 1,
+            "terms": [n for n, _ in bad] or [where],
+            "examples": examples,
+        }
         checkpoints.write_json(path, report)
         last = checkpoints.latest_checkpoint(self.run.checkpoints)
         kept = f"last good checkpoint: {last}" if last else "there is no checkpoint yet"
         raise UserError(
             f"step {self.step + 1}: {where} is {value}, so no step was taken; training examples "
             f"{', '.join(map(str, examples[:4]))}, ... (all in {path}); {kept}; "
-            "a lower --lr may help"
+            "a lower --lr (--teacher-lr where it is the teacher that trains) may help"
         )
 
     # ------------------------------------------------------------------ rounds of the bandit
@@ -294,8 +308,8 @@ class Trainer:
         count = sum(map(len, self.reward_batches))
         for part in self.reward_batches:
             batch = to_device(self.data.train.batch(part), self.device)
-            with self._autocast():
-                values = self.distiller.measure(batch, divergence=self.data.divergence)
+            # float32 whatever the training runs in: a round changes a loss by parts of a thousand
+            values = self.distiller.measure(batch, divergence=self.data.divergence)
             for key, value in values.items():
                 total[key] += value * len(part) / count
         self.seconds["reward"] += time.perf_counter() - began
@@ -329,7 +343,8 @@ class Trainer:
             shown[self.data.metric_name] = f"{self.last_metric:.3f}"
         if self.policy is not None:
             top = sorted(self.pulls.items(), key=lambda item: -item[1])[:2]
-            shown["arms"] = ", ".join(f"{n} {c / max(1, self.round):.0%}" for n, c in top)
+            rounds = max(1, sum(self.pulls.values()))
+            shown["arms"] = ", ".join(f"{n} {c / rounds:.0%}" for n, c in top)
         shown["samples/s"] = f"{rate:.0f}"
         stage.update(self.step, shown)
 
@@ -364,7 +379,7 @@ class Trainer:
     def save(self) -> Path:
         """Write a checkpoint of everything that the rest of the run depends on."""
         state: dict[str, Any] = {
-            "format": 1,
+            "format": FORMAT,
             "config": dataclasses.asdict(self.config),
             "step": self.step,
             "student": self.student.state_dict(),
@@ -380,7 +395,8 @@ class Trainer:
             "last_metric": self.last_metric,
             "metrics_size": self.run.metrics_size(),
             "cpu_generator": torch.get_rng_state(),
-            "cuda_generators": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "cuda_generator": torch.cuda.get_rng_state(self.device) if self._cuda else None,
+            "teacher": self.teacher_digest,
         }
         return checkpoints.save_checkpoint(self.run.checkpoints, self.step, state)
 
@@ -393,12 +409,19 @@ class Trainer:
         state = checkpoints.load_checkpoint(path)
         mine = self.run.computed_by(dataclasses.asdict(self.config))
         try:
+            if state["format"] != FORMAT:
+                raise UserError(f"checkpoint {path} has format {state['format']}, not {FORMAT}")
             theirs = self.run.computed_by(state["config"])
             if theirs != mine:
-                name = next(k for k in mine if theirs.get(k) != mine[k])
+                name = next(k for k in {**mine, **theirs} if theirs.get(k) != mine.get(k))
                 raise UserError(
                     f"checkpoint {path} is of another configuration: {name} is {theirs.get(name)} "
-                    f"there and {mine[name]} here"
+                    f"there and {mine.get(name)} here"
+                )
+            if state["teacher"] != self.teacher_digest:
+                raise UserError(
+                    f"checkpoint {path} was made with another teacher than {self.config.teacher} "
+                    "is now: put the old one back, or start over in another --out"
                 )
             self.student.load_state_dict(state["student"])
             if self.distiller is not None:
@@ -410,10 +433,21 @@ class Trainer:
             for name in ("step", "round", "choice", "before", "pulls", "seconds", "last_metric"):
                 setattr(self, name, state[name])
             torch.set_rng_state(state["cpu_generator"])
-            if torch.cuda.is_available() and state["cuda_generators"]:
-                torch.cuda.set_rng_state_all(state["cuda_generators"])
+            if self._cuda and state["cuda_generator"] is not None:
+                torch.cuda.set_rng_state(state["cuda_generator"], self.device)
             self.run.truncate_metrics(state["metrics_size"])
-        except (KeyError, RuntimeError, TypeError) as error:
+        except UserError:
+            raise
+        except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"checkpoint {path} does not fit this run: {error}") from error
         if self.policy is not None and self.step % self._round_steps:
             self.arm = self.arms[self.choice]
+
+
+def digest(model: nn.Module) -> str:
+    """SHA-256 of the model's parameters and buffers."""
+    total = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        total.update(name.encode())
+        total.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()

@@ -11,7 +11,7 @@ from optima_fast.training.config import TrainConfig, parse, read_yaml, resolve, 
 
 
 def flags(*argv: str) -> TrainConfig:
-    return parse(list(argv), prog="train", description="")
+    return TrainConfig(**parse(list(argv), prog="train", description=""))
 
 
 def test_every_field_is_a_flag():
@@ -44,6 +44,8 @@ def test_the_paper_s_numbers_are_the_defaults_on_real_data():
     assert (config.hidden_weight, config.attention_weight, config.kl_weight) == (1.0, 1e-2, 0.0)
     assert (config.gamma, config.clip, config.weight_decay) == (0.98, 1.0, 0.1)
     assert (config.teacher, config.student) == ("coca_large", "coca_tiny12")
+    assert (config.teacher_lr, config.teacher_head_lr) == (5e-5, 1e-3)
+    assert resolve(TrainConfig(teacher_lr=0.5)).teacher_head_lr == 0.5
 
 
 def test_resolving_leaves_what_was_given_and_no_gap():
@@ -89,6 +91,9 @@ def test_resolving_leaves_what_was_given_and_no_gap():
         (["--steps", "20", "--warmup-steps", "20"], "--warmup-steps 20 must be below --steps 20"),
         (["--config", "/no/such.yaml"], "cannot read /no/such.yaml: No such file"),
         (["--seed", "-1"], "--seed must be 0 or more"),
+        (["--seed", str(2**64)], r"--seed must be below 2\*\*63, got 18446744073709551616"),
+        (["--threads", "100000"], "--threads must be at most 1024, got 100000"),
+        (["--cell-stage", "0.3"], "--cell-stage 0.3 is for --method finetune on the digits"),
     ],
 )
 def test_wrong_flags_are_told_in_one_line(argv, message):
@@ -120,3 +125,4 @@ def test_too_few_rounds_for_the_first_pulls_are_told_before_work_starts():
         resolve(TrainConfig(steps=100))
     assert resolve(TrainConfig(steps=140)).steps == 140
     assert resolve(TrainConfig(steps=100, method="layerwise")).steps == 100
+    assert resolve(TrainConfig(steps=100, policy="random")).steps == 100

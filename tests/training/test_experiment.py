@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 from typing import Any
 
 import pytest
+import torch
 from small_run import small
 
 from optima_fast.errors import UserError
 from optima_fast.training import checkpoints, experiment, overview, teachers
-from optima_fast.training.config import TrainConfig, resolve
+from optima_fast.training.config import resolve
 from optima_fast.training.display import Display
 from optima_fast.training.run import Run
 
@@ -76,8 +78,10 @@ def test_a_teacher_is_trained_once_and_again_when_something_it_depends_on_change
     assert len(list(folder.iterdir())) == 2
 
     def name(**settings):
-        own = resolve(teachers.teacher_config(small(tmp_path, **settings)))
-        return teachers.cached_run(own).folder.name
+        config = small(tmp_path, **settings)
+        own = resolve(teachers.teacher_config(config))
+        data = experiment.load_data(config)
+        return teachers.cached_run(own, data, torch.device("cpu")).folder.name
 
     before = name()
     assert before == first.name
@@ -143,14 +147,20 @@ def test_resuming_by_folder_takes_its_settings(tmp_path):
     run, summary = go(tmp_path, method="finetune", steps=3, lr=0.01)
     # as if it had been stopped before its end
     run.summary_path.unlink()
-    config = dataclasses.replace(TrainConfig(), resume=str(run.folder))
-    again, second = experiment.run(config, QUIET)
+    given = {"resume": str(run.folder)}
+    again, second = experiment.run(experiment.settings(given), QUIET)
     assert again.folder == run.folder
     assert second["student_metric"] == summary["student_metric"]
+    assert experiment.settings({**given, "lr": 0.01}).lr == 0.01
     with pytest.raises(UserError, match="holds no run"):
-        experiment.run(TrainConfig(resume=str(tmp_path / "nowhere")), QUIET)
-    with pytest.raises(UserError, match="another configuration: --lr was 0.01"):
-        experiment.run(dataclasses.replace(config, lr=0.5), QUIET)
+        experiment.settings({"resume": str(tmp_path / "nowhere")})
+    with pytest.raises(UserError, match="goes on in that folder: leave --out elsewhere out"):
+        experiment.settings({**given, "out": "elsewhere"})
+    for name, other in (("lr", 0.5), ("gamma", 0.98)):  # 0.98 is what it is by default
+        before = dataclasses.replace(run.config(), gamma=0.9)
+        run.begin(before)
+        with pytest.raises(UserError, match=f"another configuration: --{name} was"):
+            experiment.run(experiment.settings({**given, name: other}), QUIET)
 
 
 @pytest.mark.parametrize(
@@ -172,6 +182,8 @@ def test_resuming_by_folder_takes_its_settings(tmp_path):
             "--policy must be one of paper, random, got 'papr'; did you mean paper",
         ),
         ({"device": "cuda:99"}, "--device cuda:99: this torch sees"),
+        ({"student": "coca_tiny6"}, "coca_tiny6 and --teacher .*image_size must be a multiple of"),
+        ({"teacher": "/no/model.safetensors"}, "no run folder, and there is no model preset"),
         ({"batch_size": 61}, "--batch-size 61 is more than the 60 images"),
     ],
 )
@@ -195,6 +207,65 @@ def test_a_model_of_another_task_or_vocabulary_is_refused(tmp_path):
     checkpoints.write_json(run.model_path, described)
     with pytest.raises(UserError, match="does not describe a model: no 'coca'"):
         experiment.evaluate(run.folder)
+
+
+@pytest.mark.parametrize("setting", ["out", "cache"])
+def test_an_output_that_cannot_be_written_is_told_before_training(tmp_path, setting):
+    (tmp_path / "file").write_text("")
+    where = tmp_path / "file" if setting == "out" else tmp_path / "file" / "inside"
+    with pytest.raises(UserError, match=r"is a file: choose another --out|cannot write to"):
+        go(tmp_path, **{setting: str(where)})
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def _hold(folder, ready, done):
+    with Run(folder).held():
+        ready.set()
+        done.wait(60)
+
+
+def test_a_folder_belongs_to_one_process_at_a_time(tmp_path):
+    (tmp_path / ".step-00000001.pt.77.partial").write_text("left by a killed process")
+    context = multiprocessing.get_context("spawn")
+    ready, done = context.Event(), context.Event()
+    other = context.Process(target=_hold, args=(tmp_path, ready, done))
+    other.start()
+    try:
+        assert ready.wait(60)
+        with pytest.raises(UserError, match="is in use by another process"), Run(tmp_path).held():
+            pass
+    finally:
+        done.set()
+        other.join()
+    with Run(tmp_path).held():
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_model_of_other_sizes_is_refused(tmp_path):
+    run, _ = go(tmp_path, method="finetune", steps=2)
+    described = json.loads(run.model_path.read_text())
+    described["coca"]["text_length"] += 1
+    checkpoints.write_json(run.model_path, described)
+    with pytest.raises(UserError, match=r"\(image size, channels, text length\) \(24, 1, "):
+        experiment.evaluate(run.folder)
+
+
+def test_a_run_distils_compiled(tmp_path):
+    """The graphs of a small run, by the compiler's front half; the numbers are the eager ones."""
+    torch._dynamo.reset()
+    plain, summary = go(tmp_path, steps=14, round_steps=2)
+    real = torch.nn.Module.compile
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            torch.nn.Module, "compile", lambda m: real(m, backend="eager", fullgraph=True)
+        )
+        compiled, again = go(
+            tmp_path, steps=14, round_steps=2, compile="on", out=str(tmp_path / "compiled")
+        )
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 6
+    assert again["arms"] == summary["arms"]
+    assert again["student_metric"] == pytest.approx(summary["student_metric"], abs=0.05)
+    assert plain.folder != compiled.folder
 
 
 def test_an_unfinished_run_cannot_be_evaluated(tmp_path):

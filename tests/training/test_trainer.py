@@ -204,7 +204,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path, monkeypatch, 
     for name, value in t.student.state_dict().items():
         torch.testing.assert_close(value, kept[name], rtol=0, atol=0, equal_nan=True)
     report = checkpoints.read_json(t.run.folder / "nonfinite.json")
-    assert report["step"] == 5
+    assert report["step"] == 6
     assert report["examples"] == t.sampler.at(5).tolist()
     good = checkpoints.load_checkpoint(checkpoints.latest_checkpoint(t.run.checkpoints))
     assert all(p.isfinite().all() for p in good["student"].values())
@@ -217,6 +217,15 @@ def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"another configuration: lr is 0\.003 there and 0\.123"):
         other.resume(path)
     state = checkpoints.load_checkpoint(path)
+    torch.save({**state, "teacher": "0"}, path)
+    with pytest.raises(UserError, match="was made with another teacher than digits_teacher is now"):
+        t.resume(path)
+    torch.save({**state, "format": 2}, path)
+    with pytest.raises(UserError, match="has format 2, not 1"):
+        t.resume(path)
+    torch.save({**state, "config": {**state["config"], "newer": 1}}, path)
+    with pytest.raises(UserError, match="another configuration: newer is 1 there and None here"):
+        t.resume(path)
     del state["optimizer"]
     torch.save(state, path)
     with pytest.raises(UserError, match="does not fit this run: 'optimizer'"):
