@@ -250,6 +250,7 @@ def test_a_model_of_other_sizes_is_refused(tmp_path):
         experiment.evaluate(run.folder)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler's own
 def test_a_run_distils_compiled(tmp_path):
     """The graphs of a small run, by the compiler's front half; the numbers are the eager ones."""
     torch._dynamo.reset()
