@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import pickle
@@ -91,6 +92,15 @@ def load_weights(path: Path, model: nn.Module) -> None:
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged or no safetensors file: {error}") from error
     _load_state(path, model, state)
+
+
+def digest(model: nn.Module) -> str:
+    """SHA-256 of the model's parameters and buffers."""
+    total = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        total.update(name.encode())
+        total.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
 
 
 def _load_state(path: Path, model: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -44,8 +44,10 @@ class Display:
             yield Stage(self._console, name, total, start)
 
     def table(self, title: str, rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> None:
-        """Rows of text in aligned columns; the first column is the label."""
-        table = Table(title=escape(title), title_justify="left", show_header=bool(header))
+        """Rows of text in aligned columns below a title; the first column is the label."""
+        if title:
+            self.note(title)
+        table = Table(show_header=bool(header))
         for i in range(max(map(len, rows))):
             table.add_column(header[i] if header else "", overflow="fold")
         for row in rows:

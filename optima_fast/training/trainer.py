@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import signal
 import time
 from collections.abc import Iterator
@@ -75,7 +74,7 @@ class Trainer:
         self.steps = config.steps
         self.sampler = Sampler(data.train, config.batch_size, config.seed)
         self.distiller = self._make_distiller(teacher)
-        self.teacher_digest = "" if teacher is None else digest(teacher)
+        self.teacher_digest = "" if teacher is None else checkpoints.digest(teacher)
         self.cells = CellStage(config, data, student).to(self.device)
         self.optimizer = self._make_optimizer()
 
@@ -442,12 +441,3 @@ class Trainer:
             raise UserError(f"checkpoint {path} does not fit this run: {error}") from error
         if self.policy is not None and self.step % self._round_steps:
             self.arm = self.arms[self.choice]
-
-
-def digest(model: nn.Module) -> str:
-    """SHA-256 of the model's parameters and buffers."""
-    total = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        total.update(name.encode())
-        total.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()

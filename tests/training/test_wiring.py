@@ -126,6 +126,16 @@ def test_precision_on_a_cpu_is_float32_unless_asked_for(tmp_path):
     assert seen(precision="bf16", out=str(tmp_path / "b")) == torch.bfloat16
 
 
+def test_the_seed_is_that_of_the_student_s_start_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "fit", lambda self: None)
+    starts = []
+    for name, seed in (("a", 0), ("b", 1), ("c", 1)):
+        config = small(tmp_path, method="finetune", seed=seed, out=str(tmp_path / name))
+        run, _ = experiment.run(config, QUIET)
+        starts.append(run.weights_path.read_bytes())
+    assert starts[0] != starts[1] == starts[2]
+
+
 def test_times_and_the_last_metric_survive_a_stop(tmp_path):
     t = trainer(tmp_path, steps=20)
     t.fit()
