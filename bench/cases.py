@@ -1,0 +1,251 @@
+"""Shapes that the losses are measured at, their inputs, exact results and the least possible time.
+
+The floor of a loss on a card is the larger of two times: bytes that must move (inputs read once,
+gradients written once) over the rate of a copy, and arithmetic over the rate of the units that do
+it. For ``probs`` the arithmetic is that of the algorithm in kernels/attention_probs.py, and each of
+its sweeps takes the longer of its products and its exponentials. One sweep a pair and head:
+
+    normaliser  1 product, 1 exp      every head whose log-sum-exp is not given
+    residual    1 product, 1 exp      every head
+    dQ          3 products, 1 exp     the student's heads
+    dK          2 products, 1 exp     the student's heads
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import optima_fast
+
+
+class Layer(NamedTuple):
+    """One layer; heads are (student, teacher). Hidden states have ``queries`` tokens an item."""
+
+    batch: int
+    queries: int
+    keys: int
+    heads: tuple[int, int] = (12, 16)
+    width: int = 64  # of a head; a model is heads * width wide
+    causal: bool = False
+
+    @property
+    def pairs(self) -> float:
+        live = (self.queries + 1) / (2 * self.queries) if self.causal else 1.0
+        return self.batch * self.queries * self.keys * live
+
+
+class Case(NamedTuple):
+    """Layers that one call of a loss takes."""
+
+    name: str
+    target: str  # "hidden", "scores" or "probs"
+    layers: tuple[Layer, ...]
+
+
+class Card(NamedTuple):
+    """Rates a second."""
+
+    tensor: float  # 16-bit FLOP/s of tensor cores
+    copy: float  # bytes, read plus written
+    exp: float
+
+
+# H200: measured product of two 8192 matrices of random bfloat16 and measured copy; 16 exponentials
+# a clock on each of 132 multiprocessors at 1755 MHz. Other cards get ratios only
+CARDS = {"H200": Card(790e12, 4.3e12, 3.71e12)}
+
+
+def card(name: str) -> Card | None:
+    return next((rates for key, rates in CARDS.items() if key in name), None)
+
+
+def _layer_floor(layer: Layer, target: str, rates: Card, lse: bool, backward: bool) -> float:
+    (h_s, h_t), d = layer.heads, layer.width
+    d_s, d_t = h_s * d, h_t * d
+    if target == "hidden":
+        tokens = layer.batch * layer.queries
+        moved = 2 * (tokens * (d_s * (1 + backward) + d_t) + d_s * d_t * (1 + backward))
+        return max((6 if backward else 2) * tokens * d_s * d_t / rates.tensor, moved / rates.copy)
+    rows = layer.batch * (layer.queries + layer.keys)
+    moved = 2 * rows * (d_s * (1 + backward) + d_t)
+    if target == "scores":
+        flops = 2 * layer.pairs * (d_s + d_t) + backward * 4 * layer.pairs * d_s
+        return max(flops / rates.tensor, moved / rates.copy)
+    product, exp = 2 * d / rates.tensor, 1 / rates.exp
+    both = max(product, exp)
+    sweeps = (1 if lse else 2) * (h_s + h_t) * both
+    if backward:
+        sweeps += h_s * (max(3 * product, exp) + max(2 * product, exp))
+    return max(layer.pairs * sweeps, moved / rates.copy)
+
+
+def floor_ms(case: Case, rates: Card, *, lse: bool = False, backward: bool = True) -> float:
+    """The least milliseconds that the case can take in 16 bits."""
+    return 1e3 * sum(_layer_floor(x, case.target, rates, lse, backward) for x in case.layers)
+
+
+def inputs(case: Case, dtype: torch.dtype, device: str) -> list[list[Tensor]]:
+    """Laid out as a model makes them: [B, N, H, d] in memory. The first two are trained.
+
+    Of hidden states a layer has (student, weight, teacher); of attention the student's q and k,
+    then the teacher's.
+    """
+    g = torch.Generator().manual_seed(0)
+    if device == "cuda":
+        g = torch.Generator(device).manual_seed(0)
+    made = []
+    for layer in case.layers:
+        d_s, d_t = (h * layer.width for h in layer.heads)
+        shapes: list[tuple[int, ...]]
+        if case.target == "hidden":
+            tokens = (layer.batch, layer.queries)
+            shapes = [(*tokens, d_s), (d_s, d_t), (*tokens, d_t)]
+            drawn = [torch.randn(s, generator=g, device=g.device) for s in shapes]
+            drawn[1] *= d_s**-0.5
+        else:
+            shapes = [
+                (layer.batch, n, h, layer.width)
+                for h in layer.heads
+                for n in (layer.queries, layer.keys)
+            ]
+            drawn = [torch.randn(s, generator=g, device=g.device).transpose(1, 2) for s in shapes]
+        tensors = [x.to(device, dtype) for x in drawn]
+        made.append([x.requires_grad_() if i < 2 else x for i, x in enumerate(tensors)])
+    return made
+
+
+def _chunks(layer: Layer, target: str, room: int) -> Iterator[slice]:
+    """Items of a batch that float64 has room for at once."""
+    a_batch = layer.queries * (
+        layer.keys * sum(layer.heads) if target != "hidden" else layer.width * sum(layer.heads)
+    )
+    step = max(1, room // (8 * max(1, a_batch)))
+    for start in range(0, layer.batch, step):
+        yield slice(start, min(layer.batch, start + step))
+
+
+def exact(case: Case, layers: list[list[Tensor]], *, room: int = 2 << 30) -> list[Tensor]:
+    """In float64, by the plain definition: the losses [L], then both gradients of each layer."""
+    losses, gradients = [], []
+    for layer, tensors in zip(case.layers, layers, strict=True):
+        loss: Tensor | float = 0.0
+        parts: list[list[Tensor]] = []
+        for items in _chunks(layer, case.target, room):
+            sliced = [
+                x.detach() if case.target == "hidden" and i == 1 else x.detach()[items]
+                for i, x in enumerate(tensors)
+            ]
+            first, second, *fixed = (x.double().requires_grad_(i < 2) for i, x in enumerate(sliced))
+            share = (items.stop - items.start) / layer.batch
+            if case.target == "hidden":
+                value = optima_fast.hidden_mse(first, *fixed, second, backend="reference")
+            else:
+                value = optima_fast.attention_mse(
+                    first, second, *fixed,
+                    target=case.target, causal=layer.causal, backend="reference",
+                )  # fmt: skip
+            value = value.sum() * share
+            parts.append(list(torch.autograd.grad(value, (first, second))))
+            loss = loss + value.detach()
+        losses.append(loss)
+        firsts, seconds = zip(*parts, strict=True)
+        gradients.append(torch.cat(firsts))
+        hidden = case.target == "hidden"
+        gradients.append(torch.stack(seconds).sum(0) if hidden else torch.cat(seconds))
+    return [torch.stack(losses), *gradients]  # type: ignore[list-item]
+
+
+def _single(name: str, target: str, *shape: int, causal: bool = False, layers: int = 1) -> Case:
+    return Case(f"{name}-{target}", target, (Layer(*shape, causal=causal),) * layers)
+
+
+CPU = [
+    _single(name, target, *shape, causal=causal)
+    for target in ("probs", "scores")
+    for name, shape, causal in (
+        ("image1024", (2, 1024, 1024), False),
+        ("image256", (8, 256, 256), False),
+        ("text77", (32, 77, 77), True),
+        ("cross64x256", (16, 64, 256), False),
+    )
+] + [
+    Case("hidden8192", "hidden", (Layer(8, 1024, 0),)),
+    Case("hidden2048", "hidden", (Layer(8, 256, 0),)),
+]
+
+SMALL = (2, 3)
+SMOKE = [
+    Case("smoke-probs", "probs", (Layer(2, 20, 20, SMALL, 4, True),)),
+    Case("smoke-scores", "scores", (Layer(2, 20, 24, SMALL, 4),)),
+    Case("smoke-hidden", "hidden", (Layer(2, 20, 0, SMALL, 4),)),
+]
+
+# one step of layerwise distillation: 6 layers of an image encoder, 3 of a text decoder, 3 cross
+STEP = tuple(
+    layer
+    for layer, count in (
+        (Layer(64, 256, 256), 6),
+        (Layer(64, 77, 77, causal=True), 3),
+        (Layer(64, 64, 256), 3),
+    )
+    for _ in range(count)
+)
+
+HEADLINE = [
+    Case("hidden32k-x12", "hidden", (Layer(32, 1024, 0),) * 12),
+    _single("image1024", "probs", 32, 1024, 1024),
+    _single("text77-x12", "probs", 256, 77, 77, causal=True, layers=12),
+    _single("image1024", "scores", 32, 1024, 1024),
+    _single("cross64x256-x12", "probs", 256, 64, 256, layers=12),
+    _single("image256-x6", "probs", 64, 256, 256, layers=6),
+    Case("step-probs", "probs", STEP),
+    Case("step-scores", "scores", STEP),
+    Case("step-hidden", "hidden", STEP),
+    _single("text77-x12", "scores", 256, 77, 77, causal=True, layers=12),
+    _single("text64-x12", "probs", 256, 64, 64, layers=12),
+    _single("cross64x256-x12", "scores", 256, 64, 256, layers=12),
+    Case("hidden8k", "hidden", (Layer(8, 1024, 0),)),
+]
+
+TARGETS = ("probs", "scores", "hidden")
+
+
+def _growth() -> Iterator[Case]:
+    for target in TARGETS:
+        for n in (64, 128, 256, 512, 1024, 2048):
+            yield Case(f"tokens{n}-{target}", target, (Layer(16, n, n),))
+        for batch in (8, 16, 32, 64, 128, 256):
+            yield Case(f"batch{batch}-{target}", target, (Layer(batch, 256, 256),))
+        for count in (1, 2, 4, 8, 16, 32):
+            text = (Layer(32, 77, 77, causal=target != "hidden"),) * count
+            yield Case(f"layers{count}-{target}", target, text)
+
+
+def _crossover() -> Iterator[Case]:
+    for target in TARGETS:
+        for n in (16, 64, 196, 256, 577, 1024):
+            for batch in (1, 8, 64):
+                yield Case(f"cross-n{n}-b{batch}-{target}", target, (Layer(batch, n, n),))
+
+
+SUITES = {
+    "cpu": CPU,
+    "smoke": SMOKE,
+    "headline": HEADLINE,
+    "growth": list(_growth()),
+    "crossover": list(_crossover()),
+}
+
+
+def shrunk(case: Case) -> Case:
+    """The same case at a size that the interpreter of kernels can run: two layers, a few tokens."""
+    layers = tuple(
+        Layer(min(x.batch, 2), min(x.queries, 20), min(x.keys, 24 if x.keys != x.queries else 20),
+              SMALL, 8, x.causal)
+        for x in case.layers[:2]
+    )  # fmt: skip
+    return case._replace(layers=layers)

@@ -1,0 +1,271 @@
+"""What the losses are compared with: the code that people write today, and ours.
+
+A contender is made for a case and returns what takes the layers of cases.inputs to one loss a
+layer. The loops named after a library are written from the description of what it does, and return
+our number so that they can be checked: mean over heads, mean over what counts.
+
+    eager        per-head maps, autograd, everything in the inputs' dtype
+    gemm         scores only: eager, but one product over the heads side by side
+    autocast     eager under torch.autocast: weights in float32, softmax and mse_loss in float32
+    automodel    hidden only: a loop over layer pairs, both sides to float32, masked mean
+    textbrewer   a loop; masks multiplied in; attention: float32 maps, summed over the heads
+    tinybert     a loop; attention: scores of every head, very negative ones set to 0, mse_loss
+    compile      torch.compile of eager; compile-max with mode="max-autotune-no-cudagraphs"
+    blockwise, triton, optima_fast (backend="auto")
+    triton-lse   probs only: both models' log-sum-exp are given
+    triton-recompute  the residual is not kept but computed again in backward
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from cases import Case, Layer
+from torch import Tensor
+
+import optima_fast
+
+Layers = list[list[Tensor]]
+Loss = Callable[[Layers], Sequence[Tensor]]
+
+
+def eager_hidden(student: Tensor, weight: Tensor, teacher: Tensor) -> Tensor:
+    return (student @ weight - teacher).square().mean()
+
+
+def autocast_hidden(student: Tensor, weight: Tensor, teacher: Tensor) -> Tensor:
+    return F.mse_loss(student @ weight, teacher)
+
+
+def automodel_hidden(student: Tensor, weight: Tensor, teacher: Tensor) -> Tensor:
+    projected, aim = (student @ weight).float(), teacher.float()
+    mask = torch.ones_like(aim[..., 0])
+    errors = (projected - aim).square().mean(-1)
+    return (errors * mask).sum() / mask.sum()
+
+
+def textbrewer_hidden(student: Tensor, weight: Tensor, teacher: Tensor) -> Tensor:
+    mask = torch.ones_like(teacher[..., 0])
+    errors = F.mse_loss(student @ weight, teacher, reduction="none") * mask.unsqueeze(-1)
+    # a sum over this many 16-bit errors would lose the mean
+    return errors.sum(dtype=torch.float32) / mask.sum(dtype=torch.float32) / teacher.shape[-1]
+
+
+def eager_map(q: Tensor, k: Tensor, target: str, causal: bool) -> Tensor:
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if target == "probs":
+        if causal:
+            later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+            scores = scores.masked_fill(later, float("-inf"))
+        scores = scores.softmax(-1)
+    return scores.mean(1)
+
+
+def gemm_map(q: Tensor, k: Tensor, target: str, causal: bool) -> Tensor:
+    scale = q.shape[-1] ** -0.5 / q.shape[1]
+    return q.transpose(1, 2).flatten(2) @ k.transpose(1, 2).flatten(2).mT * scale
+
+
+def attention(
+    attention_map: Callable[..., Tensor], layer: Layer, target: str, tensors: Sequence[Tensor]
+) -> Tensor:
+    q, k, teacher_q, teacher_k = tensors
+    residual = attention_map(q, k, target, layer.causal) - attention_map(
+        teacher_q, teacher_k, target, layer.causal
+    )
+    if not layer.causal:
+        return residual.square().mean()
+    return residual.tril().square().sum() / layer.pairs
+
+
+def autocast_attention(
+    attention_map: Callable[..., Tensor], layer: Layer, target: str, tensors: Sequence[Tensor]
+) -> Tensor:
+    q, k, teacher_q, teacher_k = tensors
+    maps = [attention_map(*x, target, layer.causal) for x in ((q, k), (teacher_q, teacher_k))]
+    if not layer.causal:
+        return F.mse_loss(*maps)
+    student, teacher = (x.tril() for x in maps)
+    return F.mse_loss(student, teacher, reduction="sum") / layer.pairs
+
+
+def textbrewer_attention(layer: Layer, target: str, tensors: Sequence[Tensor]) -> Tensor:
+    q, k, teacher_q, teacher_k = tensors
+    maps = []
+    for x, y in ((q, k), (teacher_q, teacher_k)):
+        scores = (x @ y.transpose(-1, -2)).float() * x.shape[-1] ** -0.5
+        if target == "probs":
+            if layer.causal:
+                seen = scores.new_ones(scores.shape[-2:]).tril()
+                scores = scores + (1 - seen) * -1e9
+            scores = scores.softmax(-1)
+        maps.append(scores.sum(1) / x.shape[1])
+    mask = torch.ones_like(maps[0])
+    if layer.causal:
+        mask = mask.tril()
+    errors = F.mse_loss(*maps, reduction="none") * mask
+    return errors.sum() / mask.sum()
+
+
+def tinybert_attention(layer: Layer, target: str, tensors: Sequence[Tensor]) -> Tensor:
+    q, k, teacher_q, teacher_k = tensors
+    maps = []
+    for x, y in ((q, k), (teacher_q, teacher_k)):
+        scores = x @ y.transpose(-1, -2) * x.shape[-1] ** -0.5
+        if layer.causal:
+            later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
+            scores = scores.masked_fill(later, -1e4)
+        if target == "probs":
+            scores = scores.softmax(-1)
+        else:
+            scores = torch.where(scores <= -1e2, torch.zeros_like(scores), scores)
+        maps.append(scores.mean(1))
+    if layer.causal:
+        return F.mse_loss(*maps, reduction="sum") / layer.pairs
+    return F.mse_loss(*maps)
+
+
+def _loop(case: Case, hidden: Callable[..., Tensor], one: Callable[..., Tensor]) -> Loss:
+    """A layer after the other, as every one of these libraries does."""
+
+    def loss(layers: Layers) -> list[Tensor]:
+        if case.target == "hidden":
+            return [hidden(*tensors) for tensors in layers]
+        pairs = zip(case.layers, layers, strict=True)
+        return [one(layer, case.target, tensors) for layer, tensors in pairs]
+
+    return loss
+
+
+def _eager(case: Case) -> Loss:
+    return _loop(case, eager_hidden, lambda *args: attention(eager_map, *args))
+
+
+def _gemm(case: Case) -> Loss:
+    return _loop(case, eager_hidden, lambda *args: attention(gemm_map, *args))
+
+
+def _autocast(case: Case) -> Loss:
+    return _loop(case, autocast_hidden, lambda *args: autocast_attention(eager_map, *args))
+
+
+def _compiled(case: Case, **options: Any) -> Loss:
+    compiled: Loss = torch.compile(_eager(case), dynamic=False, **options)
+    return compiled
+
+
+def _ours(case: Case, backend: str, layers: Layers | None = None, **options: Any) -> Loss:
+    causal = [layer.causal for layer in case.layers]
+
+    def loss(layers: Layers) -> Tensor:
+        columns = [list(x) for x in zip(*layers, strict=True)]
+        if case.target == "hidden":
+            students, weights, teachers = columns
+            return optima_fast.hidden_mse(students, teachers, weights, backend=backend, **options)
+        return optima_fast.attention_mse(
+            *columns, target=case.target, causal=causal, backend=backend, **options
+        )
+
+    return loss
+
+
+def normaliser(q: Tensor, k: Tensor, causal: bool) -> Tensor:
+    """[B, H, Nq] float32 log-sum-exp of the scaled scores, an item at a time."""
+    found = []
+    for x, y in zip(q.detach().float(), k.detach().float(), strict=True):
+        scores = x @ y.mT * q.shape[-1] ** -0.5
+        if causal:
+            scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), float("-inf"))
+        found.append(scores.logsumexp(-1))
+    return torch.stack(found)
+
+
+def _triton_lse(case: Case, layers: Layers) -> Loss:
+    lses = [
+        [
+            normaliser(tensors[i], tensors[i + 1], layer.causal)
+            for layer, tensors in zip(case.layers, layers, strict=True)
+        ]
+        for i in (0, 2)
+    ]
+    return _ours(case, "triton", student_lse=lses[0], teacher_lse=lses[1])
+
+
+class Contender(NamedTuple):
+    """How it is made from (case, its inputs), for which losses, and what it needs."""
+
+    make: Callable[[Case, Layers], Loss]
+    targets: Sequence[str] = ("hidden", "scores", "probs")
+    lse: bool = False
+    autocast: bool = False
+    compiler: bool = False
+
+
+CONTENDERS: dict[str, Contender] = {
+    "eager": Contender(lambda case, _: _eager(case)),
+    "gemm": Contender(lambda case, _: _gemm(case), ("scores",)),
+    "autocast": Contender(lambda case, _: _autocast(case), autocast=True),
+    "automodel": Contender(
+        lambda case, _: _loop(case, automodel_hidden, tinybert_attention), ("hidden",)
+    ),
+    "textbrewer": Contender(lambda case, _: _loop(case, textbrewer_hidden, textbrewer_attention)),
+    "tinybert": Contender(
+        lambda case, _: _loop(case, autocast_hidden, tinybert_attention), ("scores", "probs")
+    ),
+    "compile": Contender(lambda case, _: _compiled(case), compiler=True),
+    "compile-max": Contender(
+        lambda case, _: _compiled(case, mode="max-autotune-no-cudagraphs"), compiler=True
+    ),
+    "blockwise": Contender(lambda case, _: _ours(case, "blockwise")),
+    "triton": Contender(lambda case, _: _ours(case, "triton")),
+    "triton-lse": Contender(_triton_lse, ("probs",), lse=True),
+    "optima_fast": Contender(lambda case, _: _ours(case, "auto")),
+}
+if "recompute" in inspect.signature(optima_fast.attention_mse).parameters:
+    CONTENDERS["triton-recompute"] = Contender(
+        lambda case, _: _ours(case, "triton", recompute=True), ("scores", "probs")
+    )
+
+
+def prepared(name: str, layers: Layers) -> Layers:
+    """The inputs as this contender wants them: under autocast, projections are float32."""
+    if not CONTENDERS[name].autocast:
+        return layers
+    return [
+        [x.detach().float().requires_grad_() if x.ndim == 2 else x for x in tensors]
+        for tensors in layers
+    ]
+
+
+def step(name: str, case: Case, layers: Layers, *, backward: bool = True) -> Callable[[], list]:
+    """One step: the losses, and both gradients of each layer unless it is without backward."""
+    contender = CONTENDERS[name]
+    loss = contender.make(case, layers)
+    tensors = prepared(name, layers)
+    trained = [x for each in tensors for x in each[:2]]
+    device = trained[0].device.type
+    low = trained[0].dtype if trained[0].dtype != torch.float32 else torch.bfloat16
+
+    def forward() -> Sequence[Tensor]:
+        if not contender.autocast:
+            return loss(tensors)
+        with torch.autocast(device, dtype=low):
+            return loss(tensors)
+
+    def both() -> list[Tensor]:
+        values = forward()
+        total = values.sum() if isinstance(values, Tensor) else sum(values[1:], values[0])
+        gradients = torch.autograd.grad(total, trained)
+        found = values if isinstance(values, Tensor) else torch.stack(list(values))
+        return [found.detach(), *gradients]
+
+    def alone() -> list[Tensor]:
+        with torch.no_grad():
+            values = forward()
+        return [values if isinstance(values, Tensor) else torch.stack(list(values))]
+
+    return both if backward else alone

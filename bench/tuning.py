@@ -1,0 +1,189 @@
+"""Launch configurations: what to try, which to take, and kernels/launch.py rewritten with them.
+
+A table is a dict of kernels/launch.py from a key, whose first number is the compute capability's
+major one, to a NamedTuple of tile sizes and compiler options. Entries are changed in place, which a
+launch sees at once; which ones a call uses is found by running it with each made unusable.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from measuring import Spread
+
+Key = tuple[Any, ...]
+Tables = dict[str, dict[Key, Any]]
+LEAST_GAIN = 0.02  # what a new entry must be faster by, beyond the spread of both
+WARPS = (1, 2, 4, 8, 16)
+STAGES = (1, 2, 3, 4, 5)
+BLOCKS = (16, 32, 64, 128, 256)
+
+
+class Entry(NamedTuple):
+    """A place in a table."""
+
+    table: str
+    key: Key
+
+
+class UsedError(Exception):
+    """An entry made unusable was used."""
+
+
+class _Unusable:
+    def _stop(self, *_: Any) -> Any:
+        raise UsedError
+
+    __getattr__ = __getitem__ = __iter__ = __len__ = _stop
+
+
+def tables(launch: ModuleType) -> Tables:
+    """The tables of a launch module: its public dicts of NamedTuples."""
+    return {
+        name: value
+        for name, value in vars(launch).items()
+        if isinstance(value, dict)
+        and value
+        and all(hasattr(entry, "_fields") for entry in value.values())
+    }
+
+
+def used(found: Tables, run: Callable[[], object]) -> list[Entry]:
+    """The entries that a call looks at."""
+    entries = []
+    for name, table in found.items():
+        for key, config in list(table.items()):
+            table[key] = _Unusable()
+            try:
+                run()
+            except Exception as mistake:
+                if not _caused_by_use(mistake):
+                    raise
+                entries.append(Entry(name, key))
+            finally:
+                table[key] = config
+    return entries
+
+
+def _caused_by_use(mistake: BaseException | None) -> bool:
+    while mistake is not None:
+        if isinstance(mistake, UsedError):
+            return True
+        mistake = mistake.__cause__ or mistake.__context__
+    return False
+
+
+def own(entry: Entry, major: int) -> Entry:
+    """The entry that a card of this capability gets, where it now shares an older one's.
+
+    Cards of 12.x and later look up those of 8.x.
+    """
+    return Entry(entry.table, (major if major < 12 else 8, *entry.key[1:]))
+
+
+def _neighbours(field: str, value: Any) -> tuple[Any, ...]:
+    scale = WARPS if field == "num_warps" else STAGES if field == "num_stages" else ()
+    if field.startswith("block"):
+        scale = BLOCKS
+    if value not in scale:
+        return ()
+    at = scale.index(value)
+    return tuple(scale[i] for i in (at - 1, at + 1) if 0 <= i < len(scale))
+
+
+def candidates(config: Any, reach: int) -> Iterator[Any]:
+    """The entry itself, then all that differ by one step in at most ``reach`` fields."""
+    yield config
+    options = {f: _neighbours(f, v) for f, v in config._asdict().items()}
+    fields = [f for f, values in options.items() if values]
+    for count in range(1, reach + 1):
+        for chosen in itertools.combinations(fields, count):
+            for values in itertools.product(*(options[f] for f in chosen)):
+                yield config._replace(**dict(zip(chosen, values, strict=True)))
+
+
+def best(current: Any, measured: Mapping[Any, Spread]) -> Any:
+    """The fastest, unless the current entry is as fast within noise; it must have been measured."""
+    now = measured[current]
+    config, time = min(measured.items(), key=lambda item: item[1].ms)
+    noise = max(now.iqr, time.iqr) / 2
+    faster = now.ms - time.ms > max(LEAST_GAIN * now.ms, noise)
+    return config if faster else current
+
+
+def literal(key: Key, config: Any) -> str:
+    values = ", ".join(repr(x) for x in config)
+    return f"{key!r}: {type(config).__name__}({values}),"
+
+
+def _key_of(node: ast.expr | None) -> Key | None:
+    try:
+        return ast.literal_eval(node) if node is not None else None
+    except ValueError:
+        return None
+
+
+def rewritten(source: str, entry: Entry, config: Any, provenance: str) -> str:
+    """A launch module's text with one entry replaced or added, its provenance in a comment."""
+    assigned = next(
+        (
+            node
+            for node in ast.parse(source).body
+            if isinstance(node, (ast.Assign, ast.AnnAssign))
+            and isinstance(node.value, ast.Dict)
+            and entry.table
+            in {
+                getattr(x, "id", "")
+                for x in (node.targets if isinstance(node, ast.Assign) else [node.target])
+            }
+        ),
+        None,
+    )
+    if assigned is None:
+        raise ValueError(f"the launch module has no table {entry.table} written as a plain dict")
+    assert isinstance(assigned.value, ast.Dict)
+    lines = source.splitlines()
+    new = [f"    # {provenance}", f"    {literal(entry.key, config)}"]
+    for key, value in zip(assigned.value.keys, assigned.value.values, strict=True):
+        if key is not None and _key_of(key) == entry.key:
+            start, end = key.lineno - 1, value.end_lineno
+            while lines[start - 1].lstrip().startswith("#"):
+                start -= 1  # what was said of the old entry
+            return "\n".join([*lines[:start], *new, *lines[end:]]) + "\n"
+    end = assigned.value.end_lineno
+    assert end is not None
+    return "\n".join([*lines[: end - 1], *new, *lines[end - 1 :]]) + "\n"
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("launch_read_again", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write(path: Path, chosen: Mapping[Entry, tuple[Any, str]], target: Path | None = None) -> None:
+    """Rewrite a launch module, or a copy of it, with the chosen entries; read it again to be sure.
+
+    Args:
+        path: the module to start from.
+        chosen: the configuration and the provenance of each entry.
+        target: where to write; by default the module itself.
+    """
+    text = path.read_text(encoding="utf-8")
+    for entry, (config, provenance) in chosen.items():
+        text = rewritten(text, entry, config, provenance)
+    target = path if target is None else target
+    target.write_text(text, encoding="utf-8")
+    again = tables(load(target))
+    for entry, (config, _) in chosen.items():
+        if tuple(again[entry.table][entry.key]) != tuple(config):
+            raise RuntimeError(f"{target}: {entry} reads back as {again[entry.table][entry.key]}")
