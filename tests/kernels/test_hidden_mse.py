@@ -13,6 +13,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from optima_fast.kernels import core, launch
 from optima_fast.kernels import hidden_mse as kernel
 
 ON_GPU = torch.cuda.is_available()
@@ -29,7 +30,7 @@ DTYPES = [
     ),
 ]
 no_float64 = pytest.mark.skipif(ON_GPU, reason="float64 is for gradcheck in the interpreter")
-BLOCK_M, BLOCK_N, BLOCK_K = kernel.launch_config((8, 0), 2)[:3]
+BLOCK_M, BLOCK_N, BLOCK_K = launch.lookup(launch.HIDDEN_MSE, (8, 0), 2)[:3]
 EDGES = [  # T, d_s, d_t
     (1, 1, 1),
     (3, 5, 7),
@@ -184,7 +185,7 @@ def test_only_empty_layers(device: str) -> None:
 def test_more_tiles_than_the_second_sum_takes_at_once(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernel, "TOTAL_BLOCK", 2)
+    monkeypatch.setattr(core, "TOTAL_BLOCK", 2)
     check(make([(2 * BLOCK_M + 1, 3, 2 * BLOCK_N + 1), (9, 4, 5)], torch.float32, device))
 
 
@@ -391,8 +392,8 @@ def test_gradcheck() -> None:
     ],
 )
 def test_launch_config(capability: tuple[int, int], itemsize: int, expected: int) -> None:
-    chosen = kernel.launch_config(capability, itemsize)
-    assert chosen is kernel.LAUNCH_TABLE[expected, itemsize]
+    chosen = launch.lookup(launch.HIDDEN_MSE, capability, itemsize)
+    assert chosen is launch.HIDDEN_MSE[expected, itemsize]
 
 
 @pytest.mark.parametrize(
@@ -425,14 +426,14 @@ def test_not_served_in_the_interpreter() -> None:
 
 def test_kernels_import_without_the_package_and_refuse_a_cpu() -> None:
     """Compiled, not interpreted: torch and triton are all they need, and the CPU is refused."""
+    folder = Path(kernel.__file__).parent
     code = f"""
-import importlib.util, sys, torch
-spec = importlib.util.spec_from_file_location("hidden_mse", {kernel.__file__!r})
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
+import sys, torch
+sys.path.append({str(folder.parent)!r})
+from {folder.name} import hidden_mse
 assert not any(name.startswith("optima_fast") for name in sys.modules)
 layer = [[torch.zeros(2, 2)]] * 3
-print(module.not_served(*layer))
+print(hidden_mse.not_served(*layer))
 """
     run = subprocess.run(
         [sys.executable, "-c", code],

@@ -46,24 +46,26 @@ CASES = [
     Case(90, "loss", "bf16"),
     Case(90, "total", "fp32"),
 ]
-LAYERS = 3
+LAYERS = 4
 
 
 def compile_case(case: Case) -> tuple[Any, dict[str, int]]:
-    """The compiled kernel, as three layers with aligned rows launch it, and its options."""
+    """The compiled kernel, as four layers with aligned rows launch it, and its options."""
     import triton
     import triton.language as tl
+    from optima_fast.kernels import core, launch
     from optima_fast.kernels import hidden_mse as k
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    config = k.launch_config(divmod(case.arch, 10), int(case.dtype[2:]) // 8)
-    fn = getattr(k, f"_hidden_mse_{'fwd' if case.kernel == 'loss' else case.kernel}_kernel")
+    config = launch.lookup(launch.HIDDEN_MSE, divmod(case.arch, 10), int(case.dtype[2:]) // 8)
+    name = f"_hidden_mse_{'fwd' if case.kernel == 'loss' else case.kernel}_kernel"
+    fn = core._total_kernel if case.kernel == "total" else getattr(k, name)
     constants = {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
-        "BLOCK": k.TOTAL_BLOCK,
+        "BLOCK": core.TOTAL_BLOCK,
         "ACC": tl.float32,
         "HAS_MASK": case.kernel == "fwd",
         "STORE": case.kernel == "fwd",
@@ -79,10 +81,9 @@ def compile_case(case: Case) -> tuple[Any, dict[str, int]]:
             divisible[(i,)] = [["tt.divisibility", 16]]
         else:
             pointer = "*i1" if name == "m_ptrs" else f"*{case.dtype}"
-            layers = LAYERS + (case.kernel == "total" and name == "first")
-            signature[name] = (pointer if name.endswith("_ptrs") else "i32",) * layers
-            if name not in ("T", "first", "place"):
-                divisible.update({(i, j): [["tt.divisibility", 16]] for j in range(layers)})
+            signature[name] = (pointer if name.endswith("_ptrs") else "i32",) * LAYERS
+            if name not in ("T", "first", "place", "width", "end"):
+                divisible.update({(i, j): [["tt.divisibility", 16]] for j in range(LAYERS)})
     options = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
     if case.kernel != "total":
         options.update(num_warps=config.num_warps, num_stages=config.num_stages)
@@ -179,12 +180,12 @@ def test_compiled_kernel(case: Case, lines: dict[Case, dict[str, Any]]) -> None:
 
 def test_every_entry_of_the_launch_table_is_compiled() -> None:
     pytest.importorskip("triton")
-    from optima_fast.kernels import hidden_mse as k
+    from optima_fast.kernels import launch
 
     sizes = {"fp16": 2, "bf16": 2, "fp32": 4}
-    used = {k.launch_config(divmod(c.arch, 10), sizes[c.dtype]) for c in CASES}
+    used = {launch.lookup(launch.HIDDEN_MSE, divmod(c.arch, 10), sizes[c.dtype]) for c in CASES}
     # float64 runs in the interpreter only
-    assert used == {config for key, config in k.LAUNCH_TABLE.items() if key[1] != 8}
+    assert used == {config for key, config in launch.HIDDEN_MSE.items() if key[1] != 8}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,185 @@
+"""What the kernels share: many layers in one launch, the residual's product, the sums, the checks.
+
+A launch takes every layer of a call as tuples of pointers, sizes and strides, one entry a layer. A
+program finds its layer from the number of its tile, with no table in device memory: nothing is
+copied, stacked or waited for, and a CUDA graph may record the launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from typing import TypeVar
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+V = TypeVar("V")
+
+# a launch passes 100 to 200 bytes a layer, and a kernel's arguments have 4 KB
+MAX_LAYERS = 16
+TOTAL_BLOCK = 1024
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@triton.jit
+def pick(values, layer):
+    """values[layer] of a tuple, for a layer known only on the device."""
+    chosen = values[0]
+    for i in tl.static_range(1, len(values)):
+        chosen = tl.where(layer >= i, values[i], chosen)
+    return chosen
+
+
+@triton.jit
+def find(first, tile):
+    """The layer that a tile belongs to: the last that starts no later; layers may be empty."""
+    layer = tile * 0
+    for i in tl.static_range(1, len(first)):
+        layer += (tile >= first[i]).to(tl.int32)
+    return layer
+
+
+@triton.jit
+def add_product(
+    acc,  # [BLOCK_M, BLOCK_N]
+    a_ptr,  # [M, K]
+    b_ptr,  # [K, N]
+    stride_am,
+    stride_ak,
+    stride_bk,
+    stride_bn,
+    row_counts,  # [BLOCK_M] bool: False reads as 0
+    col_counts,  # [BLOCK_N] bool
+    K,
+    BLOCK_K: tl.constexpr,
+):
+    """acc + the first tile of A B, with zeros for the rows and columns that do not count."""
+    k = tl.arange(0, BLOCK_K)
+    m, n = tl.arange(0, acc.shape[0]), tl.arange(0, acc.shape[1])
+    a_ptrs = a_ptr + m[:, None] * stride_am + k[None, :] * stride_ak
+    b_ptrs = b_ptr + k[:, None] * stride_bk + n[None, :] * stride_bn
+    for start in range(0, K, BLOCK_K):
+        inside = k < K - start
+        a = tl.load(a_ptrs, mask=row_counts[:, None] & inside[None, :], other=0.0)
+        b = tl.load(b_ptrs, mask=inside[:, None] & col_counts[None, :], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
+        a_ptrs += BLOCK_K * stride_ak
+        b_ptrs += BLOCK_K * stride_bk
+    return acc
+
+
+@triton.jit(do_not_specialize=["width", "first", "end"])
+def _total_kernel(
+    sum_ptr,  # [tiles]
+    count_ptr,  # [tiles] int32
+    loss_ptr,  # [L] out
+    scale_ptr,  # [L] out: 2 / n
+    width,  # L ints, as all below: what one count stands for
+    first,  # the layer's first tile
+    end,  # the tile after its last
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    layer = tl.program_id(0)
+    stop = pick(end, layer)
+    total = tl.zeros((BLOCK,), dtype=ACC)
+    counted = tl.zeros((BLOCK,), dtype=tl.int64)
+    for start in range(pick(first, layer), stop, BLOCK):
+        tiles = start + tl.arange(0, BLOCK)
+        total += tl.load(sum_ptr + tiles, mask=tiles < stop, other=0.0)
+        counted += tl.load(count_ptr + tiles, mask=tiles < stop, other=0)
+    # where nothing counts the sum is 0 already
+    n = tl.maximum(tl.sum(counted, axis=0) * pick(width, layer), 1).to(ACC)
+    tl.store(loss_ptr + layer, tl.sum(total, axis=0) / n)
+    tl.store(scale_ptr + layer, 2.0 / n)
+
+
+INTERPRETED = not isinstance(pick, JITFunction)
+
+
+def total(
+    sums: Tensor, counts: Tensor, widths: Sequence[int], first: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Losses and scales of L layers from what their tiles found, in a fixed order.
+
+    Args:
+        sums: ``[tiles]``, each tile's sum of squares, float32 or float64.
+        counts: ``[tiles]`` int32, what each tile adds to its layer's count.
+        widths: L ints: how many elements one count stands for.
+        first: as ``first_tiles`` returns it.
+
+    Returns:
+        losses ``[L]``, sum / n, and scales ``[L]``, 2 / n, where n is at least 1.
+    """
+    losses, scales = (sums.new_empty(len(widths)) for _ in range(2))
+    _total_kernel[(len(widths),)](
+        sums,
+        counts,
+        losses,
+        scales,
+        pad(widths),
+        pad(first[:-1], first[-1]),
+        pad(first[1:], first[-1]),
+        BLOCK=TOTAL_BLOCK,
+        ACC=accumulator(sums)[1],
+    )
+    return losses, scales
+
+
+def first_tiles(tiles: Iterable[int]) -> tuple[int, ...]:
+    """Where each layer's tiles start, and at the end their number."""
+    return (0, *accumulate(tiles))
+
+
+def pad(values: Sequence[V], fill: V | None = None) -> tuple[V, ...]:
+    """The layers' values and those of empty layers, up to the next power of two.
+
+    A launch of another number of layers then seldom needs another compilation. An empty layer has
+    no tile, so that its values are never used: by default they are the first layer's.
+    """
+    missing = triton.next_power_of_2(len(values)) - len(values)
+    return (*values, *(values[0] if fill is None else fill,) * missing)
+
+
+def accumulator(x: Tensor) -> tuple[torch.dtype, tl.dtype]:
+    """The dtype of products and sums: float32, or float64 for float64; PyTorch's and Triton's."""
+    wide = x.dtype == torch.float64
+    return (torch.float64, tl.float64) if wide else (torch.float32, tl.float32)
+
+
+def device_refusals(tensors: Sequence[Tensor]) -> list[str]:
+    """Each reason why no kernel here can take these tensors, by device and dtype."""
+    reasons = []
+    devices = sorted({str(x.device) for x in tensors})
+    device = tensors[0].device
+    if len(devices) > 1:
+        reasons.append(f"all tensors must be on one device, got {', '.join(devices)}")
+    elif device.type != "cuda" and not INTERPRETED:
+        reasons.append(f"the device must be CUDA, got {device}, and TRITON_INTERPRET is not set")
+    elif device.type == "cuda" and torch.version.hip is not None:
+        reasons.append("the device must be NVIDIA's, got a ROCm build of PyTorch")
+    elif device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        major, minor = torch.cuda.get_device_capability(device)
+        reasons.append(f"compute capability must be at least 8.0, got {major}.{minor}")
+    found = {x.dtype for x in tensors}
+    for dtype in sorted(found - set(DTYPES), key=str):
+        reasons.append(f"dtypes must be float16, bfloat16, float32 or float64, got {dtype}")
+    if torch.float64 in found and len(found) > 1:
+        reasons.append("float64 cannot be mixed with other dtypes")
+    if torch.float64 in found and not INTERPRETED:
+        reasons.append(
+            "float64 runs in the interpreter only: Triton 3.6 cannot compile its products"
+        )
+    if torch.bfloat16 in found and INTERPRETED:
+        reasons.append("the interpreter computes bfloat16 products wrongly; use float16 or float32")
+    return reasons
+
+
+def dtype_refusals(name: str, tensors: Sequence[Tensor]) -> list[str]:
+    """Why tensors that a kernel takes as one tuple cannot be one: their dtypes differ."""
+    dtypes = sorted({str(x.dtype).removeprefix("torch.") for x in tensors})
+    return [f"{name} must have one dtype, got {', '.join(dtypes)}"] if len(dtypes) > 1 else []
