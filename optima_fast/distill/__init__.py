@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from optima_fast.distill.arms import arm_name, arms, parse_arm
+from optima_fast.distill.arms import arm_name, arm_space, arms, group_arms, parse_arm
 from optima_fast.distill.distiller import Distillable, Distiller, LayerPair, StepLosses
 from optima_fast.distill.matching import match_layers
-from optima_fast.distill.reward import parse_reward, relative_drop
+from optima_fast.distill.measurement import Measurement
+from optima_fast.distill.reward import REWARDS, parse_reward, relative_drop
 
 __all__ = [
+    "REWARDS",
     "Distillable",
     "Distiller",
     "LayerPair",
+    "Measurement",
     "StepLosses",
     "arm_name",
+    "arm_space",
     "arms",
+    "group_arms",
     "match_layers",
     "parse_arm",
     "parse_reward",

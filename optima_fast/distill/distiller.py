@@ -8,8 +8,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from optima_fast.distill.arms import Arm
+from optima_fast.distill.arms import Arm, arm_layers
 from optima_fast.distill.matching import match_layers
+from optima_fast.distill.measurement import Layers, Measurement
 from optima_fast.losses import attention_mse, hidden_mse
 
 Batch = Mapping[str, Tensor]
@@ -70,7 +71,7 @@ class StepLosses(NamedTuple):
 
 
 class Distiller(nn.Module):
-    r"""Compares a student with its frozen teacher, layer by layer, in the modules of an arm.
+    r"""Compares a student with its frozen teacher, layer by layer, in what an arm selects.
 
     .. math:: L = L_{pred} + a_1 KL(t \| s) + a_2 \sum_l \mathrm{MSE}(H_t^l, H_s^l W^l)
               + a_3 \sum_l \mathrm{MSE}(A_t^l, A_s^l)
@@ -166,6 +167,7 @@ class Distiller(nn.Module):
             )
             for name in names
         }
+        self._selected: dict[Arm, tuple[LayerPair, ...]] = {}
         self.projections = nn.ParameterDict()
         for name in names:
             d_s, d_t = student.widths[name], teacher.widths[name]
@@ -197,7 +199,8 @@ class Distiller(nn.Module):
 
         Args:
             batch: whatever both models take.
-            arm: the modules whose layers are distilled now; may be empty.
+            arm: the modules (``image``) or student layers (``image[1-3]``, counted from 1) that
+                are distilled now; may be empty.
             predict: ``(student_logits, batch) -> scalar`` prediction loss.
             divergence: ``(student_logits, teacher_logits, batch) -> scalar``; needed when
                 ``kl_weight`` is not 0.
@@ -213,55 +216,101 @@ class Distiller(nn.Module):
 
     @torch.no_grad()
     def measure(
-        self, batch: Batch, *, divergence: Callable[[Tensor, Tensor, Batch], Tensor]
-    ) -> dict[str, float]:
-        """The three distillation losses of the full model, for the reward (Eq. 6).
+        self,
+        batch: Batch,
+        *,
+        predict: Callable[[Tensor, Batch], Tensor],
+        divergence: Callable[[Tensor, Tensor, Batch], Tensor],
+    ) -> Measurement:
+        """Every loss of the full model, for the reward (Eq. 6), in one pass of either model.
 
         The student is put in eval mode for it and back afterwards.
 
+        Args:
+            batch: as for :meth:`forward`.
+            predict: likewise.
+            divergence: likewise.
+
         Returns:
-            ``{"kl", "hidden", "attention"}``, layers reduced as in training, unweighted.
+            The sums with layers reduced as in training, and each layer's; unweighted.
         """
         student = self.student
         training = isinstance(student, nn.Module) and student.training
         if training:
             student.eval()  # type: ignore[attr-defined]
         try:
-            step = self._losses(batch, self.modules_matched, predict=None, divergence=divergence)
+            step = self._losses(batch, self.modules_matched, predict=predict, divergence=divergence)
         finally:
             if training:
                 student.train()  # type: ignore[attr-defined]
-        assert step.kl is not None
-        terms = (step.kl, self._reduce(step.hidden), self._reduce(step.attention))
-        kl, hidden, attention = torch.stack([term.double() for term in terms]).tolist()
-        return {"kl": kl, "hidden": hidden, "attention": attention}
+        assert step.kl is not None and step.hidden is not None and step.attention is not None
+        sums = (step.kl, self._reduce(step.hidden), self._reduce(step.attention), step.prediction)
+        stacked = torch.stack([term.double() for term in sums])
+        values = torch.cat([stacked, step.hidden.double(), step.attention.double()]).tolist()
+        kl, hidden, attention, prediction = values[:4]
+        layers = values[4:]
+        return Measurement(
+            kl,
+            hidden,
+            attention,
+            prediction,
+            _by_module(step.pairs, layers[: len(step.pairs)]),
+            _by_module(step.pairs, layers[len(step.pairs) :]),
+        )
+
+    def selected(self, arm: Arm) -> tuple[LayerPair, ...]:
+        """The layer pairs of an arm, modules in the arm's order.
+
+        Raises:
+            ValueError: a module or layer that is not matched.
+        """
+        arm = tuple(arm)
+        if arm not in self._selected:
+            counts = {name: len(pairs) for name, pairs in self.pairs.items()}
+            try:
+                layers = arm_layers(arm, counts)
+            except ValueError as error:
+                raise ValueError(f"arm {arm}: {error}") from None
+            self._selected[arm] = tuple(
+                self.pairs[name][i] for name, chosen in layers.items() for i in chosen
+            )
+        return self._selected[arm]
+
+    def teacher_request(self, arm: Arm) -> dict[str, list[int]]:
+        """The teacher's layers to record: of each module of the arm all matched ones so deep.
+
+        Those above the deepest selected layer need not run. Those below run anyway; recording them
+        too keeps the number of different requests, hence of compiled graphs, to one a depth.
+        """
+        depths: dict[str, int] = {}
+        for pair in self.selected(arm):
+            depths[pair.module] = pair.student
+        return {
+            name: [pair.teacher for pair in self.pairs[name][: depth + 1]]
+            for name, depth in depths.items()
+        }
 
     def _losses(
         self,
         batch: Batch,
         arm: Arm,
         *,
-        predict: Callable[[Tensor, Batch], Tensor] | None,
+        predict: Callable[[Tensor, Batch], Tensor],
         divergence: Callable[[Tensor, Tensor, Batch], Tensor] | None,
     ) -> StepLosses:
-        for name in arm:
-            if name not in self.pairs:
-                raise ValueError(f"arm {arm}: {name!r} is not one of {self.modules_matched}")
-        pairs = tuple(pair for name in arm for pair in self.pairs[name])
+        pairs = self.selected(arm)
         lse = self.attention_target == "probs"
 
         # the student's request is always the whole one, so that no arm means another graph
         everything = {n: [p.student for p in self.pairs[n]] for n in self.modules_matched}
         student = self.student(batch, taps=everything, lse=lse)
         assert student.logits is not None
-        prediction = (
-            predict(student.logits, batch) if predict else student.logits.new_zeros(())
-        ).float()
+        prediction = predict(student.logits, batch).float()
 
         kl = hidden = attention = None
         total = prediction
         if divergence is not None or pairs:
-            request = {name: [p.teacher for p in self.pairs[name]] for name in arm}
+            request = self.teacher_request(arm)
             with torch.no_grad():
                 if divergence is not None:
                     teacher = self.teacher(batch, taps=request, lse=lse)
@@ -272,23 +321,22 @@ class Distiller(nn.Module):
                 kl = divergence(student.logits, teacher.logits, batch).float()
                 total = total + self.kl_weight * kl
             if pairs:
-                hidden = self._hidden(arm, student, teacher)
-                attention = self._attention(arm, student, teacher)
+                hidden = self._hidden(pairs, student, teacher)
+                attention = self._attention(pairs, student, teacher)
                 total = total + self.hidden_weight * self._reduce(hidden)
                 total = total + self.attention_weight * self._reduce(attention)
         return StepLosses(total, prediction, kl, hidden, attention, pairs)
 
-    def _reduce(self, layers: Tensor | None) -> Tensor:
-        assert layers is not None
+    def _reduce(self, layers: Tensor) -> Tensor:
         return layers.sum() if self.reduction == "sum" else layers.mean()
 
-    def _hidden(self, arm: Arm, student: Record, teacher: Record) -> Tensor:
-        targets = [tap.hidden for name in arm for tap in teacher.taps[name]]
-        masks = [student.masks[name] for name in arm for _ in self.pairs[name]]
+    def _hidden(self, pairs: Sequence[LayerPair], student: Record, teacher: Record) -> Tensor:
+        targets = [teacher.taps[p.module][p.student].hidden for p in pairs]
+        masks = [student.masks[p.module] for p in pairs]
         losses = hidden_mse(
-            [tap.hidden for name in arm for tap in student.taps[name]],
+            [student.taps[p.module][p.student].hidden for p in pairs],
             targets,
-            [self.projections[f"{p.module}_{p.student}"] for name in arm for p in self.pairs[name]],
+            [self.projections[f"{p.module}_{p.student}"] for p in pairs],
             mask=masks,
             backend=self.backend,
         )
@@ -298,16 +346,18 @@ class Distiller(nn.Module):
             )
         return losses
 
-    def _attention(self, arm: Arm, student: Record, teacher: Record) -> Tensor:
+    def _attention(self, pairs: Sequence[LayerPair], student: Record, teacher: Record) -> Tensor:
         rows: list[tuple[Any, ...]] = []
         crossing = []
-        for name in arm:
-            mask = student.masks[name]
-            causal = bool(self.student.causal[name])
-            for s, t in zip(student.taps[name], teacher.taps[name], strict=True):
-                if self.cross_attention and s.cross_q is not None:
-                    crossing.append((len(rows), s, t, mask))
-                rows.append((s.q, s.k, t.q, t.k, s.lse, t.lse, causal, mask, mask))
+        for pair in pairs:
+            mask = student.masks[pair.module]
+            causal = bool(self.student.causal[pair.module])
+            # both are recorded from the first matched layer on, in the order of the pairs
+            s = student.taps[pair.module][pair.student]
+            t = teacher.taps[pair.module][pair.student]
+            if self.cross_attention and s.cross_q is not None:
+                crossing.append((len(rows), s, t, mask))
+            rows.append((s.q, s.k, t.q, t.k, s.lse, t.lse, causal, mask, mask))
         layers = len(rows)
         for _, s, t, mask in crossing:
             rows.append((s.cross_q, s.cross_k, t.cross_q, t.cross_k, None, None, False, mask, None))
@@ -333,6 +383,13 @@ class Distiller(nn.Module):
         # a layer's two attentions are one loss
         owner = torch.tensor([row for row, *_ in crossing], device=losses.device)
         return losses[:layers].index_add(0, owner, losses[layers:])
+
+
+def _by_module(pairs: Sequence[LayerPair], values: Sequence[float]) -> Layers:
+    layers: Layers = {}
+    for pair, value in zip(pairs, values, strict=True):
+        layers.setdefault(pair.module, []).append(value)
+    return layers
 
 
 def _variance(states: Tensor, mask: Tensor | None) -> Tensor:

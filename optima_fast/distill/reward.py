@@ -1,40 +1,131 @@
-"""The bandit's reward: how far the distillation losses of the full model fell (Eq. 6)."""
+"""The bandit's reward: how far the losses of the full model fell in a round (Eq. 6 and others)."""
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+from optima_fast.distill.measurement import Layers, Measurement
 from optima_fast.errors import UserError
 
-TERMS = ("kl", "hidden", "attention")
+TERMS = ("kl", "hidden", "attention", "prediction")
+PAPER = TERMS[:3]
+
+Drops = dict[str, float]
 
 
-def parse_reward(text: str) -> tuple[str, ...]:
-    """The loss terms that ``text`` names: ``paper`` (all three) or a list such as ``kl,hidden``.
+class Context(NamedTuple):
+    """What a reward is computed with besides the losses.
+
+    Attributes:
+        clip: whether a loss that rose counts as 0, not as a negative drop.
+        cost: of a step with the round's arm, relative to one with all modules; divides the reward.
+    """
+
+    clip: bool = True
+    cost: float = 1.0
+
+
+PLAIN = Context()
+Reward = Callable[[Measurement, Measurement, Context], tuple[float, Drops]]
+
+
+def paper(before: Measurement, after: Measurement, context: Context) -> tuple[float, Drops]:
+    r"""Eq. 6: the mean relative drop of the three distillation losses of the full model.
+
+    .. math:: r = \frac{1}{3} \sum_{L \in \{KL, hidden, attention\}}
+              \max\left(0, \frac{L_{before} - L_{after}}{L_{before}}\right)
+
+    Source: Liang et al., NeurIPS 2023, Eq. 6.
+    """
+    return relative_drop(before._asdict(), after._asdict(), PAPER, context)
+
+
+def normalised(before: Measurement, after: Measurement, context: Context) -> tuple[float, Drops]:
+    r"""Eq. 6 with every layer of a module, and every module, of the same weight.
+
+    .. math:: r = \frac{1}{3} \left(\Delta_{KL} + \sum_{L \in \{hidden, attention\}}
+              \frac{1}{M} \sum_{m=1}^{M} \frac{1}{n_m} \sum_{l=1}^{n_m} \Delta_{L, m, l}\right)
+
+    with :math:`\Delta = (before - after) / before` of one layer's loss, M modules and :math:`n_m`
+    matched layers. In Eq. 6 a loss is summed first, so that the layers with the largest states
+    decide. Clipping applies to each of the three terms.
+    """
+    drops = {"kl": relative(before.kl, after.kl)}
+    for term in ("hidden", "attention"):
+        old, new = (getattr(m, f"{term}_layers") for m in (before, after))
+        drops[term] = _mean_over_modules(old, new)
+    return _mean(drops, context)
+
+
+def prediction(before: Measurement, after: Measurement, context: Context) -> tuple[float, Drops]:
+    r"""The relative drop of the task's own loss, what the student is for.
+
+    .. math:: r = \max(0, (L_{before} - L_{after}) / L_{before})
+
+    Measured on examples that are trained on it is optimistic: see ``--reward-split held-out``.
+    """
+    return relative_drop(before._asdict(), after._asdict(), ("prediction",), context)
+
+
+REWARDS: dict[str, Reward] = {
+    "paper": paper,
+    "normalised": normalised,
+    "prediction": prediction,
+}
+
+
+def parse_reward(text: str) -> Reward:
+    """The reward that ``text`` names: one of :data:`REWARDS`, or terms such as ``kl,hidden``.
+
+    A list of terms (``kl``, ``hidden``, ``attention``, ``prediction``) is the mean of their
+    relative drops, as in Eq. 6 and its ablations.
 
     Raises:
         UserError: an unknown or repeated term, or none.
     """
-    if text == "paper":
-        return TERMS
+    if text in REWARDS:
+        return REWARDS[text]
     terms = tuple(part.strip() for part in text.split(",") if part.strip())
+    known = f"{', '.join(REWARDS)} or terms of {','.join(TERMS)}"
     if not terms:
-        raise UserError(f"reward {text!r} names no term; choose paper or from {', '.join(TERMS)}")
+        raise UserError(f"reward {text!r} names no term; choose {known}")
     for term in terms:
         if term not in TERMS:
-            near = difflib.get_close_matches(term, ("paper", *TERMS), 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"choose paper or {', '.join(TERMS)}"
+            names = TERMS if len(terms) > 1 else (*REWARDS, *TERMS)
+            near = difflib.get_close_matches(term, names, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"choose {known}"
             raise UserError(f"reward {text!r}: no term {term!r}; {hint}")
     if len(set(terms)) < len(terms):
         raise UserError(f"reward {text!r} repeats a term")
-    return terms
+    return lambda before, after, context: relative_drop(
+        before._asdict(), after._asdict(), terms, context
+    )
+
+
+def relative(before: float, after: float) -> float:
+    """``(before - after) / before`` in [-1, 1]; 0 where a loss was 0 or either is not finite.
+
+    A loss that more than doubled counts as one that doubled, so that one accident does not
+    outweigh a hundred rounds.
+
+    Example:
+        >>> relative(2.0, 1.5), relative(2.0, 9.0), relative(0.0, 1.0)
+        (0.25, -1.0, 0.0)
+    """
+    if not (math.isfinite(before) and math.isfinite(after) and before > 0.0):
+        return 0.0
+    return min(1.0, max(-1.0, (before - after) / before))
 
 
 def relative_drop(
-    before: Mapping[str, float], after: Mapping[str, float], terms: Sequence[str] = TERMS
-) -> tuple[float, dict[str, float]]:
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    terms: Sequence[str] = PAPER,
+    context: Context = PLAIN,
+) -> tuple[float, Drops]:
     """Mean over the terms of ``max(0, (before - after) / before)``, and each of them.
 
     A term that was 0, or that is not finite at either end, counts as no drop.
@@ -43,17 +134,27 @@ def relative_drop(
         before: loss per term at the start of the round.
         after: the same at its end, on the same batch.
         terms: the ones that count.
+        context: whether to clip, and the cost to divide by.
 
     Returns:
-        The reward in [0, 1], and the drop of each term.
+        The reward, in [0, 1] at cost 1 (in [-1, 1] unless clipped), and the drop of each term.
 
     Example:
         >>> relative_drop({"kl": 2.0, "hidden": 4.0}, {"kl": 1.0, "hidden": 5.0}, ["kl", "hidden"])
         (0.25, {'kl': 0.5, 'hidden': 0.0})
     """
-    drops = {}
-    for term in terms:
-        old, new = before[term], after[term]
-        usable = math.isfinite(old) and math.isfinite(new) and old > 0.0
-        drops[term] = min(1.0, max(0.0, (old - new) / old)) if usable else 0.0
-    return sum(drops.values()) / len(drops), drops
+    return _mean({term: relative(before[term], after[term]) for term in terms}, context)
+
+
+def _mean(drops: Drops, context: Context) -> tuple[float, Drops]:
+    if context.clip:
+        drops = {term: max(0.0, drop) for term, drop in drops.items()}
+    return sum(drops.values()) / len(drops) / context.cost, drops
+
+
+def _mean_over_modules(before: Layers, after: Layers) -> float:
+    means = []
+    for module, old in before.items():
+        drops = [relative(b, a) for b, a in zip(old, after[module], strict=True)]
+        means.append(sum(drops) / len(drops))
+    return sum(means) / len(means)

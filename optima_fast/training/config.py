@@ -15,15 +15,17 @@ from typing import Any
 
 import yaml
 
-from optima_fast import bandit
-from optima_fast.distill import arms, parse_arm, parse_reward
+from optima_fast.distill import arm_space, parse_arm, parse_reward
+from optima_fast.distill.arms import ARM_SPACES
 from optima_fast.errors import UserError
-from optima_fast.models import MODULES
+from optima_fast.models import MODULES, presets
+from optima_fast.training import policies
 
 MAX_THREADS = 1024
 
 METHODS = ("optima", "layerwise", "random", "fixed", "kd", "finetune")
 TASKS = ("vqa", "snli_ve", "nlvr2", "coco")
+REWARD_SPLITS = ("train", "held-out")
 
 _POSITIVE = (
     *("steps", "round_steps", "reward_examples", "train_images", "batch_size", "lr", "head_lr"),
@@ -47,9 +49,17 @@ class TrainConfig:
     task: str = _field("vqa", "the task to distil on", TASKS)
     data: str = _field("digits", "digits (built in), or a folder in the task's official layout")
     method: str = _field("optima", "how modules are chosen, or no layerwise distillation", METHODS)
-    arm: str | None = _field(None, "modules for --method fixed, such as image+text")
+    arm: str | None = _field(None, "for --method fixed, such as image+text or image[1-3]")
+    arms: str = _field("modules", "subsets of modules, or of groups of their layers", ARM_SPACES)
     policy: str = _field("paper", "bandit of --method optima, see optima_fast.bandit.names()")
-    reward: str = _field("paper", "reward terms: paper, or a list of kl,hidden,attention")
+    reward: str = _field(
+        "paper", "paper, normalised, or a list of kl,hidden,attention,prediction: what has to fall"
+    )
+    reward_clip: bool = _field(True, "count a loss that rose as 0, not as a negative drop")
+    reward_cost: str = _field("none", "divide the reward by the arm's cost", ("none", "flops"))
+    reward_split: str = _field(
+        "train", "where its examples are from: held-out ones are not trained on", REWARD_SPLITS
+    )
 
     teacher: str | None = _field(None, "a preset (trained on the task first) or a run folder")
     student: str | None = _field(None, "a preset")
@@ -59,8 +69,8 @@ class TrainConfig:
     steps: int | None = _field(None, "optimizer steps in all")
     round_steps: int | None = _field(None, "P, steps per round of the bandit")
     init_rounds: int | None = _field(None, "T0, rounds per arm before the bandit chooses")
-    gamma: float = _field(0.98, "share of the old mean in the bandit's moving average")
-    variance_scale: float = _field(1.0, "factor on the bandit's sampling variance")
+    gamma: float | None = _field(None, "what a round keeps of the bandit's memory")
+    variance_scale: float | None = _field(None, "factor on the bandit's sampling variance")
     reward_examples: int | None = _field(None, "training examples the reward is measured on")
 
     train_images: int | None = _field(None, "digits: training canvases; a tenth more to test on")
@@ -110,13 +120,12 @@ class TrainConfig:
                 raise UserError(_no_choice(flag(field.name), str(value), choices))
         self._check_numbers()
         parse_reward(self.reward)
-        policies = [name for name in bandit.names() if name != "fixed"]
-        if self.policy not in policies:
-            raise UserError(_no_choice("--policy", self.policy, policies))
+        if self.policy not in policies.choices():
+            raise UserError(_no_choice("--policy", self.policy, policies.choices()))
         if self.method == "fixed":
             if self.arm is None:
                 raise UserError("--method fixed needs --arm, such as --arm image+text")
-            parse_arm(self.arm, MODULES)
+            parse_arm(self.arm, presets.get(self.student).layer_counts if self.student else MODULES)
         elif self.arm is not None:
             raise UserError(f"--arm {self.arm} is for --method fixed, not --method {self.method}")
         if self.device != "auto" and self.device.partition(":")[0] not in ("cpu", "cuda"):
@@ -131,11 +140,7 @@ class TrainConfig:
                 raise UserError(f"{flag(name)} must be below 2**63, got {getattr(self, name)}")
         if self.threads > MAX_THREADS:
             raise UserError(f"--threads must be at most {MAX_THREADS}, got {self.threads}")
-        if (self.method, self.policy) == ("optima", "paper") and None not in (
-            self.steps,
-            self.round_steps,
-            self.init_rounds,
-        ):
+        if self.method == "optima" and None not in (self.steps, self.round_steps, self.student):
             self._check_rounds()
 
     def _check_numbers(self) -> None:
@@ -146,7 +151,7 @@ class TrainConfig:
             if not math.isfinite(value) or value < 0 or (name in _POSITIVE and value == 0):
                 kind = "positive" if name in _POSITIVE else "0 or more"
                 raise UserError(f"{flag(name)} must be {kind} and finite, got {value}")
-        if not 0.0 < self.gamma <= 1.0:
+        if self.gamma is not None and not 0.0 < self.gamma <= 1.0:
             raise UserError(f"--gamma must be above 0 and at most 1, got {self.gamma}")
         for name in ("dropout", "cell_stage"):
             if not 0.0 <= getattr(self, name) < 1.0:
@@ -157,15 +162,16 @@ class TrainConfig:
             )
 
     def _check_rounds(self) -> None:
-        assert self.steps is not None and self.round_steps is not None
-        assert self.init_rounds is not None
-        rounds, count = self.steps // self.round_steps, len(arms(MODULES))
-        if rounds < count * self.init_rounds:
+        """Refuse a bandit whose first pulls of each arm take more rounds than there are."""
+        assert self.steps and self.round_steps and self.student
+        policy = policies.make(self, arm_space(self.arms, presets.get(self.student).layer_counts))
+        rounds, first = self.steps // self.round_steps, policies.warm_up(policy)
+        if rounds < first:
             raise UserError(
-                f"--method optima pulls each of {count} arms {self.init_rounds} times first, "
-                f"{count * self.init_rounds} rounds of {self.round_steps} steps, but --steps "
-                f"{self.steps} gives {rounds}: raise --steps, or lower --round-steps or "
-                "--init-rounds"
+                f"--policy {self.policy} pulls each of {policy.arms} arms "
+                f"{first // policy.arms} times first, {first} rounds of {self.round_steps} steps, "
+                f"but --steps {self.steps} gives {rounds}: raise --steps, lower --round-steps or "
+                "--init-rounds, or take another --policy or fewer --arms"
             )
 
 
@@ -191,6 +197,7 @@ _PAPER: dict[str, Any] = {
     "lr": 1e-3,
     "warmup_steps": 1000,
 }
+_PAPER_POLICY: dict[str, Any] = {"gamma": 0.98, "variance_scale": 1.0}
 # where neither says: a choice of this project
 _OWN: dict[str, Any] = {"reward_examples": 256}
 
@@ -230,6 +237,10 @@ def resolve(config: TrainConfig) -> TrainConfig:
     defaults["teacher_batch_size"] = config.batch_size or defaults["batch_size"]
     defaults["head_lr"] = config.lr or defaults["lr"]
     defaults["kl_weight"] = 1.0 if config.method == "kd" else 0.0
+    if config.policy == "paper":
+        defaults |= _PAPER_POLICY
+    else:
+        del defaults["init_rounds"]  # left to the policy
     defaults["log_every"] = max(1, steps // 100)
     defaults["eval_every"] = max(1, steps // 4)
     defaults["checkpoint_every"] = max(1, steps // 10)
@@ -345,6 +356,8 @@ def _metavar(field: dataclasses.Field[Any]) -> str:
 def _default_text(field: dataclasses.Field[Any]) -> str:
     if field.default is not None:
         return f" (default {field.default})"
+    if field.name in _PAPER_POLICY:
+        return f" (default {_PAPER_POLICY[field.name]} for --policy paper, else the policy's own)"
     if field.name in _DIGITS:
         paper = (_PAPER | _OWN).get(field.name, "by task")
         return f" (default {_DIGITS[field.name]} on digits, else {paper})"

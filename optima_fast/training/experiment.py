@@ -19,11 +19,11 @@ from optima_fast.errors import UserError
 from optima_fast.models import MODULES, initialise, presets
 from optima_fast.models.task_model import TaskModel, build
 from optima_fast.tasks import TaskData
-from optima_fast.training import checkpoints, teachers
+from optima_fast.training import checkpoints, policies, teachers
 from optima_fast.training.config import TrainConfig, resolve
 from optima_fast.training.display import Display
+from optima_fast.training.rewards import training_sampler
 from optima_fast.training.run import Run
-from optima_fast.training.sampler import Sampler
 from optima_fast.training.trainer import Trainer
 
 Summary = dict[str, Any]
@@ -180,8 +180,9 @@ def _rehearse(config: TrainConfig, data: TaskData) -> None:
     Raises:
         UserError: as the run itself would, but not after an hour.
     """
-    assert config.batch_size is not None
-    Sampler(data.train, config.batch_size, config.seed)
+    if config.method == "optima":
+        policies.check_options(config)
+    training_sampler(config, data.train)
     try:
         _rehearse_models(config, data)
     except UserError:
@@ -326,6 +327,7 @@ def train(
         "teacher_params": None,
         "student_params": count(student),
         "arms": trainer.pulls if config.method not in ("kd", "finetune") else {},
+        "reward": trainer.reward_summary(),
         "seconds": {
             "teacher": 0.0,
             "distill": trainer.seconds["distill"],

@@ -20,18 +20,24 @@ class Sampler:
         split: what to draw from; ``split.group`` neighbours share their images and stay together.
         batch_size: runs per step.
         seed: of the order.
+        without: bool [runs], those never drawn; default none.
 
     Raises:
         UserError: the split holds fewer runs than one batch.
     """
 
-    def __init__(self, split: Split, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, split: Split, batch_size: int, seed: int, *, without: Tensor | None = None
+    ) -> None:
         self._group = split.group
-        self._runs = len(split) // split.group
-        if batch_size > self._runs:
+        drawn = np.ones(len(split) // split.group, dtype=bool)
+        if without is not None:
+            drawn &= ~without.numpy()
+        self._drawn = np.flatnonzero(drawn)
+        if batch_size > len(self._drawn):
             raise UserError(
-                f"--batch-size {batch_size} is more than the {self._runs} images of the "
-                f"{split.name} split"
+                f"--batch-size {batch_size} is more than the {len(self._drawn)} images of the "
+                f"{split.name} split" + (" that are not held out" if without is not None else "")
             )
         self._batch_size = batch_size
         self._seed = seed
@@ -40,12 +46,11 @@ class Sampler:
 
     def at(self, step: int) -> Tensor:
         """Indices of the examples of 0-based ``step``, int64."""
-        per_epoch = self._runs // self._batch_size
+        per_epoch = len(self._drawn) // self._batch_size
         epoch, position = divmod(step, per_epoch)
         if epoch != self._epoch:
-            self._order = np.random.Generator(np.random.PCG64([self._seed, epoch])).permutation(
-                self._runs
-            )
+            generator = np.random.Generator(np.random.PCG64([self._seed, epoch]))
+            self._order = self._drawn[generator.permutation(len(self._drawn))]
             self._epoch = epoch
         runs = self._order[position * self._batch_size : (position + 1) * self._batch_size]
         examples = runs[:, None] * self._group + np.arange(self._group)

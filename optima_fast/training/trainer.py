@@ -17,28 +17,29 @@ from torch import Tensor, nn
 from optima_fast import bandit
 from optima_fast.distill import (
     Distiller,
+    Measurement,
     StepLosses,
     arm_name,
-    arms,
+    arm_space,
     parse_arm,
-    parse_reward,
-    relative_drop,
 )
 from optima_fast.errors import UserError
 from optima_fast.models import MODULES
 from optima_fast.models.task_model import TaskModel
 from optima_fast.tasks import TaskData
 from optima_fast.tasks.base import to_device
-from optima_fast.training import checkpoints
+from optima_fast.training import checkpoints, policies
 from optima_fast.training.adafactor import Adafactor
 from optima_fast.training.cells import CellStage
 from optima_fast.training.config import TrainConfig
+from optima_fast.training.cost import arm_costs
 from optima_fast.training.display import Display, Stage
+from optima_fast.training.rewards import RewardMeter, reward_batches, training_sampler
 from optima_fast.training.run import Run
-from optima_fast.training.sampler import Sampler
 from optima_fast.training.schedule import lr_at
 
-FORMAT = 1  # of checkpoints
+FORMAT = 2  # of checkpoints
+_COUNTERS = ("step", "round", "choice", "round_began", "last_metric")  # what a checkpoint restores
 
 
 class Interrupted(Exception):
@@ -72,24 +73,24 @@ class Trainer:
         self.display = display
         self.device = next(student.parameters()).device
         self.steps = config.steps
-        self.sampler = Sampler(data.train, config.batch_size, config.seed)
+        self.sampler = training_sampler(config, data.train)
         self.distiller = self._make_distiller(teacher)
         self.teacher_digest = "" if teacher is None else checkpoints.digest(teacher)
         self.cells = CellStage(config, data, student).to(self.device)
         self.optimizer = self._make_optimizer()
 
-        self.arms = arms(MODULES)
+        self.space = arm_space(config.arms, student.layer_counts)
         self.policy, self.fixed_arm = self._make_policy()
-        self.reward_terms = parse_reward(config.reward)
-        self.reward_batches = self._draw_reward_batches()
+        self.meter = self._make_meter(teacher)
 
         self.step = 0
         self.round = 0
         self.arm = self.fixed_arm
         self.choice = -1
-        self.before: dict[str, float] = {}
-        self.pulls = dict.fromkeys(map(arm_name, self.arms), 0)
+        self.before: Measurement | None = None
+        self.pulls = dict.fromkeys(map(arm_name, self.space.arms), 0)
         self.seconds = {"distill": 0.0, "reward": 0.0, "eval": 0.0}
+        self.round_began = 0.0
         self.last_metric: float | None = None
         self._stop = False
 
@@ -104,12 +105,32 @@ class Trainer:
             modules=MODULES,
             hidden_weight=config.hidden_weight,
             attention_weight=config.attention_weight,
-            kl_weight=config.kl_weight,
-            attention_target=config.attention_target,
-            hidden_scale=config.hidden_scale,
             reduction=config.reduction,
-            cross_attention=config.cross_attention,
+            **self._distilled(),
         ).to(self.device)
+
+    def _distilled(self) -> dict[str, Any]:
+        """Settings of the distiller that say what is computed in a step."""
+        return {
+            name: getattr(self.config, name)
+            for name in ("kl_weight", "attention_target", "hidden_scale", "cross_attention")
+        }
+
+    def _make_meter(self, teacher: TaskModel | None) -> RewardMeter | None:
+        if self.distiller is None or teacher is None:
+            return None
+        batches, arms = reward_batches(self.config, self.data.train), self.space.arms
+        costs = [1.0] * len(arms)
+        if self._rewarded and self.config.reward_cost == "flops":
+            costs = arm_costs(
+                self.student.coca.config,
+                teacher.coca.config,
+                self.data,
+                self.data.train.batch(batches[0]),
+                arms,
+                **self._distilled(),
+            )
+        return RewardMeter(self.config, self.data, self.distiller, batches, costs)
 
     @property
     def _cuda(self) -> bool:
@@ -137,16 +158,8 @@ class Trainer:
             return None, MODULES
         if config.method == "fixed":
             assert config.arm is not None
-            return None, parse_arm(config.arm, MODULES)
-        name = "random" if config.method == "random" else config.policy
-        options: dict[str, Any] = {"seed": config.seed}
-        if name == "paper":
-            options |= {
-                "gamma": config.gamma,
-                "init_rounds": config.init_rounds,
-                "variance_scale": config.variance_scale,
-            }
-        return bandit.make(name, len(self.arms), **options), ()
+            return None, parse_arm(config.arm, self.student.layer_counts)
+        return policies.make(config, self.space), ()
 
     # ------------------------------------------------------------------ the loop
 
@@ -262,57 +275,73 @@ class Trainer:
     # ------------------------------------------------------------------ rounds of the bandit
 
     def _begin_round(self) -> None:
+        self.round_began = self._busy
         if self.policy is not None:
             self.choice = self.policy.select()
-            self.arm = self.arms[self.choice]
-            if not self.before and self._rewarded:
+            self.arm = self.space.arms[self.choice]
+            if self.before is None and self._rewarded:
                 self.before = self._measure()
         if self.arm:
-            self.pulls[arm_name(self.arm)] += 1
+            name = arm_name(self.arm)
+            self.pulls[name] = self.pulls.get(name, 0) + 1
 
     @property
     def _rewarded(self) -> bool:
         return self.config.method == "optima"
 
+    @property
+    def _busy(self) -> float:
+        """Seconds of training and of measuring rewards so far."""
+        return self.seconds["distill"] + self.seconds["reward"]
+
     def _end_round(self) -> None:
         self.round += 1
         if self.policy is None:
             return
-        line: dict[str, Any] = {"step": self.step, "round": self.round, "arm": arm_name(self.arm)}
-        reward = 0.0
+        line: dict[str, Any] = {
+            "step": self.step,
+            "round": self.round,
+            "arm": arm_name(self.arm),
+            "choice": self.choice,
+        }
         if self._rewarded:
+            assert self.meter is not None and self.before is not None
             after = self._measure()
-            reward, drops = relative_drop(self.before, after, self.reward_terms)
+            line |= self.meter.record(self.choice, self.before, after)
             self.before = after
-            line |= {"reward": reward, "drops": drops, "losses": after}
-        self.policy.update(self.choice, reward)
+        self.policy.update(self.choice, line.get("reward", 0.0))
         if self._rewarded:
-            line |= {"means": list(self.policy.mean), "counts": list(self.policy.count)}
+            line |= {
+                "means": list(self.policy.mean),
+                "counts": list(self.policy.count),
+                "spreads": list(getattr(self.policy, "spread", ())),
+            }
+        line["seconds"] = self._busy - self.round_began
         self.run.append_metrics(line)
 
-    def _draw_reward_batches(self) -> tuple[Tensor, ...]:
-        """Indices of fixed training examples, in parts of one batch size; the same every round."""
-        assert self.config.reward_examples and self.config.batch_size
-        split = self.data.train
-        runs = min(max(1, self.config.reward_examples // split.group), len(split) // split.group)
-        # a seed of its own, so that they are not the first batch
-        chosen = Sampler(split, runs, self.config.seed + 1).at(0)
-        return torch.split(chosen, self.config.batch_size * split.group)
-
-    def _measure(self) -> dict[str, float]:
-        """All distillation losses of the full model on the reward batches."""
-        assert self.distiller is not None
+    def _measure(self) -> Measurement:
+        """All losses of the full model on the reward's examples."""
+        assert self.meter is not None
         began = time.perf_counter()
-        total = dict.fromkeys(("kl", "hidden", "attention"), 0.0)
-        count = sum(map(len, self.reward_batches))
-        for part in self.reward_batches:
-            batch = to_device(self.data.train.batch(part), self.device)
-            # float32 whatever the training runs in: a round changes a loss by parts of a thousand
-            values = self.distiller.measure(batch, divergence=self.data.divergence)
-            for key, value in values.items():
-                total[key] += value * len(part) / count
+        measured = self.meter.measure(self.device)
         self.seconds["reward"] += time.perf_counter() - began
-        return total
+        return measured
+
+    def reward_summary(self) -> dict[str, Any] | None:
+        """What the rewards were measured on and what that cost; None where there were none."""
+        if not self._rewarded or self.meter is None:
+            return None
+        config, seconds = self.config, self.seconds["reward"]
+        return {
+            "name": config.reward,
+            "clip": config.reward_clip,
+            "cost": config.reward_cost,
+            "split": config.reward_split,
+            "examples": self.meter.examples,
+            "batches": len(self.meter.batches),
+            "seconds": seconds,
+            "share": seconds / max(sum(self.seconds.values()), 1e-9),
+        }
 
     # ------------------------------------------------------------------ what is seen and saved
 
@@ -380,18 +409,15 @@ class Trainer:
         state: dict[str, Any] = {
             "format": FORMAT,
             "config": dataclasses.asdict(self.config),
-            "step": self.step,
+            **{name: getattr(self, name) for name in _COUNTERS},
             "student": self.student.state_dict(),
             "projections": self.distiller.state_dict() if self.distiller else {},
             "cells": self.cells.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "bandit": self.policy.state_dict() if self.policy else None,
-            "round": self.round,
-            "choice": self.choice,
-            "before": self.before,
+            "before": self.before._asdict() if self.before else None,
             "pulls": self.pulls,
             "seconds": self.seconds,
-            "last_metric": self.last_metric,
             "metrics_size": self.run.metrics_size(),
             "cpu_generator": torch.get_rng_state(),
             "cuda_generator": torch.cuda.get_rng_state(self.device) if self._cuda else None,
@@ -429,8 +455,9 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             if self.policy is not None:
                 self.policy.load_state_dict(state["bandit"])
-            for name in ("step", "round", "choice", "before", "pulls", "seconds", "last_metric"):
+            for name in (*_COUNTERS, "pulls", "seconds"):
                 setattr(self, name, state[name])
+            self.before = Measurement(**state["before"]) if state["before"] else None
             torch.set_rng_state(state["cpu_generator"])
             if self._cuda and state["cuda_generator"] is not None:
                 torch.cuda.set_rng_state(state["cuda_generator"], self.device)
@@ -440,4 +467,4 @@ class Trainer:
         except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"checkpoint {path} does not fit this run: {error}") from error
         if self.policy is not None and self.step % self._round_steps:
-            self.arm = self.arms[self.choice]
+            self.arm = self.space.arms[self.choice]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import chain
 
 import pytest
 import torch
 from torch import nn
 
 from optima_fast import Distiller, tasks
-from optima_fast.distill import arms
+from optima_fast.distill import Measurement, arm_space, arms
 from optima_fast.errors import UserError
 from optima_fast.losses import attention_mse, hidden_mse
 from optima_fast.models import MODULES, presets
@@ -134,20 +135,46 @@ def test_what_the_arm_does_not_need_is_not_run_in_the_teacher(pair, arm, idle):
     Distiller(student, teacher)(BATCH, arm, predict=DATA.loss)
 
 
-def test_measure_is_the_full_model_without_gradient_and_restores_the_mode(pair):
+def measure(distiller: Distiller) -> Measurement:
+    return distiller.measure(BATCH, predict=DATA.loss, divergence=DATA.divergence)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_measure_is_the_full_model_without_gradient_and_restores_the_mode(pair, reduction):
     student, teacher = pair
-    distiller = Distiller(student, teacher)
+    distiller = Distiller(student, teacher, reduction=reduction)
     student.train()
-    losses = distiller.measure(BATCH, divergence=DATA.divergence)
+    losses = measure(distiller)
     assert student.training
     assert all(p.grad is None for p in student.parameters())
+    student.eval()
     with torch.no_grad():
         step = distiller(BATCH, MODULES, predict=DATA.loss)
-    assert losses["hidden"] == pytest.approx(float(step.hidden.sum()), rel=1e-5)
-    assert losses["attention"] == pytest.approx(float(step.attention.sum()), rel=1e-5)
-    with torch.no_grad():
         kl = DATA.divergence(student(BATCH).logits, teacher(BATCH).logits, BATCH)
-    assert losses["kl"] == pytest.approx(float(kl), rel=1e-5)
+        prediction = DATA.loss(student(BATCH).logits, BATCH)
+    # float32 sums over the layers, taken to float64 afterwards: what Eq. 6 has always been of
+    reduce = torch.Tensor.sum if reduction == "sum" else torch.Tensor.mean
+    assert losses.hidden == float(reduce(step.hidden).double())
+    assert losses.attention == float(reduce(step.attention).double())
+    assert losses.kl == float(kl)
+    assert losses.prediction == float(prediction)
+    assert losses.hidden_layers == {
+        "image": step.hidden[:2].tolist(),
+        "text": step.hidden[2:3].tolist(),
+        "multimodal": step.hidden[3:].tolist(),
+    }
+    assert list(chain(*losses.attention_layers.values())) == step.attention.tolist()
+
+
+def test_measure_runs_each_model_once(pair):
+    student, teacher = pair
+    distiller = Distiller(student, teacher)
+    runs = []
+    for model in pair:
+        for name in MODULES:
+            getattr(model.coca, name).register_forward_pre_hook(lambda *_: runs.append(1))
+    measure(distiller)
+    assert len(runs) == 6
 
 
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn():
@@ -158,8 +185,79 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn():
     with torch.no_grad():
         for projection in distiller.projections.values():
             nn.init.eye_(projection)
-    losses = distiller.measure(BATCH, divergence=DATA.divergence)
-    assert max(losses.values()) < 1e-9
+    losses = measure(distiller)
+    assert max(losses.kl, losses.hidden, losses.attention) < 1e-9
+
+
+@pytest.fixture
+def deep() -> Distiller:
+    """A student of 4, 2 and 2 layers, so that modules have layers to choose from."""
+    torch.manual_seed(0)
+    return Distiller(model("digits_base"), model("digits_teacher", image_layers=8))
+
+
+@pytest.mark.parametrize(
+    ("arm", "layers", "request_"),
+    [
+        (("image",), {"image": [0, 1, 2, 3]}, {"image": [1, 3, 5, 7]}),
+        (("image[1-2]",), {"image": [0, 1]}, {"image": [1, 3]}),
+        (("image[2]", "text"), {"image": [1], "text": [0, 1]}, {"image": [1, 3], "text": [0, 1]}),
+        (
+            ("image[1]", "image[3-4]", "multimodal[1]"),
+            {"image": [0, 2, 3], "multimodal": [0]},
+            {"image": [1, 3, 5, 7], "multimodal": [0]},
+        ),
+        (("text", "image[1-4]"), {"text": [0, 1], "image": [0, 1, 2, 3]}, None),
+        ((), {}, {}),
+    ],
+)
+def test_an_arm_of_layers_is_those_layers_losses_and_a_teacher_no_deeper(
+    deep, arm, layers, request_
+):
+    whole = deep(BATCH, MODULES, predict=DATA.loss)
+    part = deep(BATCH, arm, predict=DATA.loss)
+    where = {(p.module, p.student): i for i, p in enumerate(whole.pairs)}
+    chosen = [where[module, i] for module, indices in layers.items() for i in indices]
+    assert part.pairs == tuple(whole.pairs[i] for i in chosen)
+    if chosen:
+        torch.testing.assert_close(part.hidden, whole.hidden[chosen], rtol=1e-6, atol=0)
+        torch.testing.assert_close(part.attention, whole.attention[chosen], rtol=1e-6, atol=0)
+    if request_ is not None:
+        assert deep.teacher_request(arm) == request_
+
+
+def test_an_arm_of_layers_moves_only_what_feeds_them(deep):
+    deep(BATCH, ("image[2]",), predict=no_prediction).total.backward()
+    moved = {n for n, p in deep.projections.items() if p.grad is not None}
+    assert moved == {"image_1"}
+    layers = deep.student.coca.image.layers
+    reached = [
+        any(p.grad is not None and bool(p.grad.any()) for p in x.parameters()) for x in layers
+    ]
+    assert reached == [True, True, False, False]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler's own
+def test_arms_of_layers_share_their_compiled_graphs(deep):
+    """63 arms; a graph for each depth of each teacher module, and one a student module."""
+    graphs = []
+
+    def count(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    torch._dynamo.reset()
+    space = arm_space("layer-groups:2", deep.student.layer_counts)
+    assert len(space.arms) == 63
+    for which in (deep.student, deep.teacher):
+        for name in MODULES:
+            getattr(which.coca, name).compile(backend=count, fullgraph=True)
+    with torch.no_grad():
+        for arm in space.arms:
+            deep(BATCH, arm, predict=DATA.loss)
+    # teacher: none (run for multimodal alone), half and whole; multimodal is never run for another
+    assert len(graphs) == 3 + (3 + 3 + 2)
+    torch._dynamo.reset()
 
 
 def test_scaled_by_variance_a_constant_guess_costs_one(pair):
@@ -210,8 +308,14 @@ def test_wrong_calls_are_told(pair):
     student, teacher = pair
     with pytest.raises(ValueError, match="kl_weight is 0.5: pass divergence="):
         Distiller(student, teacher, kl_weight=0.5)(BATCH, (), predict=DATA.loss)
-    with pytest.raises(ValueError, match="'audio' is not one of"):
-        Distiller(student, teacher)(BATCH, ("audio",), predict=DATA.loss)
+    for arm, message in (
+        (("audio",), "arm .'audio',.: the model has no module 'audio'; choose from image, text"),
+        (("image[3]",), r"layers of image must be from 1 to 2, .* got 'image\[3\]'"),
+        (("image[2-1]",), "the first not after the last"),
+        (("image[x]",), "a member must be MODULE, MODULE.LAYER. or"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Distiller(student, teacher)(BATCH, arm, predict=DATA.loss)
     with pytest.raises(UserError, match="deeper than its teacher"):
         Distiller(teacher, student)
     capped = model("digits_teacher", attention_cap=50.0)

@@ -54,7 +54,6 @@ def test_settings_reach_distiller_optimizer_and_policy(tmp_path, monkeypatch):
         0.2,
         9,
     ]
-    assert t.reward_terms == ("hidden", "kl")
     assert t.student.head.dropout.p == 0.3
     assert {g["weight_decay"] for g in t.optimizer.param_groups} == {0.01}
     head, rest = set(map(id, t.student.head.parameters())), set(map(id, t.student.parameters()))
@@ -62,7 +61,7 @@ def test_settings_reach_distiller_optimizer_and_policy(tmp_path, monkeypatch):
     groups = {g["peak"]: set(map(id, g["params"])) for g in t.optimizer.param_groups}
     assert groups == {0.01: rest, 0.02: head}
     assert not any(id(p) in rest | head for p in d.teacher.parameters())
-    assert sum(map(len, t.reward_batches)) == 24
+    assert sum(map(len, t.meter.batches)) == t.meter.examples == 24
     t.arm = ("image",)
     t._train_step()
     assert [g["lr"] for g in t.optimizer.param_groups] == [0.005, 0.01]

@@ -1,0 +1,55 @@
+"""What a round of the bandit is judged by: the losses of the full model on some examples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+Layers = dict[str, list[float]]
+
+
+class Measurement(NamedTuple):
+    """Losses of the full model, unweighted.
+
+    Attributes:
+        kl: KL(teacher || student) of the predictions.
+        hidden: Eq. 3 over all matched layers, reduced as in training.
+        attention: Eq. 4, likewise.
+        prediction: the task's own loss.
+        hidden_layers: the hidden loss of each layer, by module, first layer first.
+        attention_layers: the attention loss of each layer, likewise.
+    """
+
+    kl: float
+    hidden: float
+    attention: float
+    prediction: float
+    hidden_layers: Layers
+    attention_layers: Layers
+
+
+def average(parts: Sequence[tuple[Measurement, int]]) -> Measurement:
+    """The mean of measurements on parts of one set of examples, each with its size as weight."""
+    count = sum(size for _, size in parts)
+
+    def mean(values: Sequence[float]) -> float:
+        total = 0.0
+        for value, (_, size) in zip(values, parts, strict=True):
+            total += value * size / count
+        return total
+
+    def by_layer(layers: Sequence[Layers]) -> Layers:
+        return {
+            module: [mean(v) for v in zip(*(part[module] for part in layers), strict=True)]
+            for module in layers[0]
+        }
+
+    measured = [part for part, _ in parts]
+    return Measurement(
+        kl=mean([m.kl for m in measured]),
+        hidden=mean([m.hidden for m in measured]),
+        attention=mean([m.attention for m in measured]),
+        prediction=mean([m.prediction for m in measured]),
+        hidden_layers=by_layer([m.hidden_layers for m in measured]),
+        attention_layers=by_layer([m.attention_layers for m in measured]),
+    )

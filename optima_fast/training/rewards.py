@@ -1,0 +1,106 @@
+"""The reward of a round: fixed training examples, measured before and after it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optima_fast.distill import Distiller, Measurement, parse_reward
+from optima_fast.distill.measurement import average
+from optima_fast.distill.reward import Context
+from optima_fast.tasks import Split, TaskData
+from optima_fast.tasks.base import to_device
+from optima_fast.training.config import TrainConfig
+from optima_fast.training.sampler import Sampler
+
+
+def reward_examples(config: TrainConfig, split: Split) -> Tensor:
+    """Indices of the examples that every round's reward is measured on, drawn once by the seed."""
+    assert config.reward_examples
+    runs = min(max(1, config.reward_examples // split.group), len(split) // split.group)
+    # a seed of its own, so that they are not the first batch
+    return Sampler(split, runs, config.seed + 1).at(0)
+
+
+def reward_batches(config: TrainConfig, split: Split) -> tuple[Tensor, ...]:
+    """The examples in parts of one batch size."""
+    assert config.batch_size
+    return torch.split(reward_examples(config, split), config.batch_size * split.group)
+
+
+def training_sampler(config: TrainConfig, split: Split) -> Sampler:
+    """What the student trains on: everything, or all but the reward's images.
+
+    With ``--reward-split held-out`` neither the reward's examples nor any other that shows one of
+    their images is trained on.
+
+    Raises:
+        UserError: too few images are left for a batch.
+    """
+    assert config.batch_size
+    without = None
+    if config.reward_split == "held-out":
+        seen = torch.zeros(len(split.images), dtype=torch.bool)
+        seen[split.image_index[reward_examples(config, split)]] = True
+        shows = seen[split.image_index].any(1)
+        without = shows.view(-1, split.group).any(1)
+    return Sampler(split, config.batch_size, config.seed, without=without)
+
+
+class RewardMeter:
+    """Measures the full model, and turns two measurements into the reward of a round.
+
+    Args:
+        config: resolved settings.
+        data: the task.
+        distiller: measures one batch.
+        batches: indices of the training examples to measure on.
+        costs: of each arm, which divide the reward; see
+            :func:`optima_fast.training.cost.arm_costs`.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: TaskData,
+        distiller: Distiller,
+        batches: Sequence[Tensor],
+        costs: Sequence[float],
+    ) -> None:
+        self._data, self._distiller = data, distiller
+        self._reward, self._clip = parse_reward(config.reward), config.reward_clip
+        self.batches, self.costs = tuple(batches), tuple(costs)
+
+    @property
+    def examples(self) -> int:
+        """Number of examples in the batches."""
+        return sum(map(len, self.batches))
+
+    def measure(self, device: torch.device) -> Measurement:
+        """All losses of the full model on the fixed examples."""
+        parts = []
+        for examples in self.batches:
+            batch = to_device(self._data.train.batch(examples), device)
+            # float32 whatever the training runs in: a round changes a loss by parts of a thousand
+            measured = self._distiller.measure(
+                batch, predict=self._data.loss, divergence=self._data.divergence
+            )
+            parts.append((measured, len(examples)))
+        return average(parts)
+
+    def record(self, choice: int, before: Measurement, after: Measurement) -> dict[str, Any]:
+        """What a round of arm ``choice`` earned, with all that it was computed from."""
+        context = Context(clip=self._clip, cost=self.costs[choice])
+        reward, drops = self._reward(before, after, context)
+        losses = after._asdict()
+        layers = {term: losses.pop(f"{term}_layers") for term in ("hidden", "attention")}
+        return {
+            "reward": reward,
+            "drops": drops,
+            "cost": context.cost,
+            "losses": losses,
+            "layers": layers,
+        }
