@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench dist clean
+.PHONY: demo test lint bench gpu resources mutants dist clean
 
 demo: $(STAMP)  ## distil the built-in task with the defaults
 	$(RUN) -m optima_fast.train
@@ -20,6 +20,15 @@ lint: $(STAMP)
 bench: $(STAMP)  ## ratios against eager and torch.compile
 	$(RUN) bench/bench_losses.py
 	$(RUN) bench/bench_bandit.py
+
+gpu:  ## tests, checks and benches on a CUDA device; installs nothing, takes PYTHON as it is
+	PYTHONPATH=. $(PYTHON) bench/gpu.py $(GPU)
+
+resources: $(STAMP)  ## registers, spills and shared memory of every kernel, without a GPU
+	PYTHONPATH=. $(RUN) tests/kernels/test_resources.py
+
+mutants: $(STAMP)  ## planted kernel faults, each of which a test must catch
+	$(RUN) tests/mutants.py
 
 dist: $(STAMP)  ## sdist and wheel
 	$(RUN) -m build

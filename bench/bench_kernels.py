@@ -287,7 +287,7 @@ def precompile(args: argparse.Namespace) -> None:
         subprocess.Popen([sys.executable, __file__, f"--shard={i}/{args.jobs}", *flags], **quiet)
         for i in range(args.jobs)
     ]
-    end = time.monotonic() + args.compile_seconds
+    end = time.monotonic() + (120.0 if args.budget is None else args.budget / 2)
     for worker in workers:
         try:
             worker.wait(max(0.1, end - time.monotonic()))
@@ -406,7 +406,6 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--budget", type=float, help="seconds after which nothing is begun")
     parser.add_argument("--jobs", type=int, default=8, help="processes that compile for a sweep")
-    parser.add_argument("--compile-seconds", type=float, default=240.0, help="the most they take")
     parser.add_argument("--json", metavar="FILE", help="append one line a cell")
     parser.add_argument("--resume", action="store_true", help="leave out cells that FILE has")
     parser.add_argument(

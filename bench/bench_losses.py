@@ -83,6 +83,14 @@ def measure(case: Case, args: argparse.Namespace, rows: Rows, timer: Timer) -> l
     if (case.name, "timing") in rows.done:
         return []
     layers = inputs(case, DTYPES[args.dtype], args.device)
+    if args.warm:
+        for name in names:
+            if rows.begin(case.name, name):
+                try:
+                    step(name, case, layers, backward=not args.loss_only)()
+                except Exception as mistake:
+                    failed(rows, case.name, name, mistake)
+        return []
     answer = exact(case, layers)
     answer = answer[:1] if args.loss_only else answer
     steps, found = {}, []
@@ -143,6 +151,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, else float32")
     parser.add_argument("--providers", nargs="+", choices=CONTENDERS, help="default: by device")
+    parser.add_argument("--warm", action="store_true", help="run each contender once: compile it")
     parser.add_argument("--loss-only", action="store_true", help="no gradient, as for the reward")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, help="least time for a case; default 10, GPU 1")
@@ -176,12 +185,13 @@ def main(argv: list[str] | None = None) -> int:
     heading = f"{'case':20} {'provider':16} {'ms':>9} {'IQR':>8} {'peak MB':>9} {'error':>9}"
     print(heading + (f" {'wall ms':>9} {'floor':>6}" if args.device == "cuda" else ""), flush=True)
     rows, timer = Rows(args.json, facts, resume=args.resume), Timer(args.device)
-    budget, left_out = Budget(args.budget), []
+    budget = Budget(args.budget)
     for case in SUITES[args.suite]:
         if args.case not in case.name:
             continue
         if budget.spent:
-            left_out.append(case.name)
+            rows.add(case=case.name, provider="all", failed="left out: no time")
+            print(f"{case.name:20} left out: no time", flush=True)
             continue
         if args.quick:
             case = shrunk(case)
@@ -196,8 +206,6 @@ def main(argv: list[str] | None = None) -> int:
             return CONTEXT_LOST
         finally:
             faulthandler.cancel_dump_traceback_later()
-    if left_out:
-        print(f"left out for want of time: {', '.join(left_out)}")
     rows.close()
     return 0
 
