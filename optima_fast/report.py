@@ -1,7 +1,7 @@
 """``python -m optima_fast.report RUN...``: compare runs, and write a page for each.
 
-Prints one line a run and writes ``report.html`` into each run folder: results, losses over the
-steps, and which arm the bandit chose in each round.
+Prints one line a run and each arm's rewards, and writes ``report.html`` into each run folder:
+results, losses over the steps, which arm the bandit chose in each round and what it earned.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ def _main(argv: Sequence[str] | None) -> int:
     if not runs:
         return 0
     overview.compare(runs, display)
+    for run in runs:
+        overview.show_rewards(run, display)
     for run in runs:
         display.note(f"wrote {page.write(run)}")
     return 0

@@ -10,9 +10,13 @@ from typing import Any
 
 from optima_fast.training import checkpoints
 from optima_fast.training.overview import method_name, number
+from optima_fast.training.rounds import of_rounds, rewards_by_arm
 from optima_fast.training.run import Run
 
-WIDTH, ROW, LEFT = 860, 22, 190
+WIDTH, ROW, LEFT = 860, 22, 230  # of the figures, a row of marks, the labels beside it
+ROWS, LABEL = 24, 28  # most rows, and letters of a label
+COLOURS = ("#06c", "#e07b00", "#2a8f4a", "#8a4fbf", "#b5a100", "#0aa3a3", "#d4569b")
+NEGATIVE = "#d00"
 
 METRICS = {
     "teacher_metric": "teacher",
@@ -45,6 +49,8 @@ def write(run: Run) -> Path:
         _curves(lines),
         "<h2>Arms</h2>",
         _choices(lines, summary["arms"]),
+        "<h2>Rewards by arm</h2>",
+        _rewards(lines),
         "<h2>Settings</h2>",
         _table(settings),
     ]
@@ -58,9 +64,9 @@ def write(run: Run) -> Path:
     return path
 
 
-def _table(rows: Sequence[tuple[str, str]]) -> str:
-    cells = "".join(f"<tr><td>{escape(a)}</td><td>{escape(b)}</td></tr>" for a, b in rows)
-    return f"<table>{cells}</table>"
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    cells = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows)
+    return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
 
 
 def _curves(lines: Sequence[Mapping[str, Any]]) -> str:
@@ -89,26 +95,89 @@ def _curves(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _choices(lines: Sequence[Mapping[str, Any]], pulls: Mapping[str, int]) -> str:
-    """One row an arm, one mark a round; taller marks for higher rewards."""
-    rounds = [line for line in lines if "round" in line and "loss" not in line]
+    """The arms over the rounds: a mark a round, and each arm's share so far."""
+    rounds = of_rounds(lines)
     if not rounds:
         return "<p>" + (", ".join(f"{k} {v}" for k, v in pulls.items() if v) or "none") + "</p>"
-    step = (WIDTH - LEFT) / max(1, rounds[-1]["round"])
-    best = max((line.get("reward") or 0.0 for line in rounds), default=0.0) or 1.0
+    shown = sorted((n for n in pulls if pulls[n]), key=lambda n: -pulls[n])[:ROWS]
+    rows = [name for name in pulls if name in shown]
+    colours = dict.fromkeys(rows, "#999") | dict(zip(shown, COLOURS, strict=False))
+    others = len([name for name in pulls if pulls[name]]) - len(rows)
+    more = f" {others} more arms were pulled less often." if others else ""
+    return (
+        _raster(rounds, rows, colours, pulls)
+        + "<p>One mark a round; its height is the reward, red below 0. "
+        + f"In brackets the rounds of each arm.{more}</p>"
+        + _shares(rounds, shown, colours)
+        + "<p>Share of all rounds so far, in the colours above.</p>"
+    )
+
+
+def _raster(
+    rounds: Sequence[Mapping[str, Any]],
+    rows: Sequence[str],
+    colours: Mapping[str, str],
+    pulls: Mapping[str, int],
+) -> str:
+    """One row an arm, one mark a round."""
+    step = (WIDTH - LEFT) / rounds[-1]["round"]
+    highest = max(abs(line.get("reward") or 0.0) for line in rounds) or 1.0
+    row = {name: i * ROW for i, name in enumerate(rows)}
     marks = []
-    rows = {name: i for i, name in enumerate(pulls)}
-    for name, i in rows.items():
-        marks.append(f'<text x="4" y="{i * ROW + 16}">{escape(name)} ({pulls[name]})</text>')
-    for line in rounds:
-        tall = 4 + (ROW - 8) * (line.get("reward") or 0.0) / best
-        x = LEFT + (line["round"] - 1) * step
-        y = rows[line["arm"]] * ROW + ROW - 2 - tall
+    for name, top in row.items():
+        label = name if len(name) <= LABEL else name[: LABEL - 2] + ".."
         marks.append(
-            f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(1.0, step * 0.8):.1f}" '
-            f'height="{tall:.1f}" fill="#06c"/>'
+            f'<text x="4" y="{top + 16}">{escape(label)} ({pulls[name]})'
+            f"<title>{escape(name)}</title></text>"
+        )
+    for line in rounds:
+        if line["arm"] not in row:
+            continue
+        reward = line.get("reward") or 0.0
+        tall = 4 + (ROW - 8) * abs(reward) / highest
+        x = LEFT + (line["round"] - 1) * step
+        colour = NEGATIVE if reward < 0 else colours[line["arm"]]
+        marks.append(
+            f'<rect x="{x:.1f}" y="{row[line["arm"]] + ROW - 2 - tall:.1f}" '
+            f'width="{max(1.0, step * 0.8):.1f}" height="{tall:.1f}" fill="{colour}"/>'
         )
     return (
         f'<svg width="{WIDTH}" height="{len(rows) * ROW + 4}" role="img" '
         f'aria-label="arm of each round">{"".join(marks)}</svg>'
-        "<p>One mark a round; its height is the reward.</p>"
     )
+
+
+def _shares(
+    rounds: Sequence[Mapping[str, Any]], shown: Sequence[str], colours: Mapping[str, str]
+) -> str:
+    """Share of the rounds so far of the arms pulled most."""
+    height, last = 160, rounds[-1]["round"]
+    curves = []
+    for name in shown[: len(COLOURS)]:
+        pulled, points = 0, []
+        for done, line in enumerate(rounds, 1):
+            pulled += line["arm"] == name
+            x = LEFT + line["round"] / last * (WIDTH - LEFT)
+            points.append(f"{x:.1f},{height - pulled / done * height:.1f}")
+        curves.append(
+            f'<polyline fill="none" stroke="{colours[name]}" stroke-width="1.5" '
+            f'points="{" ".join(points)}"><title>{escape(name)}</title></polyline>'
+        )
+    return (
+        f'<svg width="{WIDTH}" height="{height}" role="img" '
+        f'aria-label="share of the rounds so far">{"".join(curves)}'
+        f'<text x="{LEFT - 40}" y="14">100%</text><text x="{LEFT - 26}" y="{height - 4}">0%</text>'
+        f'<text x="{WIDTH - 90}" y="{height - 6}">round {last}</text></svg>'
+    )
+
+
+def _rewards(lines: Sequence[Mapping[str, Any]]) -> str:
+    """What each arm earned."""
+    records = rewards_by_arm(lines)
+    if not records:
+        return "<p>No reward was measured.</p>"
+    rows: list[Sequence[str]] = [("arm", "rounds", "mean", "deviation", "least", "most")]
+    for r in records:
+        values = (f"{value:+.5f}" for value in (r.mean, r.spread, r.least, r.most))
+        rows.append((r.name, str(r.pulls), *values))
+    return _table(rows)
