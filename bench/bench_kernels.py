@@ -321,7 +321,9 @@ def sweep(args: argparse.Namespace, rows: Rows, timer: Timer, budget: Budget) ->
                 mine = tuning.own(entry, major)
                 name = f"{mine.table}{list(mine.key)}"
                 if not (budget.spent or mine in chosen) and rows.begin(case.name, name):
-                    sweep_entry(bench, found[entry.table], entry, mine, args, rows, timer, chosen)
+                    listed = launch.CANDIDATES.get(mine.table, {}).get(mine.key, ())
+                    table = found[entry.table]
+                    sweep_entry(bench, table, entry, mine, listed, args, rows, timer, chosen)
     return chosen
 
 
@@ -330,6 +332,7 @@ def sweep_entry(
     table: dict[tuning.Key, Any],
     entry: tuning.Entry,
     mine: tuning.Entry,
+    listed: Sequence[Any],
     args: argparse.Namespace,
     rows: Rows,
     timer: Timer,
@@ -337,7 +340,7 @@ def sweep_entry(
 ) -> None:
     """Put the best configuration into the table, ``chosen`` and a row."""
     current, name = table[entry.key], f"{mine.table}{list(mine.key)}"
-    configs = list(tuning.candidates(current, args.reach))
+    configs = tuning.candidates(current, args.reach, listed)
     swept = Sweep(bench, table, mine.key)
     if args.shard:
         swept.check(configs[args.shard[0] :: args.shard[1]])

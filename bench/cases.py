@@ -9,6 +9,9 @@ its sweeps takes the longer of its products and its exponentials. One sweep a pa
     residual    1 product, 1 exp      every head
     dQ          3 products, 1 exp     the student's heads
     dK          2 products, 1 exp     the student's heads
+
+A row of at most ON_CHIP keys can stay on the chip from its normaliser to its gradients, which
+leaves one sweep of 1 product and 1 exp over every head, and one of 3 and 1 over the student's.
 """
 
 from __future__ import annotations
@@ -63,6 +66,9 @@ def card(name: str) -> Card | None:
     return next((rates for key, rates in CARDS.items() if key in name), None)
 
 
+ON_CHIP = 256
+
+
 def _layer_floor(layer: Layer, target: str, rates: Card, lse: bool, backward: bool) -> float:
     (h_s, h_t), d = layer.heads, layer.width
     d_s, d_t = h_s * d, h_t * d
@@ -76,10 +82,11 @@ def _layer_floor(layer: Layer, target: str, rates: Card, lse: bool, backward: bo
         flops = 2 * layer.pairs * (d_s + d_t) + backward * 4 * layer.pairs * d_s
         return max(flops / rates.tensor, moved / rates.copy)
     product, exp = 2 * d / rates.tensor, 1 / rates.exp
-    both = max(product, exp)
-    sweeps = (1 if lse else 2) * (h_s + h_t) * both
+    whole = layer.keys <= ON_CHIP
+    sweeps = (1 if lse or whole else 2) * (h_s + h_t) * max(product, exp)
     if backward:
-        sweeps += h_s * (max(3 * product, exp) + max(2 * product, exp))
+        sweeps += h_s * max(3 * product, exp)
+        sweeps += 0 if whole else h_s * max(2 * product, exp)
     return max(layer.pairs * sweeps, moved / rates.copy)
 
 

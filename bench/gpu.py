@@ -485,7 +485,7 @@ def main(argv: list[str] | None = None) -> int:
         results.save(name, row)
         show_part(name, row)
     print()
-    show_losses(results.content["parts"])
+    show_losses({name: results.content["parts"][name] for name in names})
     print(f"\nwritten to {results.path}")
     return 0
 

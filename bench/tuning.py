@@ -2,7 +2,7 @@
 
 A table is a dict of kernels/launch.py from a key, whose first number is the compute capability's
 major one, to a NamedTuple of tile sizes and compiler options. Entries are changed in place, which a
-launch sees at once; which ones a call uses is found by running it with each made unusable.
+launch sees at once; those that a call uses are found by watching it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import ast
 import importlib.util
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -32,17 +33,6 @@ class Entry(NamedTuple):
     key: Key
 
 
-class UsedError(Exception):
-    """An entry made unusable was used."""
-
-
-class _Unusable:
-    def _stop(self, *_: Any) -> Any:
-        raise UsedError
-
-    __getattr__ = __getitem__ = __iter__ = __len__ = _stop
-
-
 def tables(launch: ModuleType) -> Tables:
     """The tables of a launch module: its public dicts of NamedTuples."""
     return {
@@ -54,29 +44,36 @@ def tables(launch: ModuleType) -> Tables:
     }
 
 
+def _watched(config: Any, seen: Callable[[], object]) -> Any:
+    """The same configuration, which tells when a launch takes it; a lookup reads other fields."""
+    kind = type(config)
+
+    class Watched(kind):  # type: ignore[misc, valid-type]
+        def __getattribute__(self, name: str) -> Any:
+            if name == "num_warps":
+                seen()
+            return super().__getattribute__(name)
+
+        def __iter__(self) -> Iterator[Any]:
+            seen()
+            return super().__iter__()
+
+    return Watched(*config)
+
+
 def used(found: Tables, run: Callable[[], object]) -> list[Entry]:
-    """The entries that a call looks at."""
-    entries = []
-    for name, table in found.items():
-        for key, config in list(table.items()):
-            table[key] = _Unusable()
-            try:
-                run()
-            except Exception as mistake:
-                if not _caused_by_use(mistake):
-                    raise
-                entries.append(Entry(name, key))
-            finally:
-                table[key] = config
-    return entries
-
-
-def _caused_by_use(mistake: BaseException | None) -> bool:
-    while mistake is not None:
-        if isinstance(mistake, UsedError):
-            return True
-        mistake = mistake.__cause__ or mistake.__context__
-    return False
+    """The entries that a call launches with."""
+    before = {name: dict(table) for name, table in found.items()}
+    entries: dict[Entry, None] = {}
+    try:
+        for name, table in found.items():
+            for key, config in before[name].items():
+                table[key] = _watched(config, partial(entries.setdefault, Entry(name, key)))
+        run()
+    finally:
+        for name, table in found.items():
+            table.update(before[name])
+    return list(entries)
 
 
 def own(entry: Entry, major: int) -> Entry:
@@ -97,15 +94,20 @@ def _neighbours(field: str, value: Any) -> tuple[Any, ...]:
     return tuple(scale[i] for i in (at - 1, at + 1) if 0 <= i < len(scale))
 
 
-def candidates(config: Any, reach: int) -> Iterator[Any]:
-    """The entry itself, then all that differ by one step in at most ``reach`` fields."""
-    yield config
-    options = {f: _neighbours(f, v) for f, v in config._asdict().items()}
-    fields = [f for f, values in options.items() if values]
-    for count in range(1, reach + 1):
-        for chosen in itertools.combinations(fields, count):
-            for values in itertools.product(*(options[f] for f in chosen)):
-                yield config._replace(**dict(zip(chosen, values, strict=True)))
+def candidates(config: Any, reach: int, listed: Sequence[Any] = ()) -> list[Any]:
+    """The entry, those listed for it, and what differs by one step in at most ``reach`` fields.
+
+    Tile sizes, warps and stages are varied, of a listed one at most ``reach - 1`` of them.
+    """
+    found: dict[Any, None] = {config: None, **dict.fromkeys(listed)}
+    for start, steps in ((config, reach), *((x, reach - 1) for x in listed)):
+        options = {f: _neighbours(f, v) for f, v in start._asdict().items()}
+        fields = [f for f, values in options.items() if values]
+        for count in range(1, steps + 1):
+            for chosen in itertools.combinations(fields, count):
+                for values in itertools.product(*(options[f] for f in chosen)):
+                    found.setdefault(start._replace(**dict(zip(chosen, values, strict=True))))
+    return list(found)
 
 
 def best(current: Any, measured: Mapping[Any, Spread]) -> Any:
@@ -118,8 +120,13 @@ def best(current: Any, measured: Mapping[Any, Spread]) -> Any:
 
 
 def literal(key: Key, config: Any) -> str:
-    values = ", ".join(repr(x) for x in config)
-    return f"{key!r}: {type(config).__name__}({values}),"
+    """An entry as source: fields by place, those with a default by name and only if they differ."""
+    defaults = config._field_defaults
+    values = [repr(x) for f, x in config._asdict().items() if f not in defaults]
+    values += [
+        f"{f}={getattr(config, f)!r}" for f, x in defaults.items() if getattr(config, f) != x
+    ]
+    return f"{key!r}: {type(config).__name__}({', '.join(values)}),"
 
 
 def _key_of(node: ast.expr | None) -> Key | None:
