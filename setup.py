@@ -5,6 +5,7 @@ OPTIMA_FAST_EXT=1               fail the install if the extension does not build
 OPTIMA_FAST_EXT=0               do not build it; the bandit runs in Python, with the same results
 """
 
+import glob
 import os
 import sys
 import warnings
@@ -26,11 +27,12 @@ def extensions() -> list[Extension]:
         warnings.warn("no pybind11: optima_fast._bandit is not built", stacklevel=1)
         return []
     # a fused multiply-add would round differently from the Python twin
-    flags = ["/O2", "/fp:precise"] if sys.platform == "win32" else ["-O2", "-ffp-contract=off"]
+    flags = ["/O2", "/fp:precise"] if sys.platform == "win32" else ["-O3", "-ffp-contract=off"]
     return [
         Pybind11Extension(
             "optima_fast._bandit",
             ["csrc/bandit.cpp"],
+            depends=sorted(glob.glob("csrc/*.h")),
             cxx_std=17,
             extra_compile_args=flags,
             optional=mode == "auto",

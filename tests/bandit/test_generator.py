@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from optima_fast import _bandit_py, bandit
+from optima_fast import bandit
+from optima_fast.bandit import _generator
 
-BACKENDS = [_bandit_py]
+BACKENDS = [_generator]
 if bandit.BACKEND == "c++":
     from optima_fast import _bandit
 
@@ -124,6 +125,6 @@ def test_normals_are_pinned_to_the_last_bit(backend):
 
 @pytest.mark.skipif(bandit.BACKEND != "c++", reason="the extension is not built")
 def test_cpp_and_python_agree_bit_for_bit():
-    p = [*grid(), *(_bandit_py.uniform(2**64 - 1, i, i % 7, i % 3) for i in range(20_000))]
-    assert [_bandit.normal_quantile(x) for x in p] == [_bandit_py.normal_quantile(x) for x in p]
+    p = [*grid(), *(_generator.uniform(2**64 - 1, i, i % 7, i % 3) for i in range(20_000))]
+    assert [_bandit.normal_quantile(x) for x in p] == [_generator.normal_quantile(x) for x in p]
     assert p[-20_000:] == [_bandit.uniform(2**64 - 1, i, i % 7, i % 3) for i in range(20_000)]

@@ -9,21 +9,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optima_fast import _bandit_py, bandit
+from optima_fast import bandit
+from optima_fast.bandit import _cores, backend, policies, scale_free
 
-PYTHON = _bandit_py.GaussianThompson
-CORES = [PYTHON]
+BACKENDS = [_cores]
 if bandit.BACKEND == "c++":
     from optima_fast import _bandit
 
-    CORES.append(_bandit.GaussianThompson)
+    BACKENDS.append(_bandit)
 needs_cpp = pytest.mark.skipif(bandit.BACKEND != "c++", reason="the extension is not built")
 
 
-@pytest.fixture(params=CORES, ids=lambda c: "python" if c is PYTHON else "c++")
+@pytest.fixture(params=BACKENDS, ids=lambda m: "python" if m is _cores else "c++")
 def core(request, monkeypatch):
     """Every test that names it runs on both cores."""
-    monkeypatch.setattr(bandit, "_thompson", request.param)
+    monkeypatch.setattr(backend, "cores", request.param)
 
 
 def play(policy, rounds, reward=lambda arm, t: arm / 10):
@@ -47,7 +47,7 @@ def play(policy, rounds, reward=lambda arm, t: arm / 10):
 )
 def test_twins_take_the_same_steps(arms, gamma, init_rounds, variance_scale, seed):
     cpp = _bandit.GaussianThompson(arms, gamma, init_rounds, variance_scale, seed)
-    python = PYTHON(arms, gamma, init_rounds, variance_scale, seed)
+    python = _cores.GaussianThompson(arms, gamma, init_rounds, variance_scale, seed)
     noise = np.random.default_rng(seed)
     for _ in range(3000 // math.isqrt(arms)):
         arm = cpp.select()
@@ -74,7 +74,7 @@ def test_twins_take_the_same_steps(arms, gamma, init_rounds, variance_scale, see
 def test_twins_agree_on_any_updates(arms, gamma, init_rounds, variance_scale, seed, updates):
     """Also on arms nobody proposed, on rewards of any size, and on what they refuse."""
     cpp = _bandit.GaussianThompson(arms, gamma, init_rounds, variance_scale, seed)
-    python = PYTHON(arms, gamma, init_rounds, variance_scale, seed)
+    python = _cores.GaussianThompson(arms, gamma, init_rounds, variance_scale, seed)
     for arm, reward in updates:
         outcomes = []
         for policy in (cpp, python):
@@ -171,7 +171,7 @@ def simulate(means, counts, variance_scale, draws):
 @pytest.mark.usefixtures("core")
 def test_pull_shares_are_those_of_the_posterior(variance_scale):
     """One posterior in many rounds, so the core is put there; updates would move it."""
-    policy = bandit._thompson(4, 0.98, 1, variance_scale, 8)
+    policy = backend.cores.GaussianThompson(4, 0.98, 1, variance_scale, 8)
     means, counts = [0.5, 0.3, 0.1, -0.2], [40, 5, 2, 0]
     pulls, draws = np.zeros(4), 15_000
     for t in range(4, 4 + draws):
@@ -384,11 +384,14 @@ def test_bad_arguments(options, error, message):
 
 
 def test_every_name_makes_a_policy():
-    assert bandit.names() == ("paper", "random", "fixed")
+    assert set(bandit.names()) == {
+        *("paper", "scale-free-thompson", "scale-free-ucb", "sliding-window-ucb", "exp3s"),
+        *("epsilon-greedy", "discount-bank", "linear-thompson", "random", "round-robin", "fixed"),
+    }
     for name in bandit.names():
-        policy = bandit.make(name, 5, seed=1, **({"arm": 4} if name == "fixed" else {}))
+        policy = bandit.make(name, 7, seed=1, **({"arm": 4} if name == "fixed" else {}))
         assert policy.state_dict()["policy"] == name
-        assert 0 <= policy.select() < 5
+        assert 0 <= policy.select() < 7
     assert type(bandit.make("paper", 7)) is bandit.GaussianThompson
 
 
@@ -399,10 +402,11 @@ def test_options_reach_the_policy():
 
 
 @pytest.mark.parametrize(
-    ("name", "nearest"), [("papper", "paper"), ("rand", "random"), ("FIXED", ""), (7, "")]
+    ("name", "nearest"),
+    [("papper", "paper"), ("rand", "random"), ("thompson", "linear-thompson"), (7, "")],
 )
 def test_an_unknown_name_gives_the_nearest(name, nearest):
-    message = f"policy must be one of paper, random, fixed, got {name!r}: did you mean '{nearest}"
+    message = f"policy must be one of paper, .*, fixed, got {name!r}: did you mean '{nearest}"
     with pytest.raises(ValueError, match=message):
         bandit.make(name, 3)
 
@@ -421,5 +425,6 @@ def test_a_fixed_arm_must_exist(arm):
 
 
 def test_docstring_examples():
-    failed, attempted = doctest.testmod(bandit)
-    assert failed == 0 < attempted
+    for module in (bandit, policies, scale_free):
+        failed, attempted = doctest.testmod(module)
+        assert failed == 0 < attempted

@@ -8,19 +8,19 @@ import textwrap
 
 import pytest
 
-from optima_fast import _bandit_py, bandit
+from optima_fast import bandit
+from optima_fast.bandit import _cores, backend
 
-PYTHON = _bandit_py.GaussianThompson
-CORES = [PYTHON]
+BACKENDS = [_cores]
 if bandit.BACKEND == "c++":
     from optima_fast import _bandit
 
-    CORES.append(_bandit.GaussianThompson)
+    BACKENDS.append(_bandit)
 
 
-@pytest.fixture(params=CORES, ids=lambda c: "python" if c is PYTHON else "c++", autouse=True)
+@pytest.fixture(params=BACKENDS, ids=lambda m: "python" if m is _cores else "c++", autouse=True)
 def core(request, monkeypatch):
-    monkeypatch.setattr(bandit, "_thompson", request.param)
+    monkeypatch.setattr(backend, "cores", request.param)
 
 
 def play(policy, rounds):
@@ -72,11 +72,11 @@ def test_a_state_is_plain_and_complete():
     }
 
 
-@pytest.mark.skipif(len(CORES) < 2, reason="the extension is not built")
+@pytest.mark.skipif(len(BACKENDS) < 2, reason="the extension is not built")
 def test_a_state_moves_between_backends(monkeypatch):
     policies = []
-    for build in CORES:
-        monkeypatch.setattr(bandit, "_thompson", build)
+    for build in BACKENDS:
+        monkeypatch.setattr(backend, "cores", build)
         policies.append(make())
     for rounds in (40, 100):
         play(policies[0], rounds)
@@ -204,6 +204,6 @@ def test_a_stale_extension_is_refused():
         """
     )
     assert message == (
-        "optima_fast._bandit must have ABI 1, got 0: reinstall optima-fast, "
+        "optima_fast._bandit must have ABI 2, got 0: reinstall optima-fast, "
         "or delete /somewhere/_bandit.so"
     )
