@@ -46,30 +46,56 @@ def find(first, tile):
 @triton.jit
 def add_product(
     acc,  # [BLOCK_M, BLOCK_N]
-    a_ptr,  # [M, K]
-    b_ptr,  # [K, N]
+    a_ptr,  # [heads, M, K]
+    b_ptr,  # [heads, K, N]
+    stride_ah,
     stride_am,
     stride_ak,
+    stride_bh,
     stride_bk,
     stride_bn,
     row_counts,  # [BLOCK_M] bool: False reads as 0
     col_counts,  # [BLOCK_N] bool
+    heads,
     K,
     BLOCK_K: tl.constexpr,
 ):
-    """acc + the first tile of A B, with zeros for the rows and columns that do not count."""
+    """acc + the first tile of the sum of A B over the heads: the head is an inner dimension too.
+
+    Rows and columns that do not count read as zeros.
+    """
     k = tl.arange(0, BLOCK_K)
     m, n = tl.arange(0, acc.shape[0]), tl.arange(0, acc.shape[1])
-    a_ptrs = a_ptr + m[:, None] * stride_am + k[None, :] * stride_ak
-    b_ptrs = b_ptr + k[:, None] * stride_bk + n[None, :] * stride_bn
-    for start in range(0, K, BLOCK_K):
+    a_tile = m[:, None] * stride_am + k[None, :] * stride_ak
+    b_tile = k[:, None] * stride_bk + n[None, :] * stride_bn
+    steps = tl.cdiv(K, BLOCK_K)  # a head; one loop, so that loads run ahead from head to head
+    for step in range(heads * steps):
+        head = (step // steps).to(tl.int64)
+        start = step % steps * BLOCK_K
         inside = k < K - start
-        a = tl.load(a_ptrs, mask=row_counts[:, None] & inside[None, :], other=0.0)
-        b = tl.load(b_ptrs, mask=inside[:, None] & col_counts[None, :], other=0.0)
+        a_start = head * stride_ah + start.to(tl.int64) * stride_ak
+        b_start = head * stride_bh + start.to(tl.int64) * stride_bk
+        a_mask = row_counts[:, None] & inside[None, :]
+        b_mask = inside[:, None] & col_counts[None, :]
+        a = tl.load(a_ptr + a_start + a_tile, mask=a_mask, other=0.0)
+        b = tl.load(b_ptr + b_start + b_tile, mask=b_mask, other=0.0)
         acc = tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
-        a_ptrs += BLOCK_K * stride_ak
-        b_ptrs += BLOCK_K * stride_bk
     return acc
+
+
+@triton.jit
+def own(first, program, programs):
+    """The first tile from ``first`` on that is a persistent program's: each takes its in turn."""
+    return first + (program + programs - first % programs) % programs
+
+
+@triton.jit
+def parts(x, SPLIT: tl.constexpr):
+    """The columns of a tile in one or two parts, left to right."""
+    if SPLIT == 1:
+        return (x,)
+    else:
+        return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
 
 
 @triton.jit(do_not_specialize=["width", "first", "end"])
@@ -143,6 +169,29 @@ def pad(values: Sequence[V], fill: V | None = None) -> tuple[V, ...]:
     """
     missing = triton.next_power_of_2(len(values)) - len(values)
     return (*values, *(values[0] if fill is None else fill,) * missing)
+
+
+def describable(tensors: Iterable[Tensor]) -> bool:
+    """Whether TMA can address these tensors: strides are of 16 bytes' multiples, the last 1.
+
+    The stride of a dimension of size 1 counts too.
+    """
+    return hasattr(tl, "make_tensor_descriptor") and all(
+        x.stride(-1) == 1
+        and x.data_ptr() % 16 == 0
+        and all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:-1])
+        for x in tensors
+    )
+
+
+def allow_scratch() -> None:
+    """Let this thread's launches have the scratch memory in which descriptors are built.
+
+    It comes from PyTorch's allocator, in the order of the stream, in a CUDA graph from its pool.
+    """
+    triton.set_allocator(
+        lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda")
+    )
 
 
 def accumulator(x: Tensor) -> tuple[torch.dtype, tl.dtype]:

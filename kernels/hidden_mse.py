@@ -32,11 +32,15 @@ from .core import (
     MAX_LAYERS,
     accumulator,
     add_product,
+    allow_scratch,
+    describable,
     device_refusals,
     dtype_refusals,
     find,
     first_tiles,
+    own,
     pad,
+    parts,
     pick,
     total,
 )
@@ -92,12 +96,15 @@ def _hidden_mse_fwd_kernel(
         -t.to(ACC),
         pick(s_ptrs, layer) + row * stride_s,
         pick(w_ptrs, layer) + col,
+        0,
         stride_s,
         1,
+        0,
         pick(stride_wd, layer),
         1,
         row_counts,
         col_counts,
+        1,
         pick(D_S, layer),
         BLOCK_K,
     )
@@ -112,6 +119,76 @@ def _hidden_mse_fwd_kernel(
         e_tile = e_ptr + row * d_t + col + m[:, None] * d_t + n[None, :]
         inside = (m < tokens - row)[:, None] & col_counts[None, :]
         tl.store(e_tile, e.to(e_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["T", "first", "end"])
+def _hidden_mse_fwd_tma_kernel(
+    s_ptrs,  # as above: 2 bytes an element, rows at multiples of 16 bytes
+    t_ptrs,
+    w_ptrs,
+    m_ptrs,
+    e_ptrs,
+    sum_ptr,
+    count_ptr,
+    stride_st,
+    stride_tt,
+    stride_wd,
+    T,
+    D_S,
+    D_T,
+    first,
+    end,  # the tile after the layer's last
+    HAS_MASK: tl.constexpr,
+    STORE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr,  # parts in which the columns of t are read and those of e are stored
+    ACC: tl.constexpr,
+):
+    """As above by persistent programs: loads run by themselves, and need no registers."""
+    WIDTH: tl.constexpr = BLOCK_N // SPLIT
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    m, n = tl.arange(0, BLOCK_M), tl.arange(0, WIDTH)
+    for layer in range(len(T)):
+        start, stop = own(pick(first, layer), program, programs), pick(end, layer)
+        if start < stop:  # a descriptor costs about a microsecond
+            tokens, d_s, d_t = pick(T, layer), pick(D_S, layer), pick(D_T, layer)
+            s = tl.make_tensor_descriptor(
+                pick(s_ptrs, layer), [tokens, d_s], [pick(stride_st, layer), 1], [BLOCK_M, BLOCK_K]
+            )
+            t = tl.make_tensor_descriptor(
+                pick(t_ptrs, layer), [tokens, d_t], [pick(stride_tt, layer), 1], [BLOCK_M, WIDTH]
+            )
+            w = tl.make_tensor_descriptor(
+                pick(w_ptrs, layer), [d_s, d_t], [pick(stride_wd, layer), 1], [BLOCK_K, BLOCK_N]
+            )
+            e = tl.make_tensor_descriptor(
+                pick(e_ptrs, layer), [tokens, d_t], [d_t, 1], [BLOCK_M, WIDTH]
+            )
+            across = tl.cdiv(d_t, BLOCK_N)
+            for tile in range(start, stop, programs):
+                local = tile - pick(first, layer)
+                row, col = local // across * BLOCK_M, local % across * BLOCK_N
+                row_counts = m < tokens - row
+                if HAS_MASK:
+                    m_ptr = pick(m_ptrs, layer) + row.to(tl.int64)
+                    row_counts &= tl.load(m_ptr + m, mask=row_counts, other=0) != 0
+                acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+                for k in range(0, d_s, BLOCK_K):
+                    acc = tl.dot(s.load([row, k]), w.load([k, col]), acc, out_dtype=ACC)
+                square = tl.zeros((), dtype=ACC)
+                part = parts(acc, SPLIT)
+                for i in tl.static_range(SPLIT):
+                    at = col + i * WIDTH
+                    counts = row_counts[:, None] & (n < d_t - at)[None, :]
+                    error = tl.where(counts, part[i] - t.load([row, at]).to(ACC), 0.0)
+                    square += tl.sum(error * error)
+                    if STORE:
+                        e.store([row, at], error.to(e.dtype))
+                tl.store(sum_ptr + tile, square)
+                counted = tl.sum(row_counts.to(tl.int32), axis=0)
+                tl.store(count_ptr + tile, tl.where(col == 0, counted, 0))
 
 
 @triton.jit(do_not_specialize=["place", "T", "first"])
@@ -145,12 +222,15 @@ def _hidden_mse_bwd_kernel(
         tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC),
         pick(e_ptrs, layer) + row * d_t,
         pick(w_ptrs, layer) + col * stride_w,
+        0,
         d_t,
         1,
+        0,
         1,
         stride_w,
         inside_rows,
         inside_cols,
+        1,
         d_t,
         BLOCK_K,
     )
@@ -158,6 +238,54 @@ def _hidden_mse_bwd_kernel(
     ds = (acc * tl.load(factor_ptr + pick(place, layer))).to(ds_ptr.dtype.element_ty)
     ds_tile = ds_ptr + row * d_s + col + m[:, None] * d_s + n[None, :]
     tl.store(ds_tile, ds, mask=inside_rows[:, None] & inside_cols[None, :])
+
+
+@triton.jit(do_not_specialize=["place", "T", "first", "end"])
+def _hidden_mse_bwd_tma_kernel(
+    e_ptrs,  # as above: 2 bytes an element, rows at multiples of 16 bytes
+    w_ptrs,
+    ds_ptrs,
+    factor_ptr,
+    place,
+    stride_wd,
+    T,
+    D_S,
+    D_T,
+    first,
+    end,  # the tile after the layer's last
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr,  # parts in which the columns of ds are stored
+    ACC: tl.constexpr,
+):
+    """As above by persistent programs."""
+    WIDTH: tl.constexpr = BLOCK_N // SPLIT
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    for layer in range(len(T)):
+        start, stop = own(pick(first, layer), program, programs), pick(end, layer)
+        if start < stop:
+            tokens, d_s, d_t = pick(T, layer), pick(D_S, layer), pick(D_T, layer)
+            e = tl.make_tensor_descriptor(
+                pick(e_ptrs, layer), [tokens, d_t], [d_t, 1], [BLOCK_M, BLOCK_K]
+            )
+            w = tl.make_tensor_descriptor(
+                pick(w_ptrs, layer), [d_s, d_t], [pick(stride_wd, layer), 1], [BLOCK_N, BLOCK_K]
+            )
+            ds = tl.make_tensor_descriptor(
+                pick(ds_ptrs, layer), [tokens, d_s], [d_s, 1], [BLOCK_M, WIDTH]
+            )
+            factor = tl.load(factor_ptr + pick(place, layer))
+            across = tl.cdiv(d_s, BLOCK_N)
+            for tile in range(start, stop, programs):
+                local = tile - pick(first, layer)
+                row, col = local // across * BLOCK_M, local % across * BLOCK_N
+                acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+                for k in range(0, d_t, BLOCK_K):
+                    acc = tl.dot(e.load([row, k]), w.load([col, k]).T, acc, out_dtype=ACC)
+                part = parts(acc, SPLIT)
+                for i in tl.static_range(SPLIT):
+                    ds.store([row, col + i * WIDTH], (part[i] * factor).to(ds.dtype))
 
 
 def not_served(
@@ -168,8 +296,12 @@ def not_served(
     return reasons + dtype_refusals("students", students) + dtype_refusals("teachers", teachers)
 
 
-def _config(x: Tensor) -> LaunchConfig:
-    return launch.lookup(launch.HIDDEN_MSE, launch.capability(x), x.element_size())
+def _config(
+    table: dict[tuple[int, ...], LaunchConfig], x: Tensor, operands: Sequence[Tensor]
+) -> LaunchConfig:
+    """The table's entry for ``x``, by TMA only where that can address each of the operands."""
+    capability = launch.capability(x)
+    return launch.lookup(table, capability, x.element_size(), tma=describable(operands))
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -241,14 +373,18 @@ def hidden_mse_forward(
         )
     e = tuple(s[0].new_empty(m, n) for m, n in zip(T, D_T, strict=True)) if need_residual else t
     torch_acc, acc = accumulator(s[0])
-    config = _config(s[0])
+    config = _config(launch.HIDDEN_MSE_FORWARD, s[0], (*s, *t, *w, *e))
     first = _tiles(T, D_T, config)
     tiles = first[-1]
     sums = s[0].new_empty(tiles, dtype=torch_acc)
     counts = s[0].new_empty(tiles, dtype=torch.int32)
     with torch.cuda.device_of(s[0]):
         if tiles:
-            _hidden_mse_fwd_kernel[(tiles,)](
+            kernel, ends = _hidden_mse_fwd_kernel, {}
+            if config.programs:
+                allow_scratch()
+                kernel, ends = _hidden_mse_fwd_tma_kernel, {"end": pad(first[1:], tiles)}
+            kernel[launch.grid(config, tiles, s[0])](
                 pad(s),
                 pad(t),
                 pad(w),
@@ -263,6 +399,7 @@ def hidden_mse_forward(
                 pad(D_S),
                 pad(D_T),
                 pad(first[:-1], tiles),
+                **ends,
                 HAS_MASK=has_mask,
                 STORE=need_residual,
                 ACC=acc,
@@ -326,11 +463,16 @@ def _student_gradients(
     T, D_S, D_T = _sizes(e, w)
     dtype = e[0].dtype if dtype is None else dtype
     out = tuple(e[0].new_empty(m, n, dtype=dtype) for m, n in zip(T, D_S, strict=True))
-    config = _config(e[0])
+    config = _config(launch.HIDDEN_MSE_BACKWARD, e[0], (*e, *w, *out))
     first = _tiles(T, D_S, config)
-    if first[-1]:
+    tiles = first[-1]
+    if tiles:
         with torch.cuda.device_of(e[0]):
-            _hidden_mse_bwd_kernel[(first[-1],)](
+            kernel, ends = _hidden_mse_bwd_kernel, {}
+            if config.programs:
+                allow_scratch()
+                kernel, ends = _hidden_mse_bwd_tma_kernel, {"end": pad(first[1:], tiles)}
+            kernel[launch.grid(config, tiles, e[0])](
                 pad(e),
                 pad(w),
                 pad(out),
@@ -340,7 +482,8 @@ def _student_gradients(
                 pad(T),
                 pad(D_S),
                 pad(D_T),
-                pad(first[:-1], first[-1]),
+                pad(first[:-1], tiles),
+                **ends,
                 ACC=accumulator(e[0])[1],
                 **launch.options(config),
             )

@@ -2,7 +2,7 @@
 
 Nothing is tuned in a user's first step. An entry's comment says where it is from: registers, spills
 and shared memory as compiled ahead of time, which tests/kernels/test_resources.py repeats, or a
-timing on a card.
+timing on a card. ``CANDIDATES`` holds entries to be timed beside the table's own.
 """
 
 from __future__ import annotations
@@ -22,32 +22,114 @@ class LaunchConfig(NamedTuple):
     block_k: int
     num_warps: int
     num_stages: int
+    programs: int = 0
+    """Persistent programs a multiprocessor, which load by TMA; 0: plain loads, a program a tile."""
+    split: int = 1
+    """Parts that the columns of a tile are stored in; for persistent programs."""
+    maxnreg: int | None = None
+    """Registers a thread may have; for persistent programs."""
 
 
-# Keys: (compute capability's major number, bytes an element).
+# Keys: (compute capability's major number, bytes an element). From 8.x entries, which load plainly,
+# come those of data that TMA cannot address.
 
 # Ahead of time, not timed: two programs fit on a multiprocessor, so that one's epilogue hides under
-# the other's products.
-HIDDEN_MSE = {
+# the other's products. From 64 rows on, Triton 3.6 takes float32 to sm_100's tensor cores although
+# IEEE products are asked for.
+HIDDEN_MSE_FORWARD = {
     (8, 2): LaunchConfig(128, 128, 32, 4, 4),
     (9, 2): LaunchConfig(128, 128, 64, 8, 3),
     (10, 2): LaunchConfig(128, 128, 64, 8, 3),
     (8, 4): LaunchConfig(64, 64, 16, 4, 3),
-    # from 64 rows on, Triton 3.6 takes float32 to tensor cores although IEEE products are asked for
+    (10, 4): LaunchConfig(32, 128, 16, 4, 3),
+    (8, 8): LaunchConfig(32, 32, 16, 4, 2),
+}
+HIDDEN_MSE_BACKWARD = {
+    (8, 2): LaunchConfig(128, 128, 32, 4, 4),
+    (9, 2): LaunchConfig(128, 128, 64, 8, 3),
+    (10, 2): LaunchConfig(128, 128, 64, 8, 3),
+    (8, 4): LaunchConfig(64, 64, 16, 4, 3),
     (10, 4): LaunchConfig(32, 128, 16, 4, 3),
     (8, 8): LaunchConfig(32, 32, 16, 4, 2),
 }
 
+# Keys: the two above and the greatest number of queries or keys, up to 64 or more.
+# Ahead of time, not timed.
+ATTENTION_SCORES_FORWARD = {
+    (8, 2, 64): LaunchConfig(64, 64, 32, 4, 4),
+    (8, 2, 128): LaunchConfig(128, 128, 32, 4, 4),
+    (9, 2, 64): LaunchConfig(64, 64, 64, 4, 3),
+    (9, 2, 128): LaunchConfig(128, 128, 64, 8, 3),
+    (10, 2, 64): LaunchConfig(64, 64, 64, 4, 3),
+    (10, 2, 128): LaunchConfig(128, 128, 64, 8, 3),
+    (8, 4, 64): LaunchConfig(64, 64, 16, 4, 3),
+    (8, 4, 128): LaunchConfig(64, 64, 16, 4, 3),
+    (10, 4, 64): LaunchConfig(32, 128, 16, 4, 3),
+    (10, 4, 128): LaunchConfig(32, 128, 16, 4, 3),
+    (8, 8, 64): LaunchConfig(32, 32, 16, 4, 2),
+    (8, 8, 128): LaunchConfig(32, 32, 16, 4, 2),
+}
+
+# Keys: the two above and the width of a head, or of all where they lie side by side, up to 64 or
+# more. Ahead of time, not timed.
+ATTENTION_SCORES_BACKWARD = {
+    (8, 2, 64): LaunchConfig(128, 64, 32, 4, 4),
+    (8, 2, 128): LaunchConfig(128, 128, 32, 4, 4),
+    (9, 2, 64): LaunchConfig(128, 64, 64, 4, 3),
+    (9, 2, 128): LaunchConfig(128, 128, 64, 8, 3),
+    (10, 2, 64): LaunchConfig(128, 64, 64, 4, 3),
+    (10, 2, 128): LaunchConfig(128, 128, 64, 8, 3),
+    (8, 4, 64): LaunchConfig(64, 64, 16, 4, 3),
+    (8, 4, 128): LaunchConfig(64, 64, 16, 4, 3),
+    (10, 4, 64): LaunchConfig(32, 128, 16, 4, 3),
+    (10, 4, 128): LaunchConfig(32, 128, 16, 4, 3),
+    (8, 8, 64): LaunchConfig(32, 32, 16, 4, 2),
+    (8, 8, 128): LaunchConfig(32, 32, 16, 4, 2),
+}
+
+CANDIDATES = {
+    "HIDDEN_MSE_FORWARD": {
+        (9, 2): (
+            LaunchConfig(128, 128, 64, 8, 3, programs=2, split=2, maxnreg=128),
+            LaunchConfig(128, 256, 64, 8, 3, programs=1, split=2),
+            LaunchConfig(128, 256, 64, 8, 4, programs=1, split=2),
+        ),
+        (10, 2): (
+            LaunchConfig(128, 128, 64, 8, 3, programs=2, split=2, maxnreg=128),
+            LaunchConfig(128, 256, 64, 8, 3, programs=1, split=2),
+        ),
+    },
+    "HIDDEN_MSE_BACKWARD": {
+        (9, 2): (
+            LaunchConfig(128, 128, 64, 8, 3, programs=2, split=2, maxnreg=128),
+            LaunchConfig(128, 256, 64, 8, 3, programs=1, split=2),
+        ),
+        (10, 2): (
+            LaunchConfig(128, 128, 64, 8, 3, programs=2, split=2, maxnreg=128),
+            LaunchConfig(128, 256, 64, 8, 3, programs=1, split=2),
+        ),
+    },
+}
+
 
 def lookup(
-    table: Mapping[tuple[int, ...], LaunchConfig], capability: tuple[int, int], *key: int
+    table: Mapping[tuple[int, ...], LaunchConfig],
+    capability: tuple[int, int],
+    *key: int,
+    tma: bool = False,
 ) -> LaunchConfig:
     """The entry for ``key`` of the newest architecture in the table no newer than this one.
 
-    Consumer chips of 12.x have the shared memory of 8.x rather than of 10.x.
+    Consumer chips of 12.x have the shared memory of 8.x rather than of 10.x. Entries that load by
+    TMA count only where the data allow it.
     """
     major = 8 if capability[0] >= 12 else capability[0]
-    return table[max(entry for entry in table if entry[1:] == key and entry[0] <= major)]
+    served = (
+        entry
+        for entry, config in table.items()
+        if entry[1:] == key and entry[0] <= major and (tma or not config.programs)
+    )
+    return table[max(served)]
 
 
 def capability(x: Tensor) -> tuple[int, int]:
@@ -55,9 +137,17 @@ def capability(x: Tensor) -> tuple[int, int]:
     return torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
 
 
+def grid(config: LaunchConfig, tiles: int, x: Tensor) -> tuple[int]:
+    """Programs of a launch: one a tile, or as many as the device holds at once."""
+    if not config.programs:
+        return (tiles,)
+    device = torch.cuda.get_device_properties(x.device) if x.is_cuda else None
+    return (min(tiles, config.programs * (device.multi_processor_count if device else 2)),)
+
+
 def options(config: LaunchConfig) -> dict[str, object]:
     """An entry as a kernel's keyword arguments."""
-    return {
+    chosen: dict[str, object] = {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
@@ -65,3 +155,6 @@ def options(config: LaunchConfig) -> dict[str, object]:
         "num_stages": config.num_stages,
         "enable_fp_fusion": True,  # from Triton 3.10 on no longer the default
     }
+    if config.programs:
+        chosen.update(SPLIT=config.split, maxnreg=config.maxnreg)
+    return chosen

@@ -30,7 +30,7 @@ DTYPES = [
     ),
 ]
 no_float64 = pytest.mark.skipif(ON_GPU, reason="float64 is for gradcheck in the interpreter")
-BLOCK_M, BLOCK_N, BLOCK_K = launch.lookup(launch.HIDDEN_MSE, (8, 0), 2)[:3]
+BLOCK_M, BLOCK_N, BLOCK_K = launch.lookup(launch.HIDDEN_MSE_FORWARD, (8, 0), 2)[:3]
 EDGES = [  # T, d_s, d_t
     (1, 1, 1),
     (3, 5, 7),
@@ -392,8 +392,8 @@ def test_gradcheck() -> None:
     ],
 )
 def test_launch_config(capability: tuple[int, int], itemsize: int, expected: int) -> None:
-    chosen = launch.lookup(launch.HIDDEN_MSE, capability, itemsize)
-    assert chosen is launch.HIDDEN_MSE[expected, itemsize]
+    chosen = launch.lookup(launch.HIDDEN_MSE_FORWARD, capability, itemsize)
+    assert chosen is launch.HIDDEN_MSE_FORWARD[expected, itemsize]
 
 
 @pytest.mark.parametrize(

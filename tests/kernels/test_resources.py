@@ -58,7 +58,9 @@ def compile_case(case: Case) -> tuple[Any, dict[str, int]]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    config = launch.lookup(launch.HIDDEN_MSE, divmod(case.arch, 10), int(case.dtype[2:]) // 8)
+    config = launch.lookup(
+        launch.HIDDEN_MSE_FORWARD, divmod(case.arch, 10), int(case.dtype[2:]) // 8
+    )
     name = f"_hidden_mse_{'fwd' if case.kernel == 'loss' else case.kernel}_kernel"
     fn = core._total_kernel if case.kernel == "total" else getattr(k, name)
     constants = {
@@ -183,9 +185,11 @@ def test_every_entry_of_the_launch_table_is_compiled() -> None:
     from optima_fast.kernels import launch
 
     sizes = {"fp16": 2, "bf16": 2, "fp32": 4}
-    used = {launch.lookup(launch.HIDDEN_MSE, divmod(c.arch, 10), sizes[c.dtype]) for c in CASES}
+    used = {
+        launch.lookup(launch.HIDDEN_MSE_FORWARD, divmod(c.arch, 10), sizes[c.dtype]) for c in CASES
+    }
     # float64 runs in the interpreter only
-    assert used == {config for key, config in launch.HIDDEN_MSE.items() if key[1] != 8}
+    assert used == {config for key, config in launch.HIDDEN_MSE_FORWARD.items() if key[1] != 8}
 
 
 if __name__ == "__main__":
