@@ -195,16 +195,15 @@ class Bench:
 def measure_kernels(args: argparse.Namespace, rows: Rows, timer: Timer, budget: Budget) -> None:
     """Time of each kernel of a step, as the profiler sees it; the L2 cache is overwritten first."""
     steps = 1 if args.quick else 20
-    activity = torch.profiler.ProfilerActivity
+    kinds = torch.profiler.ProfilerActivity
+    activities = [kinds.CPU, kinds.CUDA] if timer.cuda else [kinds.CPU]
     for case in CASES:
         if budget.spent or args.case not in case.name or not rows.begin("kernels", case.name):
             continue
         try:
             bench = Bench(case, args)
             error = bench.error()
-            with torch.profiler.profile(
-                activities=[activity.CUDA if timer.cuda else activity.CPU]
-            ) as profiler:
+            with torch.profiler.profile(activities=activities) as profiler:
                 for _ in range(steps):
                     if timer.cuda:
                         timer.cache.zero_()
@@ -217,11 +216,9 @@ def measure_kernels(args: argparse.Namespace, rows: Rows, timer: Timer, budget: 
             continue
         times: dict[str, list[float]] = defaultdict(list)
         for event in profiler.events():
-            device_time = getattr(event, "device_time", 0.0) if timer.cuda else event.cpu_time
-            on_device = event.device_type != torch.autograd.DeviceType.CPU
-            if device_time and on_device == timer.cuda:
-                times[event.name].append(device_time / 1e3)
-        # the cache is overwritten by a fill that is the longest of its name
+            # with a device, what ran there and not the operators that launched it
+            if (event.device_type != torch.autograd.DeviceType.CPU) == timer.cuda:
+                times[event.name].append(event.time_range.elapsed_us() / 1e3)
         found = {
             name: {"calls": len(x) / steps, "ms_each": sorted(x)[len(x) // 2]}
             for name, x in sorted(times.items(), key=lambda item: -sum(item[1]))
