@@ -58,6 +58,7 @@ CASES = [
     Case("cross64x256-probs", "probs", (Layer(256, 64, 256),) * 4),
     Case("image1024-scores", "scores", (Layer(32, 1024, 1024),)),
     Case("text77-scores", "scores", (Layer(256, 77, 77, causal=True),) * 4),
+    Case("text64-scores", "scores", (Layer(256, 64, 64),) * 4),
 ]
 FINALISTS = 4
 SAMPLES = 12  # of a candidate; finalists get four times as many
