@@ -77,11 +77,20 @@ def _main(argv: Sequence[str] | None) -> int:
     for method, table in rows.items():
         print(f"\n{NOTES[method]}")
         _print_table(
-            ["policy", "rounds used", "mean reward", "over seeds", "best arm", "vs random"],
+            [
+                "policy",
+                "rounds used",
+                "warm-up",
+                "mean reward",
+                "over seeds",
+                "best arm",
+                "vs random",
+            ],
             [
                 [
                     row["policy"],
                     f"{row['rounds']:.0f}",
+                    f"{row['warm_up']:.0f}",
                     f"{row['mean']:+.5f}",
                     f"{row['deviation']:.5f}",
                     f"{row['best']:.0%}",

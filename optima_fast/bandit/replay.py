@@ -54,9 +54,11 @@ class Log(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a policy did in one replay: the rounds it saw, mean reward, share of the best arm."""
+    """What a policy did in one replay: rounds it saw, how many of them before its first choice,
+    mean reward, share of the best arm."""
 
     rounds: int
+    warm_up: int
     mean: float
     best: float
 
@@ -119,7 +121,7 @@ def rejection(policy: bandit.Policy, log: Log) -> Outcome:
             policy.update(arm, reward)
             chosen.append(arm)
             earned.append(reward)
-    return _outcome(log, chosen, earned)
+    return _outcome(log, policy, chosen, earned)
 
 
 def world(policy: bandit.Policy, log: Log, seed: int) -> Outcome:
@@ -135,7 +137,7 @@ def world(policy: bandit.Policy, log: Log, seed: int) -> Outcome:
         policy.update(arm, reward)
         chosen.append(arm)
         earned.append(reward)
-    return _outcome(log, chosen, earned)
+    return _outcome(log, policy, chosen, earned)
 
 
 class _Near:
@@ -159,12 +161,15 @@ class _Near:
         return rewards[low + int(draw * (high - low))]
 
 
-def _outcome(log: Log, chosen: Sequence[int], earned: Sequence[float]) -> Outcome:
+def _outcome(
+    log: Log, policy: bandit.Policy, chosen: Sequence[int], earned: Sequence[float]
+) -> Outcome:
     n, means = len(chosen), log.means()
     best = max(range(len(means)), key=lambda arm: (not math.isnan(means[arm]), means[arm]))
     if not n:
-        return Outcome(0, math.nan, math.nan)
-    return Outcome(n, math.fsum(earned) / n, chosen.count(best) / n)
+        return Outcome(0, 0, math.nan, math.nan)
+    first = min(n, getattr(policy, "warm_up", 0))
+    return Outcome(n, first, math.fsum(earned) / n, chosen.count(best) / n)
 
 
 def policies(text: str) -> list[str]:
@@ -203,8 +208,9 @@ def compare(
 
     Returns:
         For ``rejection`` and ``world`` a row a policy, the best first: means over runs and seeds of
-        ``rounds`` (used), ``mean`` (reward), ``best`` (share of the arm of the highest recorded
-        mean) and ``vs_random``, and ``deviation`` (of the mean reward between seeds).
+        ``rounds`` (used), ``warm_up`` (of them before any choice), ``mean`` (reward), ``best``
+        (share of the arm of the highest recorded mean) and ``vs_random``, and ``deviation`` (of
+        the mean reward between seeds).
     """
     rows: dict[str, list[dict[str, Any]]] = {"rejection": [], "world": []}
     for method, table in rows.items():
@@ -230,6 +236,8 @@ def make(name: str, log: Log, seed: int, options: Mapping[str, Any]) -> bandit.P
     """
     known = inspect.signature(type(bandit.make(name, 3))).parameters
     given = {k: v for k, v in options.items() if k in known and v is not None}
+    if "init_rounds" in given and "warmup_limit" in known:
+        given["warmup_limit"] = given["init_rounds"] * len(log.arms)
     try:
         return bandit.make(name, len(log.arms), seed=seed, **given)
     except ValueError as error:
@@ -248,7 +256,8 @@ def _summary(outcomes: Sequence[Sequence[Outcome]]) -> dict[str, float]:
     centre = _mean([m for m in by_seed if not math.isnan(m)])
     spread = math.fsum((m - centre) ** 2 for m in by_seed if not math.isnan(m))
     return {
-        "rounds": _mean([float(o.rounds) for o in every]),
+        "rounds": _mean([o.rounds for o in every]),
+        "warm_up": _mean([o.warm_up for o in every]),
         "mean": _mean([o.mean for o in used]),
         "deviation": math.sqrt(spread / max(1, len(by_seed) - 1)),
         "best": _mean([o.best for o in used]),

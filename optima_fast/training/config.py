@@ -165,13 +165,14 @@ class TrainConfig:
         """Refuse a bandit whose first pulls of each arm take more rounds than there are."""
         assert self.steps and self.round_steps and self.student
         policy = policies.make(self, arm_space(self.arms, presets.get(self.student).layer_counts))
-        rounds, first = self.steps // self.round_steps, policies.warm_up(policy)
+        rounds, first = self.steps // self.round_steps, getattr(policy, "warm_up", 0)
         if rounds < first:
+            times = first // policy.arms
+            what = f"each of {policy.arms} arms {times} times" if times else f"{first} arms once"
             raise UserError(
-                f"--policy {self.policy} pulls each of {policy.arms} arms "
-                f"{first // policy.arms} times first, {first} rounds of {self.round_steps} steps, "
-                f"but --steps {self.steps} gives {rounds}: raise --steps, lower --round-steps or "
-                "--init-rounds, or take another --policy or fewer --arms"
+                f"--policy {self.policy} pulls {what} first, {first} rounds of {self.round_steps} "
+                f"steps, but --steps {self.steps} gives {rounds}: raise --steps, lower "
+                "--round-steps or --init-rounds, or take another --policy or fewer --arms"
             )
 
 

@@ -113,12 +113,13 @@ def shares(pulls: Mapping[str, int]) -> str:
 
 def reward_line(reward: Mapping[str, Any]) -> str:
     """``paper on 256 training examples in 2 batches: 11.2 s, 4% of the run``."""
-    details = ["" if reward["clip"] else ", signed"]
-    details.append("" if reward["cost"] == "none" else f", per {reward['cost']}")
+    signed = "" if reward["clip"] else ", signed"
+    per = "" if reward["cost"] == "none" else f", per {reward['cost']}"
     where = "training" if reward["split"] == "train" else "held-out training"
+    batches = "1 batch" if reward["batches"] == 1 else f"{reward['batches']} batches"
     return (
-        f"{reward['name']}{''.join(details)} on {reward['examples']} {where} examples in "
-        f"{reward['batches']} batches: {reward['seconds']:.1f} s, {reward['share']:.0%} of the run"
+        f"{reward['name']}{signed}{per} on {reward['examples']} {where} examples in {batches}: "
+        f"{reward['seconds']:.1f} s, {reward['share']:.0%} of the run"
     )
 
 

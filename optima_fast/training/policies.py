@@ -40,6 +40,9 @@ def make(config: TrainConfig, space: ArmSpace) -> bandit.Policy:
     if "features" in known:
         chosen["features"] = space.features
     chosen = {key: value for key, value in chosen.items() if value is not None}
+    if "init_rounds" in chosen and "warmup_limit" in known:
+        # what is asked for is limited by the rounds of the run alone
+        chosen["warmup_limit"] = chosen["init_rounds"] * len(space.arms)
     try:
         return bandit.make(name, len(space.arms), seed=config.seed, **chosen)
     except (TypeError, ValueError) as error:
@@ -60,8 +63,3 @@ def check_options(config: TrainConfig) -> None:
                 f"--{key.replace('_', '-')} is no option of --policy {config.policy}, which has "
                 f"{has or 'none'}: leave it out"
             )
-
-
-def warm_up(policy: bandit.Policy) -> int:
-    """Rounds at the start in which a policy pulls every arm as often, whatever their rewards."""
-    return int(policy.state_dict().get("init_rounds", 0)) * policy.arms

@@ -314,7 +314,7 @@ class Trainer:
             line |= {
                 "means": list(self.policy.mean),
                 "counts": list(self.policy.count),
-                "spreads": list(getattr(self.policy, "spread", ())),
+                "spreads": list(self.policy.spread),
             }
         line["seconds"] = self._busy - self.round_began
         self.run.append_metrics(line)

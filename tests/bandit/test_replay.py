@@ -65,7 +65,7 @@ def test_rejection_shows_a_policy_its_own_rounds_and_no_other():
     outcome = replay.rejection(policy, log)
     own = [r for a, r in zip(log.choices, log.rewards, strict=True) if a == 1]
     assert policy.told == [(1, r) for r in own]
-    assert outcome == (len(own), pytest.approx(statistics.fmean(own)), 0.0)
+    assert outcome == (len(own), 0, pytest.approx(statistics.fmean(own)), 0.0)
     assert replay.rejection(Always(2), log).best == 1.0
 
 
@@ -147,6 +147,7 @@ def test_known_policies_get_their_known_rewards():
         assert paper["vs_random"] == paper["mean"] - chance["mean"] > 0.2
         assert paper["best"] > 0.7
     assert rows["world"][0]["rounds"] == 600
+    assert [row["warm_up"] for row in rows["world"]] == [3, 0]
     assert rows["rejection"][0]["rounds"] == pytest.approx(200, abs=20)
 
 
@@ -164,7 +165,7 @@ def test_a_policy_that_met_none_of_its_arms_has_no_mean(tmp_path, capsys):
     log = recorded([0], [0.5], 50)
     assert replay.rejection(Always(7), log)[0] == 0
     assert math.isnan(replay.rejection(Always(7), log).mean)
-    write(tmp_path, recorded([0, 1], [0.5, 0.25], 2))
+    write(tmp_path, recorded([0, 1, 2], [0.5, 0.25, 0.0], 3))
     table = json_of(capsys, tmp_path, "--least", "1", "--repeats", "1", "--seed", "1")
     assert all(row["mean"] is None or row["rounds"] for row in table["rejection"])
 
@@ -196,7 +197,7 @@ def test_the_command_prints_tables_with_what_they_are_worth(tmp_path, capsys):
     assert out.index("a2 ") < out.index("a0 ")  # the best arm first
     rows = [line.split() for line in out.splitlines() if line.startswith(("random ", "paper "))]
     assert len(rows) == 4
-    assert {len(row) for row in rows} == {6}
+    assert {len(row) for row in rows} == {7}
 
 
 def test_the_json_holds_what_the_tables_do_and_repeats(tmp_path, capsys):

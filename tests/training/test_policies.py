@@ -1,0 +1,233 @@
+"""Bandits and arms of a run: options, first pulls, arms of layers, stops in mid round."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from small_run import small
+
+from optima_fast import bandit
+from optima_fast.distill import arm_space
+from optima_fast.errors import UserError
+from optima_fast.models import presets
+from optima_fast.training import checkpoints, experiment, policies
+from optima_fast.training.config import TrainConfig, resolve
+from optima_fast.training.display import Display
+from optima_fast.training.run import Run
+from optima_fast.training.trainer import Interrupted, Trainer
+
+QUIET = Display(quiet=True)
+CHOICES = policies.choices()
+
+
+def trainer(tmp_path, **settings: Any) -> Trainer:
+    config = small(tmp_path, **settings)
+    experiment.prepare(config)
+    data = experiment.load_data(config)
+    torch.manual_seed(7)
+    teacher = experiment.new_model(config.teacher, data)
+    torch.manual_seed(config.seed)
+    student = experiment.new_model(config.student, data)
+    run = Run(config.out)
+    run.begin(config)
+    return Trainer(config, data, student, teacher, run, QUIET)
+
+
+def lines(t: Trainer) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in t.run.metrics_path.read_text().splitlines()]
+
+
+def test_every_policy_that_needs_no_arm_can_be_chosen():
+    assert set(CHOICES) == set(bandit.names()) - {"fixed"}
+    assert len(CHOICES) > 1
+    for name in CHOICES:
+        assert resolve(TrainConfig(policy=name)).policy == name
+
+
+@pytest.mark.parametrize("policy", CHOICES)
+def test_a_run_stopped_in_the_middle_of_a_round_goes_on_exactly(tmp_path, monkeypatch, policy):
+    settings = {
+        "policy": policy, "steps": 20, "batch_size": 2, "reward_examples": 4, "train_images": 20,
+        "init_rounds": 1, "reward_clip": False, "checkpoint_every": 99, "eval_every": 99,
+    }  # fmt: skip
+    whole = trainer(tmp_path / "whole", **settings)
+    whole.fit()
+
+    first = trainer(tmp_path / "parts", **settings)
+    step = first._train_step
+
+    def stop(*args: Any) -> Any:
+        first._stop = first.step + 1 == 17
+        return step(*args)
+
+    monkeypatch.setattr(first, "_train_step", stop)
+    with pytest.raises(Interrupted):
+        first.fit()
+    second = trainer(tmp_path / "parts", **settings)
+    second.resume(checkpoints.latest_checkpoint(second.run.checkpoints))
+    assert second.step == 17  # a round has two steps
+    second.fit()
+    assert second.policy.state_dict() == whole.policy.state_dict()
+    timing = {"samples_per_second": 0, "seconds": 0}
+    a, b = ([{**x, **timing} for x in lines(t)] for t in (whole, second))
+    assert a == b
+    assert sum("reward" in line for line in a) == 10
+    for name, value in whole.student.state_dict().items():
+        assert torch.equal(value, second.student.state_dict()[name]), name
+
+
+def test_options_left_open_are_the_policy_s_own():
+    space = arm_space("modules", presets.get("digits_student").layer_counts)
+    for name in CHOICES:
+        own = bandit.make(name, 7, seed=5).state_dict()
+        config = resolve(TrainConfig(policy=name, seed=5))
+        made = policies.make(config, space).state_dict()
+        if name == "paper":
+            assert (config.gamma, config.variance_scale, config.init_rounds) == (0.98, 1.0, 2)
+            own |= {"init_rounds": 2}
+        assert made == own, name
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_options_given_reach_the_policies_that_have_them(name):
+    given = {"gamma": 0.875, "init_rounds": 8, "variance_scale": 0.5}
+    config = resolve(TrainConfig(policy=name, **given))
+    space = arm_space("modules", presets.get("digits_student").layer_counts)
+    state = policies.make(config, space).state_dict()
+    known = policies.options(name)
+    for key, value in given.items():
+        assert (state.get(key) == value) == (key in known), key
+    assert "seed" in known
+    if {"gamma", "init_rounds", "variance_scale"} <= known:
+        policies.check_options(config)
+    else:
+        missing = next(k for k in policies.OPTIONS if k not in known)
+        flag = "--" + missing.replace("_", "-")
+        with pytest.raises(UserError, match=f"{flag} is no option of --policy {name}, which has"):
+            policies.check_options(config)
+
+
+def test_an_option_of_another_policy_is_told_before_any_work(tmp_path):
+    with pytest.raises(UserError, match="--gamma is no option of --policy random, which has none"):
+        experiment.run(small(tmp_path, policy="random", gamma=0.9, init_rounds=None), QUIET)
+    assert not list(tmp_path.iterdir())
+    # nobody asked the bandit: what it would be told does not matter
+    assert resolve(TrainConfig(method="layerwise", policy="random", gamma=0.9)).gamma == 0.9
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"arms": "layer-groups:3", "data": "somewhere", "policy": "paper", "init_rounds": 2},
+            "--policy paper pulls each of 511 arms 2 times first, 1022 rounds of 100 steps, but "
+            "--steps 100000 gives 1000: raise --steps, lower --round-steps or --init-rounds, or",
+        ),
+        (
+            {"arms": "layer-groups:2", "policy": "paper", "steps": 200, "init_rounds": 2},
+            "each of 15 arms 2 times first, 30 rounds of 10 steps, but --steps 200 gives 20",
+        ),
+        (
+            {"arms": "layer-groups:3", "student": "digits_base", "policy": "paper"},
+            "each of 127 arms 2 times first, 254 rounds .* gives 100",
+        ),
+        (
+            {"arms": "layer-groups:2", "policy": "scale-free-thompson", "steps": 140},
+            "--policy scale-free-thompson pulls each of 15 arms 1 times first, 15 rounds of 10 "
+            "steps, but --steps 140 gives 14",
+        ),
+        (
+            {
+                "arms": "layer-groups:3",
+                "policy": "linear-thompson",
+                "student": "digits_base",
+                "steps": 310,
+            },
+            "--policy linear-thompson pulls 32 arms once first, 32 rounds of 10 .* gives 31",
+        ),
+        (
+            {"policy": "scale-free-ucb", "init_rounds": 15},
+            "each of 7 arms 15 times first, 105 rounds of 10 steps, but --steps 1000 gives 100",
+        ),
+    ],
+)
+def test_first_pulls_that_do_not_fit_are_told_with_the_way_out(settings, message):
+    with pytest.raises(UserError, match=message):
+        resolve(TrainConfig(**settings))
+
+
+@pytest.mark.parametrize("arms", ["modules", "layer-groups:2", "layer-groups:3"])
+@pytest.mark.parametrize("name", [n for n in CHOICES if n != "paper"])
+def test_every_other_policy_works_with_every_arm_space_of_the_paper(name, arms):
+    config = resolve(TrainConfig(data="somewhere", policy=name, arms=arms))
+    space = arm_space(arms, presets.get(config.student).layer_counts)
+    policy = policies.make(config, space)
+    assert policy.warm_up <= 32
+    if "features" in policies.options(name):
+        rows = [[int(x) for x in row] for row in policy.state_dict()["features"]]
+        assert rows == space.features
+    assert policy.arms == len(space.arms) == {"modules": 7}.get(arms, 2 ** len(space.units) - 1)
+
+
+def test_sixty_three_arms_fit_the_paper_s_own_thousand_rounds():
+    config = resolve(TrainConfig(data="somewhere", policy="paper", arms="layer-groups:2"))
+    assert (config.steps, config.round_steps, config.init_rounds) == (100_000, 100, 10)
+    assert resolve(TrainConfig(data="somewhere", policy="random", arms="layer-groups:3")).steps
+
+
+@pytest.mark.parametrize(
+    ("arm", "written", "distilled"),
+    [
+        ("image[2]", "image[2]", {"image": 1}),
+        ("text + image[1]+image[2]", "image+text", {"image": 2, "text": 1}),
+        ("multimodal", "multimodal", {"multimodal": 1}),
+    ],
+)
+def test_a_fixed_arm_may_be_of_layers(tmp_path, arm, written, distilled):
+    t = trainer(tmp_path, method="fixed", arm=arm, steps=2)
+    counts = {}
+    losses = t._losses
+
+    def watch(batch):
+        step = losses(batch)
+        counts.update({m: sum(p.module == m for p in step.pairs) for m in distilled})
+        assert len(step.pairs) == sum(distilled.values())
+        return step
+
+    t._losses = watch
+    t.fit()
+    assert counts == distilled
+    assert {name: n for name, n in t.pulls.items() if n} == {written: 1}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"arm": "image[3]"}, r"arm 'image\[3\]': layers of image must be from 1 to 2, .*got"),
+        ({"arm": "image[1"}, "a member must be MODULE, MODULE.LAYER. or MODULE.FIRST-LAST."),
+        ({"arm": "audio[1]"}, "the model has no module 'audio'"),
+    ],
+)
+def test_a_fixed_arm_is_checked_against_the_student(settings, message):
+    with pytest.raises(UserError, match=message):
+        resolve(TrainConfig(method="fixed", **settings))
+
+
+def test_many_arms_are_pulled_by_their_own_names(tmp_path):
+    t = trainer(
+        tmp_path, method="random", arms="layer-groups:2", student="digits_base", steps=40,
+        round_steps=1, batch_size=2, train_images=20,
+    )  # fmt: skip
+    t.fit()
+    assert len(t.pulls) == 63
+    pulled = {name for name, n in t.pulls.items() if n}
+    assert len(pulled) > 25
+    logged = [line for line in lines(t) if "choice" in line]
+    assert [line["arm"] for line in logged] == [list(t.pulls)[line["choice"]] for line in logged]
+    for line in lines(t):
+        if "hidden" in line:
+            modules = {member.partition("[")[0] for member in line["arm"].split("+")}
+            assert set(line["hidden"]) == modules
