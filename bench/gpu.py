@@ -142,15 +142,23 @@ def suite(args: argparse.Namespace, folder: Path) -> list[Job]:
 
 
 def test_figures(output: str) -> Row:
+    """Counts, and the tests that failed with the reason where pytest came to its summary."""
     words = ("PASSED", "FAILED", "SKIPPED", "ERROR", "XFAIL")
-    lines = [line for line in output.splitlines() if "::" in line or line.startswith("ERROR ")]
     found = {word.lower(): 0 for word in words}
-    for line in lines:
-        match = re.search(rf"^(?:\[gw\d+\] .*?)?(?:\S+::.* )?({'|'.join(words)})\b(?!.* - )", line)
-        if match and not line.startswith(("FAILED", "ERROR")):
-            found[match[1].lower()] += 1
-    wrong = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
-    return {**found, "wrong": wrong[:60]}
+    wrong: dict[str, str] = {}
+    for line in output.splitlines():
+        # name and word, or with workers [gw0] [ 10%] word and name; a summary begins with the word
+        match = re.match(
+            rf"(?:\[gw\d+\] )?(?:\[ *\d+%\] )?(\S+::.+? )?({'|'.join(words)})\b(.*)", line
+        )
+        if match is None or not (match[1] or match[3].strip()):
+            continue
+        name = (match[1] or match[3].partition(" - ")[0]).strip()
+        if match[1] or line.startswith("["):
+            found[match[2].lower()] += 1
+        if match[2] in ("FAILED", "ERROR"):
+            wrong[name] = line if line.startswith(match[2]) else f"{match[2]} {name}"
+    return {**found, "wrong": list(wrong.values())[:60]}
 
 
 def sanitizer(args: argparse.Namespace, folder: Path) -> list[Job]:

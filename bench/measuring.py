@@ -64,21 +64,28 @@ def commit() -> tuple[str, bool | None]:
     return given or head, bool(status)
 
 
+CARD_FIELDS = (
+    "name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "temperature.gpu",
+    "power.draw", "power.limit", "clocks_event_reasons.active",
+)  # fmt: skip
+
+
 def card_state() -> Row:
     """What nvidia-smi says of the first card; empty without it."""
-    fields = (
-        "name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm",
-        "temperature.gpu", "power.draw", "power.limit", "clocks_event_reasons.active",
-    )  # fmt: skip
-    try:
-        answer = subprocess.run(
-            ["nvidia-smi", "-i", "0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"],
-            capture_output=True, text=True, check=True, timeout=20,
-        ).stdout  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    values = answer.strip().splitlines()[0].split(", ")
-    return dict(zip(fields, values, strict=False))
+    for fields in (CARD_FIELDS, CARD_FIELDS[:-1]):  # the last has another name in old drivers
+        command = ["nvidia-smi", "-i", "0", f"--query-gpu={','.join(fields)}"]
+        try:
+            answer = subprocess.run(
+                [*command, "--format=csv,noheader"],
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=20,
+            ).stdout
+        except (OSError, subprocess.SubprocessError):
+            continue
+        return dict(zip(fields, answer.strip().splitlines()[0].split(", "), strict=False))
+    return {}
 
 
 def conditions(device: str, dtype: str, threads: int) -> Row:

@@ -159,7 +159,11 @@ def test_figures_of_pytest_with_workers():
     """)
     found = gpu.test_figures(output)
     assert (found["passed"], found["failed"], found["skipped"]) == (1, 1, 1)
+    assert any("assert 1 == 2" in line for line in found["wrong"])
+    assert any("scipy" in line for line in found["wrong"])
     assert len(found["wrong"]) == 2
+    cut = "\n".join(output.splitlines()[:4])  # no summary yet
+    assert gpu.test_figures(cut)["wrong"] == ["FAILED tests/losses/test_a.py::test_two"]
 
 
 def test_figures_of_the_sanitizer():
