@@ -16,7 +16,7 @@ from optima_fast.errors import UserError
 from optima_fast.models import MODULES
 from optima_fast.tasks import Split
 from optima_fast.tasks.base import ArrayImages
-from optima_fast.training import experiment
+from optima_fast.training import cost, experiment
 from optima_fast.training.config import TrainConfig, resolve
 from optima_fast.training.cost import arm_costs
 from optima_fast.training.display import Display
@@ -205,7 +205,16 @@ def test_the_cost_of_an_image_arm_by_hand(tmp_path):
     text_scores = 2 * len(batch["text"]) * length**2 * (3 * student.text_width + width)
     text = teacher.text_layers * text_layer + text_hidden + text_scores
     # costs are sums over a common whole: student s, image i, text t
-    assert (both - bare) / (both - image) == pytest.approx(expected / text, rel=0.02)
+    assert (both - bare) / (both - image) == pytest.approx(expected / text)
+
+
+def test_attention_on_a_cpu_is_counted_forward_and_backward():
+    q = torch.ones(2, 3, 5, 8, requires_grad=True)
+    k = torch.ones(2, 3, 7, 8)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    product = 2 * 2 * 3 * 5 * 7 * 8
+    assert cost._operations(lambda: attend(q.detach(), k, k)) == 2 * product
+    assert cost._operations(lambda: attend(q, k, k).sum().backward()) == 7 * product
 
 
 def test_held_out_examples_and_their_images_are_never_trained_on(tmp_path):
