@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 import statistics
@@ -159,11 +160,9 @@ class Budget:
 
 def relative_error(found: Iterable[Tensor], exact: Iterable[Tensor]) -> float:
     """The worst over the tensors, each in the 2-norm; nan if anything is."""
-    worst = 0.0
-    for x, y in zip(found, exact, strict=True):
-        error = ((x.double() - y).norm() / y.norm()).item()
-        worst = error if not error <= worst else worst
-    return worst
+    pairs = zip(found, exact, strict=True)
+    errors = [((x.double() - y).norm() / y.norm()).item() for x, y in pairs]
+    return math.nan if any(map(math.isnan, errors)) else max(errors)
 
 
 def allowed_error(dtype: torch.dtype) -> float:

@@ -87,6 +87,7 @@ def test_tune_writes_the_table_it_measured(tmp_path, launch, monkeypatch, capsys
     assert all(name.startswith("HIDDEN_MSE") for name, _ in changed)
     assert len(changed) == len(tuned)
     for name, key in changed:
+        assert tuning.tables(launch)[name][key] == after[name][key]  # for the cases after it
         assert after[name][key] == before[name][key]._replace(num_warps=1)
     text = target.read_text()
     assert "hidden32k-x2 1.000 ms (was" in text

@@ -39,6 +39,23 @@ def test_contenders_compute_the_loss_and_its_gradients(name, target):
     assert measuring.relative_error([alone], exact[:1]) < measuring.allowed_error(rounding)
 
 
+def test_under_autocast_projections_are_float32():
+    layers = cases.inputs(SMALL["hidden"], torch.bfloat16, "cpu")
+    plain, autocast = (contenders.prepared(name, layers) for name in ("eager", "autocast"))
+    assert [x.dtype for x in plain[0]] == [torch.bfloat16] * 3
+    assert [x.dtype for x in autocast[0]] == [torch.bfloat16, torch.float32, torch.bfloat16]
+    assert autocast[0][1].requires_grad
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_nan_is_an_error(place):
+    exact = [torch.ones(3, dtype=torch.float64)] * 2
+    found = [x.clone() for x in exact]
+    assert measuring.relative_error(found, exact) == 0
+    found[place][1] = float("nan")
+    assert not measuring.relative_error(found, exact) < 1
+
+
 def test_log_sum_exp_that_is_given_is_the_softmax_normaliser():
     q, k = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5, 4)
     scores = (q @ k.mT / 2).masked_fill(torch.ones(5, 5).triu(1).bool(), float("-inf"))
