@@ -26,8 +26,8 @@ class LaunchConfig(NamedTuple):
     """Persistent programs a multiprocessor, which load by TMA; 0: plain loads, a program a tile."""
     split: int = 1
     """Parts that the columns of a tile are stored in; for persistent programs."""
-    maxnreg: int | None = None
-    """Registers a thread may have; for persistent programs."""
+    maxnreg: int = 0
+    """Registers that a thread may have; 0: as many as there are."""
 
 
 # Keys: (compute capability's major number, bytes an element). From 8.x entries, which load plainly,
@@ -39,7 +39,7 @@ class LaunchConfig(NamedTuple):
 HIDDEN_MSE_FORWARD = {
     (8, 2): LaunchConfig(128, 128, 32, 4, 4),
     (9, 2): LaunchConfig(128, 128, 64, 8, 3),
-    (10, 2): LaunchConfig(128, 128, 64, 8, 3),
+    (10, 2): LaunchConfig(128, 128, 64, 8, 3, maxnreg=128),
     (8, 4): LaunchConfig(64, 64, 16, 4, 3),
     (10, 4): LaunchConfig(32, 128, 16, 4, 3),
     (8, 8): LaunchConfig(32, 32, 16, 4, 2),
@@ -156,5 +156,7 @@ def options(config: LaunchConfig) -> dict[str, object]:
         "enable_fp_fusion": True,  # from Triton 3.10 on no longer the default
     }
     if config.programs:
-        chosen.update(SPLIT=config.split, maxnreg=config.maxnreg)
+        chosen["SPLIT"] = config.split
+    if config.maxnreg:
+        chosen["maxnreg"] = config.maxnreg
     return chosen

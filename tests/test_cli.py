@@ -77,7 +77,7 @@ def test_killed_without_warning_a_run_goes_on_to_the_same_end(tmp_path):
     logged = []
     for run in (a, b):
         rows = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
-        logged.append([{**row, "samples_per_second": 0} for row in rows])
+        logged.append([{**row, "samples_per_second": 0, "seconds": 0} for row in rows])
     assert logged[0] == logged[1]
 
 

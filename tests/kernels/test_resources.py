@@ -89,6 +89,8 @@ def compile_case(case: Case) -> tuple[Any, dict[str, int]]:
     options = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
     if case.kernel != "total":
         options.update(num_warps=config.num_warps, num_stages=config.num_stages)
+        if config.maxnreg:
+            options["maxnreg"] = config.maxnreg
     source = ASTSource(fn, signature, constexprs=constants, attrs=divisible)
     target = GPUTarget("cuda", case.arch, 32)
     return triton.compile(source, target=target, options=options), options

@@ -139,6 +139,6 @@ def test_triton_lists_each_reason(monkeypatch):
 
 
 def test_triton_s_own_reasons_are_passed_on(monkeypatch):
-    monkeypatch.setattr("optima_fast.kernels.hidden_mse.INTERPRETED", False)
+    monkeypatch.setattr("optima_fast.kernels.core.INTERPRETED", False)
     with pytest.raises(ValueError, match="must be CUDA, got cpu, and TRITON_INTERPRET is not set"):
         optima_fast.hidden_mse(S, T, W, backend="triton")
