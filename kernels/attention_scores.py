@@ -136,8 +136,14 @@ def _attention_scores_fwd_kernel(
     row_counts = _counts(pick(qm_ptrs, layer) + item * n_q, rows, n_q, pick(q_masked, layer))
     col_counts = _counts(pick(km_ptrs, layer) + item * n_k, cols, n_k, pick(k_masked, layer))
     is_causal = pick(causal, layer) != 0
+    last = tl.where(is_causal, rows, n_k)  # the last key that a query may see
+    valid = row_counts[:, None] & col_counts[None, :] & (cols[None, :] <= last[:, None])
+    # before the products, which have no registers to spare for it
+    tl.store(count_ptr + tile, tl.sum(valid.to(tl.int32)))
     # a tile above the diagonal has no valid pair: no heads to sum over
     live = tl.where(is_causal & (col >= row + BLOCK_M), 0, 1)
+    # what does not count is set to 0 at the end: a row that holds nan spoils no other
+    in_rows, in_cols = m < n_q - row, n < n_k - col
     stride_q, stride_k = pick(stride_tqn, layer), pick(stride_tkn, layer)
     acc = add_product(
         tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC),
@@ -149,8 +155,8 @@ def _attention_scores_fwd_kernel(
         pick(stride_tkh, layer),
         1,
         stride_k,
-        row_counts,
-        col_counts,
+        in_rows,
+        in_cols,
         pick(H_T, layer) * live,
         pick(D_T, layer),
         BLOCK_K,
@@ -167,21 +173,18 @@ def _attention_scores_fwd_kernel(
         pick(stride_skh, layer),
         1,
         stride_k,
-        row_counts,
-        col_counts,
+        in_rows,
+        in_cols,
         pick(H_S, layer) * live,
         pick(D_S, layer),
         BLOCK_K,
     )
-    last = tl.where(is_causal, rows, n_k)  # the last key that a query may see
-    valid = row_counts[:, None] & col_counts[None, :] & (cols[None, :] <= last[:, None])
     r = tl.where(valid, acc * _factor(pick(scale, layer), ACC), 0.0)
     tl.store(sum_ptr + tile, tl.sum(r * r))
-    tl.store(count_ptr + tile, tl.sum(valid.to(tl.int32)))
     if STORE:
         r_ptr = pick(r_ptrs, layer)
         r_tile = r_ptr + (item * n_q + row) * n_p + col + m[:, None] * n_p + n[None, :]
-        inside = (rows < n_q)[:, None] & (cols < n_p)[None, :]
+        inside = in_rows[:, None] & (cols < n_p)[None, :]
         tl.store(r_tile, r.to(r_ptr.dtype.element_ty), mask=inside)
 
 

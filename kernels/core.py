@@ -152,6 +152,7 @@ def total(
         pad(first[1:], first[-1]),
         BLOCK=TOTAL_BLOCK,
         ACC=accumulator(sums)[1],
+        enable_fp_fusion=True,
     )
     return losses, scales
 

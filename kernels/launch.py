@@ -57,11 +57,11 @@ HIDDEN_MSE_BACKWARD = {
 # Ahead of time, not timed.
 ATTENTION_SCORES_FORWARD = {
     (8, 2, 64): LaunchConfig(64, 64, 32, 4, 4),
-    (8, 2, 128): LaunchConfig(128, 128, 32, 4, 4),
+    (8, 2, 128): LaunchConfig(128, 64, 32, 4, 4),
     (9, 2, 64): LaunchConfig(64, 64, 64, 4, 3),
-    (9, 2, 128): LaunchConfig(128, 128, 64, 8, 3),
+    (9, 2, 128): LaunchConfig(128, 128, 64, 8, 3, maxnreg=128),
     (10, 2, 64): LaunchConfig(64, 64, 64, 4, 3),
-    (10, 2, 128): LaunchConfig(128, 128, 64, 8, 3),
+    (10, 2, 128): LaunchConfig(128, 128, 64, 8, 3, maxnreg=128),
     (8, 4, 64): LaunchConfig(64, 64, 16, 4, 3),
     (8, 4, 128): LaunchConfig(64, 64, 16, 4, 3),
     (10, 4, 64): LaunchConfig(32, 128, 16, 4, 3),
@@ -74,7 +74,7 @@ ATTENTION_SCORES_FORWARD = {
 # more. Ahead of time, not timed.
 ATTENTION_SCORES_BACKWARD = {
     (8, 2, 64): LaunchConfig(128, 64, 32, 4, 4),
-    (8, 2, 128): LaunchConfig(128, 128, 32, 4, 4),
+    (8, 2, 128): LaunchConfig(128, 64, 32, 4, 4),
     (9, 2, 64): LaunchConfig(128, 64, 64, 4, 3),
     (9, 2, 128): LaunchConfig(128, 128, 64, 8, 3),
     (10, 2, 64): LaunchConfig(128, 64, 64, 4, 3),
@@ -85,6 +85,86 @@ ATTENTION_SCORES_BACKWARD = {
     (10, 4, 128): LaunchConfig(32, 128, 16, 4, 3),
     (8, 8, 64): LaunchConfig(32, 32, 16, 4, 2),
     (8, 8, 128): LaunchConfig(32, 32, 16, 4, 2),
+}
+
+# Attention probabilities. Keys: (compute capability's major number, bytes an element of the wider
+# model, columns that a head is padded to, 64 at most or 128). Ahead of time, not timed: no spills,
+# and two programs fit on a multiprocessor. block_k: of a head at a time where it is narrower; where
+# there are no tensor cores, whole heads take too many registers. maxnreg: 128 lets two programs of
+# 8 warps fit, 255 keeps the compiler from spilling so that a third one fits.
+PROBS_LSE = {
+    (8, 2, 64): LaunchConfig(128, 64, 128, 8, 2, maxnreg=128),
+    (8, 2, 128): LaunchConfig(64, 64, 128, 4, 2),
+    (9, 2, 64): LaunchConfig(128, 64, 128, 8, 3),
+    (9, 2, 128): LaunchConfig(128, 64, 128, 8, 2),
+    (10, 2, 64): LaunchConfig(128, 64, 128, 8, 3, maxnreg=128),
+    (10, 2, 128): LaunchConfig(128, 64, 128, 8, 2, maxnreg=128),
+    (8, 4, 64): LaunchConfig(64, 32, 16, 4, 2),
+    (8, 4, 128): LaunchConfig(64, 32, 16, 4, 2),
+    (10, 4, 64): LaunchConfig(32, 32, 16, 4, 2),
+    (10, 4, 128): LaunchConfig(32, 32, 16, 4, 2),
+    (8, 8, 64): LaunchConfig(32, 32, 16, 4, 1),
+    (8, 8, 128): LaunchConfig(32, 32, 16, 4, 1),
+}
+PROBS_RESIDUAL = {
+    (8, 2, 64): LaunchConfig(64, 64, 128, 4, 3),
+    (8, 2, 128): LaunchConfig(64, 64, 128, 4, 2, maxnreg=255),
+    (9, 2, 64): LaunchConfig(128, 64, 128, 8, 3, maxnreg=128),
+    (9, 2, 128): LaunchConfig(128, 64, 128, 8, 2, maxnreg=128),
+    (10, 2, 64): LaunchConfig(128, 64, 128, 8, 3, maxnreg=128),
+    (10, 2, 128): LaunchConfig(128, 64, 128, 8, 2, maxnreg=128),
+    (8, 4, 64): LaunchConfig(64, 32, 16, 4, 2),
+    (8, 4, 128): LaunchConfig(64, 32, 16, 4, 2),
+    (10, 4, 64): LaunchConfig(32, 32, 16, 4, 2),
+    (10, 4, 128): LaunchConfig(32, 32, 16, 4, 2),
+    (8, 8, 64): LaunchConfig(32, 32, 16, 4, 1),
+    (8, 8, 128): LaunchConfig(32, 32, 16, 4, 1),
+}
+PROBS_DQ = {
+    (8, 2, 64): LaunchConfig(64, 64, 128, 4, 2),
+    (8, 2, 128): LaunchConfig(32, 64, 128, 4, 2),
+    (9, 2, 64): LaunchConfig(64, 64, 128, 4, 2),
+    (9, 2, 128): LaunchConfig(64, 32, 128, 4, 2),
+    (10, 2, 64): LaunchConfig(64, 64, 128, 4, 2),
+    (10, 2, 128): LaunchConfig(64, 64, 128, 4, 2),
+    (8, 4, 64): LaunchConfig(32, 32, 16, 4, 1),
+    (8, 4, 128): LaunchConfig(32, 32, 16, 4, 1),
+    (8, 8, 64): LaunchConfig(32, 32, 16, 4, 1),
+    (8, 8, 128): LaunchConfig(32, 32, 16, 4, 1),
+}
+PROBS_DK = {
+    (8, 2, 64): LaunchConfig(64, 64, 128, 4, 2),
+    (8, 2, 128): LaunchConfig(32, 64, 128, 4, 2),
+    (9, 2, 64): LaunchConfig(64, 64, 128, 4, 2),
+    (9, 2, 128): LaunchConfig(32, 64, 128, 4, 2),
+    (10, 2, 64): LaunchConfig(64, 64, 128, 4, 2),
+    (10, 2, 128): LaunchConfig(64, 64, 128, 4, 2),
+    (8, 4, 64): LaunchConfig(32, 32, 16, 4, 1),
+    (8, 4, 128): LaunchConfig(32, 32, 16, 4, 1),
+    (8, 8, 64): LaunchConfig(32, 32, 16, 4, 1),
+    (8, 8, 128): LaunchConfig(32, 32, 16, 4, 1),
+}
+# Up to 128 queries and keys; block_n: of the keys' first tile, beside which the rest is its tail.
+# float32 has no tensor cores, and whole rows take too many registers without.
+PROBS_SMALL_FORWARD = {
+    (8, 2, 64): LaunchConfig(32, 64, 128, 4, 2),
+    (8, 2, 128): LaunchConfig(32, 64, 128, 4, 1),
+    (9, 2, 64): LaunchConfig(64, 64, 128, 4, 2),
+    (9, 2, 128): LaunchConfig(64, 64, 128, 4, 2),
+    (10, 2, 64): LaunchConfig(64, 64, 128, 4, 2),
+    (10, 2, 128): LaunchConfig(32, 64, 128, 4, 1),
+    (8, 8, 64): LaunchConfig(16, 64, 16, 4, 1),
+    (8, 8, 128): LaunchConfig(16, 64, 16, 4, 1),
+}
+PROBS_SMALL_BACKWARD = {
+    (8, 2, 64): LaunchConfig(32, 64, 128, 4, 1),
+    (8, 2, 128): LaunchConfig(16, 64, 128, 4, 1),
+    (9, 2, 64): LaunchConfig(32, 64, 128, 4, 1),
+    (9, 2, 128): LaunchConfig(16, 64, 128, 4, 1),
+    (10, 2, 64): LaunchConfig(32, 64, 128, 4, 1),
+    (10, 2, 128): LaunchConfig(16, 64, 128, 4, 1),
+    (8, 8, 64): LaunchConfig(16, 64, 16, 4, 1),
+    (8, 8, 128): LaunchConfig(16, 64, 16, 4, 1),
 }
 
 CANDIDATES = {

@@ -1,0 +1,219 @@
+"""Mean squared error of head-averaged attention maps, for many layers of any shapes in one launch.
+
+    P_h = softmax_j(s Q_h K_h^T)          over the keys that count; s: the model's scale
+    R   = mean_h P_h^s - mean_h P_h^t     0 at pairs that do not count
+    loss = sum R^2 / n                    n: pairs that count; none: 0
+    dS_h = (2 g / (n H)) P_h o (R - r_h)  r_h = sum_j P_h o R; g: upstream gradient of the loss
+    dQ_h = s dS_h K_h,  dK_h = s dS_h^T Q_h
+
+What does not count may hold nan or inf: it changes no value and no gradient. R is kept, in the
+students' dtype and only when a gradient is wanted: one map, whatever the number of heads.
+
+Above 128 queries or keys (``probs_large.py``), with H heads in all, H_s of them the students':
+  log-sum-exp  H Q K^T and H exponentials a pair; skipped for a model whose attention gave it
+  residual     the same once more: a tile's loop over all heads, the sum in float32
+  dQ           one sweep: dQ_h = s (U - r V), U = (P o R) K, V = P K, r = sum P o R / sum P of the
+               products as rounded. 3 products and 1 exponential a pair and head of the students
+  dK           2 products and 1 exponential
+Bytes: Q and K of both models each time a tile needs them, from L2; R is 1 element a pair.
+Up to 128 (``probs_small.py``): one launch forward and one backward for all layers, no log-sum-exp.
+
+Products and sums are kept in float32, for float64 in float64; float32 inputs have IEEE products.
+There are no atomics: every sum has a fixed order and results are bit-reproducible.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import probs_large, probs_small
+from .core import accumulator, device_refusals, dtype_refusals
+from .probs_layers import ROW_UNIT, Counted, Model, groups, is_dense
+
+SMALL = 128  # queries and keys at most, where a row of a map lies in registers
+MAX_WIDTH = 128
+
+
+def not_served(
+    student_q: Sequence[Tensor],
+    student_k: Sequence[Tensor],
+    teacher_q: Sequence[Tensor],
+    teacher_k: Sequence[Tensor],
+) -> list[str]:
+    """Each reason why these kernels cannot take the inputs; empty if they can."""
+    students, teachers = (*student_q, *student_k), (*teacher_q, *teacher_k)
+    reasons = device_refusals((*students, *teachers))
+    reasons += dtype_refusals("students", students) + dtype_refusals("teachers", teachers)
+    widest = max(x.shape[-1] for x in (*student_q, *teacher_q))
+    if widest > MAX_WIDTH:
+        reasons.append(f"head sizes must be at most {MAX_WIDTH}, got {widest}")
+    return reasons
+
+
+def is_small(queries: int, keys: int, dtype: torch.dtype) -> bool:
+    """Whether rows of the map lie in registers: such a layer keeps no log-sum-exp.
+
+    Not for float32: without tensor cores, products of whole rows take too many registers.
+    Layers whose teacher is float32 take the other way forward, which changes nothing for the rest.
+    """
+    return max(queries, keys) <= SMALL and dtype != torch.float32
+
+
+def residual_width(keys: int) -> int:
+    """The length of a stored residual's rows: aligned, so that 16 bytes are read at a time."""
+    return -(-keys // ROW_UNIT) * ROW_UNIT
+
+
+def attention_probs_forward(
+    student_q: Sequence[Tensor],
+    student_k: Sequence[Tensor],
+    teacher_q: Sequence[Tensor],
+    teacher_k: Sequence[Tensor],
+    query_masks: Sequence[Tensor | None],
+    key_masks: Sequence[Tensor | None],
+    student_lse: Sequence[Tensor | None],
+    teacher_lse: Sequence[Tensor | None],
+    *,
+    causal: Sequence[bool],
+    student_scale: Sequence[float],
+    teacher_scale: Sequence[float],
+    need_residual: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+    """Losses of L layers, and what their backward needs.
+
+    Args:
+        student_q, student_k: L x ``[B, H_s, Nq, d_s]`` and ``[B, H_s, Nk, d_s]`` of one dtype. All
+            sizes may differ from layer to layer; any strides, read in place where rows are dense.
+        teacher_q, teacher_k: L x ``[B, H_t, Nq, d_t]`` and ``[B, H_t, Nk, d_t]`` of one dtype.
+        query_masks, key_masks: L x ``[B, Nq]`` and ``[B, Nk]`` bool, True what counts, or None.
+        student_lse, teacher_lse: L x ``[B, H, Nq]``, natural log-sum-exp of the scaled scores over
+            the keys that count, or None where it is to be computed.
+        causal: L flags: query i sees the keys up to i.
+        student_scale, teacher_scale: L factors of the scores.
+        need_residual: whether a gradient will be wanted.
+
+    Returns:
+        losses ``[L]``; residuals, L x ``[B, Nq, residual_width(Nk)]`` in the students' dtype, zero
+        where nothing counts, times ``2**SHIFTS[dtype][1]`` for float16; the students' log-sum-exp,
+        L x ``[B, H_s, Nq]``, or ``[B, H_s, 0]`` where ``is_small``; scales ``[L]`` (2 / n, n at
+        least 1). Losses, log-sum-exp and scales are float32 or float64. The two lists are
+        empty if no gradient is wanted. A log-sum-exp that was given is returned itself.
+    """
+    student = Model.of(student_q, student_k, student_scale)
+    teacher = Model.of(teacher_q, teacher_k, teacher_scale)
+    counted = Counted(query_masks, key_masks, causal)
+    L = len(student_q)
+    residuals = [
+        q.new_empty(q.shape[0], q.shape[2], residual_width(k.shape[2])) if need_residual else q
+        for q, k in zip(student_q, student_k, strict=True)
+    ]
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    with torch.cuda.device_of(student_q[0]):
+        small = [_is_small(student, i) and _is_small(teacher, i) for i in range(L)]
+        lses, teacher_lses = (
+            _log_sums(model, counted, given, small)
+            for model, given in ((student, student_lse), (teacher, teacher_lse))
+        )
+        kinds = {i: (small[i], student.width(i), teacher.width(i)) for i in range(L)}
+        for (within, *_), layers in groups(kinds):
+            if within:
+                results = probs_small.residual(
+                    student, teacher, counted, layers, residuals, need_residual
+                )
+            else:
+                results = probs_large.residual(
+                    student, teacher, counted, layers, lses, teacher_lses, residuals, need_residual
+                )
+            found.update(zip(layers, zip(*results, strict=True), strict=True))
+        losses, scales = results
+        if layers != list(range(L)):  # several launches
+            losses, scales = (torch.stack([found[i][j] for i in range(L)]) for j in range(2))
+    if not need_residual:
+        return losses, [], [], scales
+    kept = [x[:, :, :0] if _is_small(student, i) else x for i, x in enumerate(lses)]
+    return losses, residuals, kept, scales
+
+
+def attention_probs_backward(
+    grad: Tensor,
+    student_q: Sequence[Tensor],
+    student_k: Sequence[Tensor],
+    query_masks: Sequence[Tensor | None],
+    key_masks: Sequence[Tensor | None],
+    residuals: Sequence[Tensor],
+    student_lses: Sequence[Tensor],
+    scales: Tensor,
+    *,
+    causal: Sequence[bool],
+    student_scale: Sequence[float],
+    need_q: Sequence[bool],
+    need_k: Sequence[bool],
+    dtype: torch.dtype | None = None,
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Gradients of L layers from what the forward kept, which is only read.
+
+    Args:
+        grad: ``[L]``, the upstream gradient; read on the device.
+        student_q, student_k, query_masks, key_masks, causal, student_scale: as given to
+            ``attention_probs_forward``.
+        residuals, student_lses, scales: as it returned them.
+        need_q, need_k: L flags: which gradients to compute.
+        dtype: of the gradients, the inputs' own by default. A unit gradient (``grad`` of ones, to
+            be scaled later) of float16 inputs underflows in float16.
+
+    Returns:
+        dQ, L x ``[B, H_s, Nq, d_s]``, and dK, L x ``[B, H_s, Nk, d_s]``, in the layout that
+        ``torch.empty_like`` gives; None where none was asked for.
+    """
+    student = Model.of(student_q, student_k, student_scale)
+    counted = Counted(query_masks, key_masks, causal)
+    factor = (grad * scales).to(scales.dtype).contiguous()
+    wanted = [i for i, needs in enumerate(zip(need_q, need_k, strict=True)) if any(needs)]
+    # dQ is needed on the way to dK
+    d_q = {i: torch.empty_like(student_q[i], dtype=dtype) for i in wanted}
+    d_k = {i: torch.empty_like(student_k[i], dtype=dtype) for i in wanted}
+    # where rows are not dense, kernels write elsewhere
+    to_q, to_k = (
+        {i: x if is_dense(x) else x.new_empty(x.shape) for i, x in y.items()} for y in (d_q, d_k)
+    )
+    with torch.cuda.device_of(student_q[0]):
+        kinds = {i: (_is_small(student, i), student.width(i)) for i in wanted}
+        for (within, _), layers in groups(kinds):
+            if within:
+                probs_small.gradients(student, counted, layers, residuals, factor, to_q, to_k)
+            else:
+                asked = {i: x for i, x in to_k.items() if need_k[i]}
+                probs_large.gradients(
+                    student, counted, layers, student_lses, residuals, factor, to_q, asked
+                )
+    for out, written in ((d_q, to_q), (d_k, to_k)):
+        for i in wanted:
+            if out[i] is not written[i]:
+                out[i].copy_(written[i])
+    return (
+        [d_q[i] if need else None for i, need in enumerate(need_q)],
+        [d_k[i] if need else None for i, need in enumerate(need_k)],
+    )
+
+
+def _is_small(model: Model, layer: int) -> bool:
+    return is_small(*model.lengths(layer), model.q[layer].dtype)
+
+
+def _log_sums(
+    model: Model, counted: Counted, given: Sequence[Tensor | None], small: Sequence[bool]
+) -> list[Tensor]:
+    """[B, H, Nq] of each layer as given or computed, or nothing where the layer is small."""
+    dtype, _ = accumulator(model.q[0])
+    missing = [i for i, lse in enumerate(given) if lse is None and not small[i]]
+    computed = probs_large.log_sums(model, counted, missing)
+    lses = []
+    for i, (q, lse) in enumerate(zip(model.q, given, strict=True)):
+        if small[i]:
+            lses.append(q.new_empty(*q.shape[:2], 0, dtype=dtype))
+        else:
+            lses.append(computed[i] if lse is None else lse.to(dtype).contiguous())
+    return lses
