@@ -250,7 +250,7 @@ def _attention_scores_bwd_kernel(
     else:
         low, high = row * 0, n_k
         if is_causal:
-            high = tl.minimum(high, row + BLOCK_M)
+            high = tl.minimum(tl.minimum(high, n_q), row + BLOCK_M)
         if MASKED:
             _, end_query = _extent(qm_ptr, n_q, q_mask, BLOCK_K * 8)
             if is_causal:
@@ -448,6 +448,14 @@ def empty_residual(query: Tensor, key: Tensor) -> Tensor:
     return query.new_empty(B, Nq, _padded(Nk))[..., :Nk]
 
 
+def _rows(residual: Tensor) -> tuple[Tensor, int]:
+    """A residual and the length of its rows: not padded if something has copied it since."""
+    (_, Nq, Nk), row = residual.shape, _padded(residual.shape[2])
+    if residual.stride() == (Nq * row, row, 1):
+        return residual, row
+    return residual.contiguous(), Nk
+
+
 def _forward_config(x: Tensor, longest: int) -> LaunchConfig:
     bucket = 64 if longest <= 64 else 128
     return launch.lookup(
@@ -500,12 +508,13 @@ def attention_scores_backward(
             part = wanted[start : start + MAX_LAYERS]
             outer, inner = (student_k, student_q) if transposed else (student_q, student_k)
             out = [torch.empty_like(outer[i], dtype=dtype) for i in part]
+            written = [_unit_stride(x) for x in out]  # other memory where kernels cannot write it
             _gradients(
-                part, out, inner, query_masks, key_masks, residuals, factor, causal, student_scale,
-                transposed,
+                part, written, inner, query_masks, key_masks, residuals, factor, causal,
+                student_scale, transposed,
             )  # fmt: skip
-            for i, gradient in zip(part, out, strict=True):
-                gradients[i] = gradient
+            for i, gradient, result in zip(part, out, written, strict=True):
+                gradients[i] = gradient if gradient is result else gradient.copy_(result)
         results.append(gradients)
     return results[0], results[1]
 
@@ -523,7 +532,7 @@ def _gradients(
     transposed: bool,
 ) -> None:
     """Fill ``out``, the gradients of the layers of ``part``, in one launch."""
-    r = [residuals[i] for i in part]
+    r, row = zip(*(_rows(residuals[i]) for i in part), strict=True)
     pairs = [_operands(_unit_stride(inner[i]), y) for i, y in zip(part, out, strict=True)]
     x, dx = zip(*pairs, strict=True)
     config = _backward_config(r[0], max(o.width for o in x))
@@ -550,7 +559,7 @@ def _gradients(
             *(pad([o[i] for o in side]) for side in (x, dx) for i in (3, 4, 5)),
             pad([y.shape[1] for y in r]),
             pad([y.shape[2] for y in r]),
-            pad([_padded(y.shape[2]) for y in r]),
+            pad(row),
             pad([o.heads for o in x]),
             pad([o.width for o in x]),
             pad(q_masked),
