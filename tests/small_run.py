@@ -7,11 +7,15 @@ from typing import Any
 
 from optima_fast.training.config import TrainConfig, resolve
 
+# the choice of --method optima as it is by default: told what every arm is worth
+DEFAULT_CHOICE: dict[str, Any] = {"policy": "greedy", "init_rounds": None}
+
 SMALL: dict[str, Any] = {
     "train_images": 60,
     "batch_size": 4,
     "steps": 30,
     "round_steps": 2,
+    "policy": "paper",
     "init_rounds": 1,
     "teacher_steps": 4,
     "reward_examples": 16,

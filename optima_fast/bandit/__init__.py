@@ -16,6 +16,7 @@ from typing import Any
 
 from optima_fast.bandit.backend import BACKEND
 from optima_fast.bandit.base import Policy
+from optima_fast.bandit.greedy import Greedy
 from optima_fast.bandit.policies import Exp3S, Fixed, GaussianThompson, Random, RoundRobin
 from optima_fast.bandit.scale_free import (
     DiscountBank,
@@ -33,6 +34,7 @@ __all__ = [
     "Exp3S",
     "Fixed",
     "GaussianThompson",
+    "Greedy",
     "LinearThompson",
     "Policy",
     "Random",
@@ -55,6 +57,7 @@ _POLICIES: dict[str, Callable[..., Policy]] = {
         LinearThompson,
         Exp3S,
         EpsilonGreedy,
+        Greedy,
         Random,
         RoundRobin,
         Fixed,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from optima_fast.distill.arms import arm_name, arm_space, arms, group_arms, parse_arm
 from optima_fast.distill.distiller import Distillable, Distiller, LayerPair, StepLosses
+from optima_fast.distill.headroom import Headroom
 from optima_fast.distill.matching import match_layers
 from optima_fast.distill.measurement import Measurement
 from optima_fast.distill.reward import REWARDS, parse_reward, relative_drop
@@ -12,6 +13,7 @@ __all__ = [
     "REWARDS",
     "Distillable",
     "Distiller",
+    "Headroom",
     "LayerPair",
     "Measurement",
     "StepLosses",

@@ -70,6 +70,11 @@ class StepLosses(NamedTuple):
     pairs: tuple[LayerPair, ...]
 
 
+class _Records(NamedTuple):
+    student: Record
+    teacher: Record | None  # none where nothing of it is needed
+
+
 class Distiller(nn.Module):
     r"""Compares a student with its frozen teacher, layer by layer, in what an arm selects.
 
@@ -210,9 +215,10 @@ class Distiller(nn.Module):
         """
         if self.kl_weight and divergence is None:
             raise ValueError(f"kl_weight is {self.kl_weight}: pass divergence=")
-        return self._losses(
-            batch, arm, predict=predict, divergence=divergence if self.kl_weight else None
-        )
+        if not self.kl_weight:
+            divergence = None
+        records = self._records(batch, arm, teacher_logits=divergence is not None)
+        return self._losses(batch, arm, records, predict, divergence)
 
     @torch.no_grad()
     def measure(
@@ -239,24 +245,25 @@ class Distiller(nn.Module):
         if training:
             student.eval()  # type: ignore[attr-defined]
         try:
-            step = self._losses(batch, self.modules_matched, predict=predict, divergence=divergence)
+            records = self._records(batch, self.modules_matched, teacher_logits=True)
         finally:
             if training:
                 student.train()  # type: ignore[attr-defined]
+        step = self._losses(batch, self.modules_matched, records, predict, divergence)
         assert step.kl is not None and step.hidden is not None and step.attention is not None
+        assert records.teacher is not None and records.teacher.logits is not None
+        unexplained = step.hidden
+        if self.hidden_scale == "none":
+            unexplained = unexplained / self._variances(
+                step.pairs, records.student, records.teacher
+            )
+        teacher = predict(records.teacher.logits, batch).float()
         sums = (step.kl, self._reduce(step.hidden), self._reduce(step.attention), step.prediction)
-        stacked = torch.stack([term.double() for term in sums])
-        values = torch.cat([stacked, step.hidden.double(), step.attention.double()]).tolist()
-        kl, hidden, attention, prediction = values[:4]
-        layers = values[4:]
-        return Measurement(
-            kl,
-            hidden,
-            attention,
-            prediction,
-            _by_module(step.pairs, layers[: len(step.pairs)]),
-            _by_module(step.pairs, layers[len(step.pairs) :]),
-        )
+        stacked = torch.stack([term.double() for term in (*sums, teacher)])
+        layers = torch.stack([step.hidden, step.attention, unexplained]).double()
+        kl, hidden, attention, prediction, taught = stacked.tolist()
+        a, b, c = (_by_module(step.pairs, row) for row in layers.tolist())
+        return Measurement(kl, hidden, attention, prediction, a, b, c, taught)
 
     def selected(self, arm: Arm) -> tuple[LayerPair, ...]:
         """The layer pairs of an arm, modules in the arm's order.
@@ -290,61 +297,71 @@ class Distiller(nn.Module):
             for name, depth in depths.items()
         }
 
+    def _records(self, batch: Batch, arm: Arm, *, teacher_logits: bool) -> _Records:
+        """What both models say of a batch, the teacher only as far as it is needed."""
+        lse = self.attention_target == "probs"
+        # the student's request is always the whole one, so that no arm means another graph
+        everything = {n: [p.student for p in self.pairs[n]] for n in self.modules_matched}
+        student = self.student(batch, taps=everything, lse=lse)
+        teacher = None
+        request = self.teacher_request(arm)
+        with torch.no_grad():
+            if teacher_logits:
+                teacher = self.teacher(batch, taps=request, lse=lse)
+            elif request:
+                teacher = self.teacher.record(batch, request, lse=lse)
+        return _Records(student, teacher)
+
     def _losses(
         self,
         batch: Batch,
         arm: Arm,
-        *,
+        records: _Records,
         predict: Callable[[Tensor, Batch], Tensor],
         divergence: Callable[[Tensor, Tensor, Batch], Tensor] | None,
     ) -> StepLosses:
         pairs = self.selected(arm)
-        lse = self.attention_target == "probs"
-
-        # the student's request is always the whole one, so that no arm means another graph
-        everything = {n: [p.student for p in self.pairs[n]] for n in self.modules_matched}
-        student = self.student(batch, taps=everything, lse=lse)
+        student, teacher = records
         assert student.logits is not None
         prediction = predict(student.logits, batch).float()
 
         kl = hidden = attention = None
         total = prediction
-        if divergence is not None or pairs:
-            request = self.teacher_request(arm)
-            with torch.no_grad():
-                if divergence is not None:
-                    teacher = self.teacher(batch, taps=request, lse=lse)
-                else:
-                    teacher = self.teacher.record(batch, request, lse=lse)
-            if divergence is not None:
-                assert teacher.logits is not None
-                kl = divergence(student.logits, teacher.logits, batch).float()
-                total = total + self.kl_weight * kl
-            if pairs:
-                hidden = self._hidden(pairs, student, teacher)
-                attention = self._attention(pairs, student, teacher)
-                total = total + self.hidden_weight * self._reduce(hidden)
-                total = total + self.attention_weight * self._reduce(attention)
+        if divergence is not None:
+            assert teacher is not None and teacher.logits is not None
+            kl = divergence(student.logits, teacher.logits, batch).float()
+            total = total + self.kl_weight * kl
+        if pairs:
+            assert teacher is not None
+            hidden = self._hidden(pairs, student, teacher)
+            attention = self._attention(pairs, student, teacher)
+            total = total + self.hidden_weight * self._reduce(hidden)
+            total = total + self.attention_weight * self._reduce(attention)
         return StepLosses(total, prediction, kl, hidden, attention, pairs)
 
     def _reduce(self, layers: Tensor) -> Tensor:
         return layers.sum() if self.reduction == "sum" else layers.mean()
 
     def _hidden(self, pairs: Sequence[LayerPair], student: Record, teacher: Record) -> Tensor:
-        targets = [teacher.taps[p.module][p.student].hidden for p in pairs]
-        masks = [student.masks[p.module] for p in pairs]
         losses = hidden_mse(
             [student.taps[p.module][p.student].hidden for p in pairs],
-            targets,
+            [teacher.taps[p.module][p.student].hidden for p in pairs],
             [self.projections[f"{p.module}_{p.student}"] for p in pairs],
-            mask=masks,
+            mask=[student.masks[p.module] for p in pairs],
             backend=self.backend,
         )
         if self.hidden_scale == "variance":
-            losses = losses / torch.stack(
-                [_variance(t, m) for t, m in zip(targets, masks, strict=True)]
-            )
+            losses = losses / self._variances(pairs, student, teacher)
         return losses
+
+    def _variances(self, pairs: Sequence[LayerPair], student: Record, teacher: Record) -> Tensor:
+        """Of the teacher's states, [L], as the pairs."""
+        return torch.stack(
+            [
+                _variance(teacher.taps[p.module][p.student].hidden, student.masks[p.module])
+                for p in pairs
+            ]
+        )
 
     def _attention(self, pairs: Sequence[LayerPair], student: Record, teacher: Record) -> Tensor:
         rows: list[tuple[Any, ...]] = []

@@ -18,6 +18,9 @@ class Measurement(NamedTuple):
         prediction: the task's own loss.
         hidden_layers: the hidden loss of each layer, by module, first layer first.
         attention_layers: the attention loss of each layer, likewise.
+        unexplained: the share of each layer's variance that is not explained, likewise: its hidden
+            loss over the variance of the teacher's states around their mean over the tokens.
+        teacher: the task's own loss of the teacher.
     """
 
     kl: float
@@ -26,6 +29,8 @@ class Measurement(NamedTuple):
     prediction: float
     hidden_layers: Layers
     attention_layers: Layers
+    unexplained: Layers
+    teacher: float
 
 
 def average(parts: Sequence[tuple[Measurement, int]]) -> Measurement:
@@ -52,4 +57,6 @@ def average(parts: Sequence[tuple[Measurement, int]]) -> Measurement:
         prediction=mean([m.prediction for m in measured]),
         hidden_layers=by_layer([m.hidden_layers for m in measured]),
         attention_layers=by_layer([m.attention_layers for m in measured]),
+        unexplained=by_layer([m.unexplained for m in measured]),
+        teacher=mean([m.teacher for m in measured]),
     )

@@ -70,6 +70,8 @@ def prediction(before: Measurement, after: Measurement, context: Context) -> tup
     return relative_drop(before._asdict(), after._asdict(), ("prediction",), context)
 
 
+# known of every arm after every measurement, not of a round of one arm: see headroom.py
+HEADROOM = "headroom"
 REWARDS: dict[str, Reward] = {
     "paper": paper,
     "normalised": normalised,
@@ -89,12 +91,12 @@ def parse_reward(text: str) -> Reward:
     if text in REWARDS:
         return REWARDS[text]
     terms = tuple(part.strip() for part in text.split(",") if part.strip())
-    known = f"{', '.join(REWARDS)} or terms of {','.join(TERMS)}"
+    known = f"{', '.join((HEADROOM, *REWARDS))} or terms of {','.join(TERMS)}"
     if not terms:
         raise UserError(f"reward {text!r} names no term; choose {known}")
     for term in terms:
         if term not in TERMS:
-            names = TERMS if len(terms) > 1 else (*REWARDS, *TERMS)
+            names = TERMS if len(terms) > 1 else (HEADROOM, *REWARDS, *TERMS)
             near = difflib.get_close_matches(term, names, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"choose {known}"
             raise UserError(f"reward {text!r}: no term {term!r}; {hint}")

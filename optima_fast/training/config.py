@@ -15,8 +15,10 @@ from typing import Any
 
 import yaml
 
+from optima_fast.bandit import Greedy
 from optima_fast.distill import arm_space, parse_arm, parse_reward
 from optima_fast.distill.arms import ARM_SPACES
+from optima_fast.distill.reward import HEADROOM
 from optima_fast.errors import UserError
 from optima_fast.models import MODULES, presets
 from optima_fast.training import policies
@@ -51,12 +53,18 @@ class TrainConfig:
     method: str = _field("optima", "how modules are chosen, or no layerwise distillation", METHODS)
     arm: str | None = _field(None, "for --method fixed, such as image+text or image[1-3]")
     arms: str = _field("modules", "subsets of modules, or of groups of their layers", ARM_SPACES)
-    policy: str = _field("paper", "bandit of --method optima, see optima_fast.bandit.names()")
-    reward: str = _field(
-        "paper", "paper, normalised, or a list of kl,hidden,attention,prediction: what has to fall"
+    policy: str = _field("greedy", "bandit of --method optima, see optima_fast.bandit.names()")
+    reward: str | None = _field(
+        None,
+        "headroom, or what has to fall: paper, normalised, or a list of "
+        "kl,hidden,attention,prediction; default headroom for --policy greedy, else paper",
     )
     reward_clip: bool = _field(True, "count a loss that rose as 0, not as a negative drop")
-    reward_cost: str = _field("none", "divide the reward by the arm's cost", ("none", "flops"))
+    reward_cost: str | None = _field(
+        None,
+        "divide the reward by the arm's cost; default flops for headroom, else none",
+        ("none", "flops"),
+    )
     reward_split: str = _field(
         "train", "where its examples are from: held-out ones are not trained on", REWARD_SPLITS
     )
@@ -116,10 +124,16 @@ class TrainConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             choices = field.metadata["choices"]
-            if choices is not None and value not in choices:
+            if choices is not None and value not in (None, *choices):
                 raise UserError(_no_choice(flag(field.name), str(value), choices))
         self._check_numbers()
-        parse_reward(self.reward)
+        if self.reward == HEADROOM and self.reward_cost == "none":
+            raise UserError(
+                "--reward headroom is per cost, or all modules would always be best: leave out "
+                "--reward-cost none"
+            )
+        if self.reward not in (None, HEADROOM):
+            parse_reward(self.reward)
         if self.policy not in policies.choices():
             raise UserError(_no_choice("--policy", self.policy, policies.choices()))
         if self.method == "fixed":
@@ -242,6 +256,9 @@ def resolve(config: TrainConfig) -> TrainConfig:
         defaults |= _PAPER_POLICY
     else:
         del defaults["init_rounds"]  # left to the policy
+    reward = config.reward or (HEADROOM if config.policy == Greedy.name else "paper")
+    defaults["reward"] = reward
+    defaults["reward_cost"] = "flops" if reward == HEADROOM else "none"
     defaults["log_every"] = max(1, steps // 100)
     defaults["eval_every"] = max(1, steps // 4)
     defaults["checkpoint_every"] = max(1, steps // 10)

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optima_fast.distill import Distiller, Measurement, parse_reward
+from optima_fast.distill import Distiller, Headroom, Measurement, parse_reward
+from optima_fast.distill.arms import Arm
 from optima_fast.distill.measurement import average
-from optima_fast.distill.reward import Context
+from optima_fast.distill.reward import HEADROOM, Context
 from optima_fast.tasks import Split, TaskData
 from optima_fast.tasks.base import to_device
 from optima_fast.training.config import TrainConfig
@@ -58,6 +59,7 @@ class RewardMeter:
         data: the task.
         distiller: measures one batch.
         batches: indices of the training examples to measure on.
+        arms: of the bandit.
         costs: of each arm, which divide the reward; see
             :func:`optima_fast.training.cost.arm_costs`.
     """
@@ -68,10 +70,18 @@ class RewardMeter:
         data: TaskData,
         distiller: Distiller,
         batches: Sequence[Tensor],
+        arms: Sequence[Arm],
         costs: Sequence[float],
     ) -> None:
+        assert config.reward
         self._data, self._distiller = data, distiller
-        self._reward, self._clip = parse_reward(config.reward), config.reward_clip
+        self._reward, self._clip = None, config.reward_clip
+        self.headroom = None
+        if config.reward == HEADROOM:
+            matched = {name: len(pairs) for name, pairs in distiller.pairs.items()}
+            self.headroom = Headroom(arms, costs, matched, output=distiller.modules_matched[-1])
+        else:
+            self._reward = parse_reward(config.reward)
         self.batches, self.costs = tuple(batches), tuple(costs)
 
     @property
@@ -89,18 +99,25 @@ class RewardMeter:
                 batch, predict=self._data.loss, divergence=self._data.divergence
             )
             parts.append((measured, len(examples)))
-        return average(parts)
+        measurement = average(parts)
+        if self.headroom is not None:
+            self.headroom.measured(measurement)
+        return measurement
 
     def record(self, choice: int, before: Measurement, after: Measurement) -> dict[str, Any]:
         """What a round of arm ``choice`` earned, with all that it was computed from."""
+        losses = after._asdict()
+        layers = {
+            "hidden": losses.pop("hidden_layers"),
+            "attention": losses.pop("attention_layers"),
+            "unexplained": losses.pop("unexplained"),
+        }
+        line = {"cost": self.costs[choice], "losses": losses, "layers": layers}
+        if self.headroom is not None:
+            rewards = self.headroom.rewards()
+            left = self.headroom.layers()
+            return {"reward": rewards[choice], "rewards": rewards, "headroom": left, **line}
+        assert self._reward is not None
         context = Context(clip=self._clip, cost=self.costs[choice])
         reward, drops = self._reward(before, after, context)
-        losses = after._asdict()
-        layers = {term: losses.pop(f"{term}_layers") for term in ("hidden", "attention")}
-        return {
-            "reward": reward,
-            "drops": drops,
-            "cost": context.cost,
-            "losses": losses,
-            "layers": layers,
-        }
+        return {"reward": reward, "drops": drops, **line}

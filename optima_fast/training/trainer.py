@@ -38,7 +38,7 @@ from optima_fast.training.rewards import RewardMeter, reward_batches, training_s
 from optima_fast.training.run import Run
 from optima_fast.training.schedule import lr_at
 
-FORMAT = 2  # of checkpoints
+FORMAT = 3  # of checkpoints
 _COUNTERS = ("step", "round", "choice", "round_began", "last_metric")  # what a checkpoint restores
 
 
@@ -130,7 +130,7 @@ class Trainer:
                 arms,
                 **self._distilled(),
             )
-        return RewardMeter(self.config, self.data, self.distiller, batches, costs)
+        return RewardMeter(self.config, self.data, self.distiller, batches, arms, costs)
 
     @property
     def _cuda(self) -> bool:
@@ -277,10 +277,11 @@ class Trainer:
     def _begin_round(self) -> None:
         self.round_began = self._busy
         if self.policy is not None:
-            self.choice = self.policy.select()
-            self.arm = self.space.arms[self.choice]
             if self.before is None and self._rewarded:
                 self.before = self._measure()
+                self._observe()
+            self.choice = self.policy.select()
+            self.arm = self.space.arms[self.choice]
         if self.arm:
             name = arm_name(self.arm)
             self.pulls[name] = self.pulls.get(name, 0) + 1
@@ -311,6 +312,7 @@ class Trainer:
             self.before = after
         self.policy.update(self.choice, line.get("reward", 0.0))
         if self._rewarded:
+            self._observe()
             line |= {
                 "means": list(self.policy.mean),
                 "counts": list(self.policy.count),
@@ -318,6 +320,12 @@ class Trainer:
             }
         line["seconds"] = self._busy - self.round_began
         self.run.append_metrics(line)
+
+    def _observe(self) -> None:
+        """Tell a policy that can use it what every arm is worth, where that is known."""
+        assert self.meter is not None
+        if self.meter.headroom is not None and isinstance(self.policy, bandit.Greedy):
+            self.policy.observe(self.meter.headroom.rewards())
 
     def _measure(self) -> Measurement:
         """All losses of the full model on the reward's examples."""
@@ -406,6 +414,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of everything that the rest of the run depends on."""
+        headroom = self.meter.headroom if self.meter else None
         state: dict[str, Any] = {
             "format": FORMAT,
             "config": dataclasses.asdict(self.config),
@@ -416,6 +425,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "bandit": self.policy.state_dict() if self.policy else None,
             "before": self.before._asdict() if self.before else None,
+            "headroom": headroom.state_dict() if headroom else None,
             "pulls": self.pulls,
             "seconds": self.seconds,
             "metrics_size": self.run.metrics_size(),
@@ -458,6 +468,8 @@ class Trainer:
             for name in (*_COUNTERS, "pulls", "seconds"):
                 setattr(self, name, state[name])
             self.before = Measurement(**state["before"]) if state["before"] else None
+            if self.meter is not None and self.meter.headroom is not None:
+                self.meter.headroom.load_state_dict(state["headroom"])
             torch.set_rng_state(state["cpu_generator"])
             if self._cuda and state["cuda_generator"] is not None:
                 torch.cuda.set_rng_state(state["cuda_generator"], self.device)

@@ -387,6 +387,7 @@ def test_every_name_makes_a_policy():
     assert set(bandit.names()) == {
         *("paper", "scale-free-thompson", "scale-free-ucb", "sliding-window-ucb", "exp3s"),
         *("epsilon-greedy", "discount-bank", "linear-thompson", "random", "round-robin", "fixed"),
+        "greedy",
     }
     for name in bandit.names():
         policy = bandit.make(name, 7, seed=1, **({"arm": 4} if name == "fixed" else {}))

@@ -164,6 +164,7 @@ def test_measure_is_the_full_model_without_gradient_and_restores_the_mode(pair, 
         "multimodal": step.hidden[3:].tolist(),
     }
     assert list(chain(*losses.attention_layers.values())) == step.attention.tolist()
+    assert losses.teacher == float(DATA.loss(teacher(BATCH).logits, BATCH))
 
 
 def test_measure_runs_each_model_once(pair):
@@ -272,6 +273,10 @@ def test_scaled_by_variance_a_constant_guess_costs_one(pair):
     scaled = distiller(BATCH, ("text",), predict=DATA.loss).hidden
     raw = plain(BATCH, ("text",), predict=DATA.loss).hidden
     torch.testing.assert_close(scaled, raw / spread, rtol=1e-4, atol=0.0)
+    shares = [measure(d).unexplained for d in (distiller, plain)]
+    assert shares[0]["text"] == pytest.approx(scaled.tolist(), rel=1e-6)
+    for name in MODULES:
+        assert shares[1][name] == pytest.approx(shares[0][name], rel=1e-6)
 
 
 def test_reduction_and_cross_attention(pair):

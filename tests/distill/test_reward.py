@@ -26,7 +26,7 @@ def measured(
         dict(zip(("image", "text"), map(list, layers), strict=True))
         for layers in (hidden, attention)
     ]
-    return Measurement(kl, *sums, prediction, *by_module)
+    return Measurement(kl, *sums, prediction, *by_module, by_module[0], prediction / 2)
 
 
 def test_the_mean_of_the_relative_drops():
@@ -143,6 +143,8 @@ def test_measurements_of_parts_are_averaged_by_size():
     assert (mean.kl, mean.hidden, mean.prediction) == (3.25, 12.25, 0.75)
     assert mean.hidden_layers == {"image": [3.5, 3.25], "text": [5.5]}
     assert mean.attention_layers == one.attention_layers
+    assert mean.unexplained == mean.hidden_layers
+    assert mean.teacher == 0.375
     assert average([(two, 5)]) == two
 
 
@@ -154,9 +156,13 @@ def test_measurements_of_parts_are_averaged_by_size():
         ("kl,hiden", "no term 'hiden'; did you mean 'hidden'"),
         ("papr", "did you mean 'paper'"),
         ("normalized", "did you mean 'normalised'"),
-        ("kl,paper", "no term 'paper'; choose paper, normalised"),
+        ("kl,paper", "no term 'paper'; choose headroom, paper, normalised"),
+        ("headrom", "did you mean 'headroom'"),
         ("kl,kl", "repeats a term"),
-        ("zzz", "choose paper, normalised, prediction or terms of kl,hidden,attention,prediction"),
+        (
+            "zzz",
+            "choose headroom, paper, normalised, prediction or terms of kl,hidden,attention,",
+        ),
     ],
 )
 def test_wrong_terms_are_named(text, message):

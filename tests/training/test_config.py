@@ -38,7 +38,7 @@ def test_a_resolved_configuration_survives_its_file(tmp_path):
 
 
 def test_the_paper_s_numbers_are_the_defaults_on_real_data():
-    config = resolve(TrainConfig(data="somewhere", task="snli_ve"))
+    config = resolve(TrainConfig(data="somewhere", task="snli_ve", policy="paper"))
     assert (config.steps, config.round_steps, config.init_rounds) == (100_000, 100, 10)
     assert (config.lr, config.warmup_steps, config.batch_size) == (1e-3, 1000, 128)
     assert (config.hidden_weight, config.attention_weight, config.kl_weight) == (1.0, 1e-2, 0.0)
@@ -54,7 +54,9 @@ def test_resolving_leaves_what_was_given_and_no_gap():
     assert config.warmup_steps == 10
     optional = {"arm", "student_init", "out", "cache"}
     gaps = {k for k, v in dataclasses.asdict(config).items() if v is None}
-    assert gaps == optional
+    assert gaps == optional | {"gamma", "init_rounds", "variance_scale"}
+    config = resolve(TrainConfig(policy="paper"))
+    assert {k for k, v in dataclasses.asdict(config).items() if v is None} == optional
     assert resolve(TrainConfig(method="kd")).kl_weight == 1.0
     assert resolve(TrainConfig(method="kd", kl_weight=0.3)).kl_weight == 0.3
 
@@ -120,9 +122,31 @@ def test_wrong_files_are_told_in_one_line(tmp_path, text, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("given", "reward", "cost"),
+    [
+        ({}, "headroom", "flops"),
+        ({"policy": "paper"}, "paper", "none"),
+        ({"policy": "scale-free-ucb"}, "paper", "none"),
+        ({"policy": "scale-free-ucb", "reward": "headroom"}, "headroom", "flops"),
+        ({"reward": "paper"}, "paper", "none"),
+        ({"reward": "kl", "reward_cost": "flops"}, "kl", "flops"),
+    ],
+)
+def test_the_reward_is_the_policy_s_unless_it_is_given(given, reward, cost):
+    config = resolve(TrainConfig(**given))
+    assert (config.reward, config.reward_cost) == (reward, cost)
+
+
+def test_headroom_is_never_without_its_cost():
+    with pytest.raises(UserError, match="leave out --reward-cost none"):
+        TrainConfig(reward="headroom", reward_cost="none")
+
+
 def test_too_few_rounds_for_the_first_pulls_are_told_before_work_starts():
     with pytest.raises(UserError, match="7 arms 2 times first, 14 rounds of 10 steps, but --steps"):
-        resolve(TrainConfig(steps=100))
-    assert resolve(TrainConfig(steps=140)).steps == 140
+        resolve(TrainConfig(steps=100, policy="paper"))
+    assert resolve(TrainConfig(steps=140, policy="paper")).steps == 140
+    assert resolve(TrainConfig(steps=10)).steps == 10
     assert resolve(TrainConfig(steps=100, method="layerwise")).steps == 100
     assert resolve(TrainConfig(steps=100, policy="random")).steps == 100
