@@ -1,4 +1,4 @@
-// optima_fast._bandit: the arithmetic of the bandit policies. optima_fast/bandit/_cores.py is the
+// optima_fast._bandit: the arithmetic of the bandit policies. optima_fast/bandit/_cores is the
 // same in Python, step by step and bit by bit; optima_fast/bandit names policies, checks settings
 // and documents the formulas.
 
@@ -7,8 +7,8 @@
 
 #include "averaging.h"
 #include "generator.h"
-#include "linear.h"
 #include "scale_free.h"
+#include "structured.h"
 
 PYBIND11_MODULE(_bandit, m) {
   using namespace optima_fast;
@@ -16,7 +16,7 @@ PYBIND11_MODULE(_bandit, m) {
   using Seed = std::uint64_t;
 
   m.doc() = "C++ implementation of the policies of optima_fast.bandit.";
-  m.attr("ABI") = 2;  // bandit/backend.py refuses a stale build of another number
+  m.attr("ABI") = 3;  // bandit/backend.py refuses a stale build of another number
   m.def("philox4x32", &philox4x32, "counter"_a, "key"_a, "Philox4x32-10 block.");
   m.def("uniform", &uniform, "seed"_a, "index"_a, "lane"_a, "stream"_a,
         "Odd multiple of 2**-53 in (0, 1).");
@@ -58,12 +58,13 @@ PYBIND11_MODULE(_bandit, m) {
       .def(py::init<std::size_t, double, double, double, double, std::size_t, std::size_t, Seed>(),
            "arms"_a, "epsilon"_a, "gamma"_a, "prior"_a, "trend"_a, "passes"_a, "warm_up"_a, "seed"_a);
   py::class_<DiscountBank, Core>(m, "DiscountBank")
-      .def(py::init<std::size_t, Numbers, double, double, double, std::size_t, std::size_t, Seed>(),
-           "arms"_a, "gammas"_a, "width"_a, "prior"_a, "forget"_a, "passes"_a, "warm_up"_a,
-           "seed"_a);
-  py::class_<LinearThompson, Core>(m, "LinearThompson")
-      .def(py::init<std::vector<std::uint32_t>, std::uint32_t, double, double, double, double,
-                    double, std::size_t, std::size_t, Seed>(),
-           "masks"_a, "units"_a, "gamma"_a, "width"_a, "prior"_a, "ridge"_a, "trend"_a, "passes"_a,
+      .def(py::init<std::size_t, Numbers, double, double, double, double, std::size_t, std::size_t,
+                    Seed>(),
+           "arms"_a, "gammas"_a, "width"_a, "prior"_a, "trend"_a, "forget"_a, "passes"_a,
            "warm_up"_a, "seed"_a);
+  py::class_<StructuredUcb, Core>(m, "StructuredUcb")
+      .def(py::init<std::vector<Numbers>, double, double, double, double, std::size_t, std::size_t,
+                    Seed>(),
+           "features"_a, "gamma"_a, "width"_a, "prior"_a, "trend"_a, "passes"_a, "warm_up"_a,
+           "seed"_a);
 }

@@ -15,12 +15,24 @@ struct Summary {
   double variance;
 };
 
-// Weight, mean and sum of squared deviations of each arm's rewards, the old ones fading.
+// Weight, mean and sum of squared deviations of each arm's rewards, the old ones fading. Rewards
+// count less the sum of `level`: the first one, and what all arms have gained since.
 struct Discounted {
   static constexpr double kForgotten = 0x1p-100;  // an arm's weight below this is 0
 
-  Discounted(std::size_t arms, double discount)
-      : gamma(discount), weight(arms), mean(arms), square(arms) {}
+  Discounted(std::size_t arms, double discount, double beta)
+      : gamma(discount), trend(beta), level(2), weight(arms), mean(arms), square(arms) {}
+
+  // Apart, so that a shift of all rewards shifts the first number alone.
+  double away(double x) const { return (x - level[0]) - level[1]; }
+
+  void learn(std::size_t k, double x, bool first) {
+    if (first) level[0] = x;
+    const double y = away(x);
+    fade();
+    add(k, y);
+    level[1] += trend * (y - mean[k]);
+  }
 
   void fade() {
     for (std::size_t k = 0; k < weight.size(); ++k) {
@@ -39,12 +51,14 @@ struct Discounted {
   }
 
   void rescale(int shift) {
-    for (double& x : mean) x = std::ldexp(x, shift);
+    for (Numbers* values : {&level, &mean})
+      for (double& x : *values) x = std::ldexp(x, shift);
     for (double& x : square) x = std::ldexp(x, 2 * shift);
   }
 
   void clear() {
-    for (Numbers* values : {&weight, &mean, &square}) std::fill(values->begin(), values->end(), 0.0);
+    for (Numbers* values : {&level, &weight, &mean, &square})
+      std::fill(values->begin(), values->end(), 0.0);
   }
 
   Summary summary() const {
@@ -65,28 +79,28 @@ struct Discounted {
   double offset(std::size_t k, double centre, double prior) const {
     return weight[k] * (mean[k] - centre) / (weight[k] + prior);
   }
+  double unshifted(double y) const { return level[0] + (level[1] + y); }
 
   double gamma;
+  double trend;
+  Numbers level;
   Numbers weight;
   Numbers mean;
   Numbers square;
 };
 
-// Discounted statistics of rewards less a common level, means drawn towards that of all arms, and a
-// radius around them.
+// Discounted statistics, means drawn towards that of all arms, and a radius around them.
 class ScaleFree : public Scaled {
  protected:
   ScaleFree(std::size_t arms, double gamma, double width, double prior, double trend,
             std::size_t passes, std::size_t warm_up, std::uint64_t seed)
       : Scaled(arms, seed, passes, warm_up),
-        stats_(arms, gamma),
-        level_(1),
+        stats_(arms, gamma, trend),
         width_(width),
-        prior_(prior),
-        trend_(trend) {}
+        prior_(prior) {}
 
   void keep_statistics() {
-    keep("level", level_);
+    keep("level", stats_.level);
     keep("weight", stats_.weight);
     keep("average", stats_.mean);
     keep("square", stats_.square);
@@ -105,7 +119,8 @@ class ScaleFree : public Scaled {
   Numbers means() const override {
     const Summary summary = stats_.summary();
     Numbers values(arms());
-    for (std::size_t k = 0; k < arms(); ++k) values[k] = level_[0] + (summary.mean + offset(k, summary));
+    for (std::size_t k = 0; k < arms(); ++k)
+      values[k] = stats_.unshifted(summary.mean + offset(k, summary));
     return values;
   }
   Numbers spreads() const override {
@@ -114,23 +129,12 @@ class ScaleFree : public Scaled {
     for (std::size_t k = 0; k < arms(); ++k) values[k] = radius(k, square);
     return values;
   }
-  void rescale(int shift) override {
-    stats_.rescale(shift);
-    level_[0] = std::ldexp(level_[0], shift);
-  }
-  void learn_scaled(std::size_t k, double x) override {
-    if (round() == 0) level_[0] = x;
-    const double y = x - level_[0];
-    stats_.fade();
-    stats_.add(k, y);
-    level_[0] += trend_ * (y - stats_.mean[k]);
-  }
+  void rescale(int shift) override { stats_.rescale(shift); }
+  void learn_scaled(std::size_t k, double x) override { stats_.learn(k, x, round() == 0); }
 
   Discounted stats_;
-  Numbers level_;  // one
   double width_;
   double prior_;
-  double trend_;
 };
 
 class ScaleFreeThompson : public ScaleFree {
@@ -202,11 +206,11 @@ class SlidingWindowUcb : public BoundedUcb {
  private:
   void gather(std::uint64_t rounds) {
     const std::size_t filled = rounds < reward_.size() ? low(rounds) : reward_.size();
-    const double origin = reward_[0];  // any of them: sums of differences hardly cancel
     stats_.clear();
+    stats_.level[0] = reward_[0];  // any of them: sums of differences hardly cancel
     for (std::size_t i = 0; i < filled; ++i) {
       if (pulled_[i] >= arms()) throw std::out_of_range("state must have arms in pulled");
-      const double x = reward_[i] - origin;
+      const double x = stats_.away(reward_[i]);
       stats_.weight[pulled_[i]] += 1.0;
       stats_.mean[pulled_[i]] += x;
       stats_.square[pulled_[i]] += x * x;
@@ -215,7 +219,7 @@ class SlidingWindowUcb : public BoundedUcb {
       if (stats_.weight[k] == 0.0) continue;
       const double mean = stats_.mean[k] / stats_.weight[k];
       stats_.square[k] = std::max(0.0, stats_.square[k] - stats_.mean[k] * mean);
-      stats_.mean[k] = origin + mean;
+      stats_.mean[k] = mean;
     }
   }
 
@@ -245,22 +249,24 @@ class EpsilonGreedy : public ScaleFree {
 // ScaleFreeThompson under several discounts, each believed as far as it predicts.
 class DiscountBank : public Scaled {
  public:
-  DiscountBank(std::size_t arms, const Numbers& gammas, double width, double prior, double forget,
-               std::size_t passes, std::size_t warm_up, std::uint64_t seed)
+  DiscountBank(std::size_t arms, const Numbers& gammas, double width, double prior, double trend,
+               double forget, std::size_t passes, std::size_t warm_up, std::uint64_t seed)
       : Scaled(arms, seed, passes, warm_up),
         evidence_(gammas.size()),
         width_(width),
         prior_(prior),
         forget_(forget) {
     if (gammas.empty()) throw std::invalid_argument("gammas must not be empty");
-    for (const double gamma : gammas) members_.emplace_back(arms, gamma);
-    std::vector<Numbers*> weights, averages, squares;
+    for (const double gamma : gammas) members_.emplace_back(arms, gamma, trend);
+    std::vector<Numbers*> levels, weights, averages, squares;
     for (Discounted& member : members_) {
+      levels.push_back(&member.level);
       weights.push_back(&member.weight);
       averages.push_back(&member.mean);
       squares.push_back(&member.square);
     }
     keep("evidence", evidence_);
+    keep("level", levels);
     keep("weight", weights);
     keep("average", averages);
     keep("square", squares);
@@ -282,7 +288,7 @@ class DiscountBank : public Scaled {
 
   Numbers means() const override {
     return mixture([&](const Discounted& member, std::size_t k, const Summary& summary) {
-      return summary.mean + member.offset(k, summary.mean, prior_);
+      return member.unshifted(summary.mean + member.offset(k, summary.mean, prior_));
     });
   }
 
@@ -290,7 +296,8 @@ class DiscountBank : public Scaled {
     const Numbers centre = means();
     Numbers values =
         mixture([&](const Discounted& member, std::size_t k, const Summary& summary) {
-          const double away = summary.mean + member.offset(k, summary.mean, prior_) - centre[k];
+          const double offset = member.offset(k, summary.mean, prior_);
+          const double away = member.unshifted(summary.mean + offset) - centre[k];
           const double within = width_ * width_ * summary.variance / (member.weight[k] + prior_);
           return within + away * away;
         });
@@ -303,29 +310,28 @@ class DiscountBank : public Scaled {
   }
 
   void learn_scaled(std::size_t k, double x) override {
-    std::vector<Summary> summaries;
-    for (const Discounted& member : members_) summaries.push_back(member.summary());
-    if (std::all_of(summaries.begin(), summaries.end(),
-                    [](const Summary& summary) { return summary.variance > 0.0; })) {
+    Numbers variance, surprise;
+    for (const Discounted& member : members_) {
+      const Summary summary = member.summary();
+      variance.push_back(summary.variance * (1.0 + 1.0 / (member.weight[k] + prior_)));
+      surprise.push_back(member.away(x) - summary.mean - member.offset(k, summary.mean, prior_));
+    }
+    if (*std::min_element(variance.begin(), variance.end()) > 0.0) {
+      const double widest = *std::max_element(variance.begin(), variance.end());
       for (std::size_t i = 0; i < members_.size(); ++i) {
-        const Discounted& member = members_[i];
-        const Summary& summary = summaries[i];
-        const double variance = summary.variance * (1.0 + 1.0 / (member.weight[k] + prior_));
-        const double away = x - summary.mean - member.offset(k, summary.mean, prior_);
-        const double surprise = std::min(kSurprise, away * away / variance);
-        evidence_[i] = forget_ * evidence_[i] - 0.5 * (logarithm(variance) + surprise);
+        const double square = std::min(kSurprise, surprise[i] * surprise[i] / variance[i]);
+        const double size = logarithm(std::max(kNarrow, variance[i] / widest));
+        evidence_[i] = forget_ * evidence_[i] - 0.5 * (size + square);
       }
       const double highest = *std::max_element(evidence_.begin(), evidence_.end());
       for (double& e : evidence_) e -= highest;
     }
-    for (Discounted& member : members_) {
-      member.fade();
-      member.add(k, x);
-    }
+    for (Discounted& member : members_) member.learn(k, x, round() == 0);
   }
 
  private:
   static constexpr double kSurprise = 25.0;  // beyond 5 sigma counts as 5: no outlier decides
+  static constexpr double kNarrow = 0x1p-1000;
 
   Numbers belief() const {
     Numbers likelihood(evidence_.size());

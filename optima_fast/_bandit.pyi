@@ -100,21 +100,20 @@ class DiscountBank(Core):
         gammas: Sequence[float],
         width: float,
         prior: float,
+        trend: float,
         forget: float,
         passes: int,
         warm_up: int,
         seed: int,
     ) -> None: ...
 
-class LinearThompson(Core):
+class StructuredUcb(Core):
     def __init__(
         self,
-        masks: Sequence[int],
-        units: int,
+        features: Sequence[Sequence[float]],
         gamma: float,
         width: float,
         prior: float,
-        ridge: float,
         trend: float,
         passes: int,
         warm_up: int,

@@ -21,11 +21,11 @@ from optima_fast.bandit.policies import Exp3S, Fixed, GaussianThompson, Random, 
 from optima_fast.bandit.scale_free import (
     DiscountBank,
     EpsilonGreedy,
-    LinearThompson,
     ScaleFreeThompson,
     ScaleFreeUcb,
     SlidingWindowUcb,
 )
+from optima_fast.bandit.structured import StructuredUcb
 
 __all__ = [
     "BACKEND",
@@ -35,13 +35,13 @@ __all__ = [
     "Fixed",
     "GaussianThompson",
     "Greedy",
-    "LinearThompson",
     "Policy",
     "Random",
     "RoundRobin",
     "ScaleFreeThompson",
     "ScaleFreeUcb",
     "SlidingWindowUcb",
+    "StructuredUcb",
     "make",
     "names",
 ]
@@ -50,11 +50,11 @@ _POLICIES: dict[str, Callable[..., Policy]] = {
     policy.name: policy
     for policy in (
         GaussianThompson,
+        StructuredUcb,
         ScaleFreeThompson,
         ScaleFreeUcb,
         SlidingWindowUcb,
         DiscountBank,
-        LinearThompson,
         Exp3S,
         EpsilonGreedy,
         Greedy,

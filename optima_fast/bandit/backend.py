@@ -4,7 +4,7 @@ from typing import Any
 
 from optima_fast.bandit import _cores
 
-_ABI = 2
+_ABI = 3
 
 cores: Any
 try:

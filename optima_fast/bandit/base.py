@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import sys
 from collections.abc import Mapping, Sequence, Sized
@@ -195,6 +196,11 @@ def fraction(name: str, value: SupportsFloat) -> float:
     if not 0.0 < number <= 1.0:
         raise ValueError(f"{name} must be in (0, 1], got {value!r}")
     return number
+
+
+def geometric(gamma: float, rounds: int) -> float:
+    """1 + gamma + ... of so many terms."""
+    return rounds if gamma == 1.0 else -math.expm1(rounds * math.log(gamma)) / (1.0 - gamma)
 
 
 def number_of(arms: int | Sized) -> int:

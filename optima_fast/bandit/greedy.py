@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence, Sized
 from typing import Any
 
-from optima_fast.bandit._cores import Core, _argmax, finite
+from optima_fast.bandit._cores import Core, argmax, finite
 from optima_fast.bandit.base import CorePolicy, number_of, seeded
 
 
@@ -76,7 +76,7 @@ class _LastRewards(Core):
         self._mean[:], self._told[:] = values, [1] * self._arms
 
     def _choose(self) -> int:
-        return self._told.index(0) if 0 in self._told else _argmax(self._mean)
+        return self._told.index(0) if 0 in self._told else argmax(self._mean)
 
     def _learn(self, k: int, reward: float) -> None:
         self._mean[k], self._told[k] = reward, 1

@@ -12,12 +12,14 @@ arm then adds 1, :math:`r` and :math:`r^2`. From them
 where g is the prior mean of each arm, worth :math:`\kappa` pulls. (The sums are kept as means and
 squared deviations from them, which do not cancel, in units of a power of two above the largest
 reward, which do not overflow. Invariance is exact for powers of two; other factors, and shifts,
-round.) Ties go to the lowest index.
+round, but for shifts in which no difference of rewards does.) Ties go to the lowest index.
 
 Rewards count less a common level b, so that what all arms gain or lose between rounds does not pass
 for a difference between them: the first reward at first, then, with each reward of an arm a,
-:math:`b \leftarrow b + \beta (r - b - S_a / N_a)`; ``trend`` is :math:`\beta`. Estimates of arms
-contain b again.
+:math:`b \leftarrow b + \beta (r - b - S_a / N_a)`, where the statistics have that reward already;
+``trend`` is :math:`\beta`, 0 turns it off. Estimates of arms contain b again. (It is the level of
+Holt, "Forecasting seasonals and trends by exponentially weighted moving averages", 1957, with the
+arm for the season.)
 
 Before the first choice each arm is pulled ``init_rounds`` times in a shuffled order: by default
 once; if there are more arms than ``warmup_limit``, as many different ones are.
@@ -27,22 +29,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence, Sized
-from itertools import combinations
 from typing import Any
 
 from optima_fast.bandit import backend
 from optima_fast.bandit.base import (
     ScaledPolicy,
     fraction,
+    geometric,
     integer,
     number_of,
     real,
-    rows_of,
     seeded,
     warm_up,
 )
 
-_MAX_UNITS = 12  # tables of 2**units numbers are summed in every round
 _MAX_WINDOW = 2**16
 
 
@@ -95,7 +95,7 @@ class ScaleFreeThompson(_Discounting):
         gamma: float = 0.99,
         width: float = 0.2,
         prior: float = 0.5,
-        trend: float = 0.02,
+        trend: float = 0.01,
         init_rounds: int | None = None,
         warmup_limit: int = 32,
         seed: int = 0,
@@ -147,7 +147,7 @@ class ScaleFreeUcb(_Discounting):
         gamma: float = 0.99,
         width: float = 0.15,
         prior: float = 0.5,
-        trend: float = 0.02,
+        trend: float = 0.01,
         init_rounds: int | None = None,
         warmup_limit: int = 32,
         seed: int = 0,
@@ -256,7 +256,7 @@ class EpsilonGreedy(_Discounting):
         epsilon: float = 0.1,
         gamma: float = 0.99,
         prior: float = 0.5,
-        trend: float = 0.02,
+        trend: float = 0.01,
         init_rounds: int | None = None,
         warmup_limit: int = 32,
         seed: int = 0,
@@ -296,6 +296,7 @@ class DiscountBank(ScaledPolicy):
         gammas: The discounts, 1 to 16 numbers in (0, 1].
         width: :math:`c` from 0 to 1e6, on the standard deviation of the draws.
         prior: :math:`\kappa` from 1e-6 to 1e6, pulls that the prior mean is worth.
+        trend: :math:`\beta` in [0, 1], how fast each member's common level moves.
         forget: :math:`f` in (0, 1], the discount of the evidence.
         init_rounds: Pulls of each arm first. Default: 1, of ``warmup_limit`` arms at most.
         warmup_limit: The most rounds of these pulls.
@@ -314,6 +315,7 @@ class DiscountBank(ScaledPolicy):
         gammas: Sequence[float] = (0.9, 0.97, 0.99, 0.997),
         width: float = 0.2,
         prior: float = 0.5,
+        trend: float = 0.01,
         forget: float = 0.99,
         init_rounds: int | None = None,
         warmup_limit: int = 32,
@@ -323,14 +325,16 @@ class DiscountBank(ScaledPolicy):
         if not 1 <= len(gammas) <= 16:
             raise ValueError(f"gammas must be 1 to 16 discounts, got {gammas!r}")
         discounts = [fraction(f"gammas[{i}]", gamma) for i, gamma in enumerate(gammas)]
-        width, prior, forget = _width(width), _prior(prior), fraction("forget", forget)
+        width, prior, trend = _width(width), _prior(prior), _trend(trend)
+        forget = fraction("forget", forget)
         order = warm_up(arms, init_rounds, warmup_limit)
         super().__init__(
-            backend.cores.DiscountBank(arms, discounts, width, prior, forget, *order, seed),
+            backend.cores.DiscountBank(arms, discounts, width, prior, trend, forget, *order, seed),
             arms=arms,
             gammas=discounts,
             width=width,
             prior=prior,
+            trend=trend,
             forget=forget,
             init_rounds=order[0],
             warmup_limit=warmup_limit,
@@ -348,87 +352,6 @@ class DiscountBank(ScaledPolicy):
             )
 
 
-class LinearThompson(_Discounting):
-    r"""Thompson sampling for many arms that are sets of units, such as modules or layer groups.
-
-    A hierarchical model: an arm is worth what its units and their pairs are, and something of its
-    own. With :math:`x_k` the features of arm k (1, its units, its pairs of units),
-
-    .. math::
-        r = g + x_k^\top \theta + b_k + \varepsilon, \qquad \theta \sim N(0, \sigma^2 / \lambda),
-        \quad b_k \sim N(0, \sigma^2 / \kappa), \quad \varepsilon \sim N(0, \sigma^2)
-
-    on the discounted statistics of this module, whose :math:`\bar r_k = S_k / N_k`. Integrating
-    :math:`b` out, with :math:`w_k = \kappa N_k / (N_k + \kappa)`,
-
-    .. math::
-        A = \lambda I + \sum_k w_k x_k x_k^\top, \qquad
-        \hat\theta = A^{-1} \sum_k w_k (\bar r_k - g) x_k \\
-        \sigma^2 = \frac{\sum_k Q_k - S_k^2 / N_k + w_k (\bar r_k - g)^2 - \hat\theta^\top A
-        \hat\theta}{\max(1, \sum_k N_k - 1)}
-
-    A round draws :math:`\theta \sim N(\hat\theta, c^2 \sigma^2 A^{-1})`, then each arm's reward
-    from :math:`N\big(g + (N_k (\bar r_k - g) + \kappa x_k^\top \theta) / (N_k + \kappa), \;
-    c^2 \sigma^2 / (N_k + \kappa)\big)`, and pulls the largest.
-
-    Args:
-        arms: K, or a sequence of K arms, of which only the length is used.
-        features: 0/1 matrix [K][units] of at most 12 units, or a string of 0 and 1 for each arm.
-            Default: for :math:`K = 2^c - 1` arms the sets of c units in the order of
-            ``optima_fast.distill.arms``: by size, then by the position of the members.
-        gamma: :math:`\gamma` in (0, 1], the discount of a round; at 1 nothing is forgotten.
-        width: :math:`c` from 0 to 1e6, on the standard deviation of the draws.
-        prior: :math:`\kappa` from 1e-6 to 1e6, pulls that an arm's value by its units is worth.
-        ridge: :math:`\lambda` from 1e-6 to 1e6.
-        trend: :math:`\beta` in [0, 1], how fast the common level moves.
-        init_rounds: Pulls of each arm first. Default: 1, of ``warmup_limit`` arms at most.
-        warmup_limit: The most rounds of these pulls.
-        seed: From 0 to 2**64 - 1.
-
-    Source: Lindley and Smith, "Bayes estimates for the linear model", JRSS B 34, 1972; Agrawal and
-    Goyal, "Thompson sampling for contextual bandits with linear payoffs", ICML 2013; Russac,
-    Vernade and Cappe, "Weighted linear bandits for non-stationary environments", NeurIPS 2019.
-    """
-
-    name = "linear-thompson"
-
-    def __init__(
-        self,
-        arms: int | Sized,
-        *,
-        features: Sequence[Sequence[int] | str] | None = None,
-        gamma: float = 0.99,
-        width: float = 0.2,
-        prior: float = 2.0,
-        ridge: float = 1.0,
-        trend: float = 0.02,
-        init_rounds: int | None = None,
-        warmup_limit: int = 32,
-        seed: int = 0,
-    ) -> None:
-        arms, gamma, seed = number_of(arms), fraction("gamma", gamma), seeded(seed)
-        rows = rows_of(_subsets(arms) if features is None else features, arms, _MAX_UNITS)
-        width, prior, ridge = _width(width), _prior(prior), real("ridge", ridge, 1e-6, 1e6)
-        trend = _trend(trend)
-        order = warm_up(arms, init_rounds, warmup_limit)
-        masks = [int(row, 2) for row in rows]
-        super().__init__(
-            backend.cores.LinearThompson(
-                masks, len(rows[0]), gamma, width, prior, ridge, trend, *order, seed
-            ),
-            arms=arms,
-            features=rows,
-            gamma=gamma,
-            width=width,
-            prior=prior,
-            ridge=ridge,
-            trend=trend,
-            init_rounds=order[0],
-            warmup_limit=warmup_limit,
-            seed=seed,
-        )
-
-
 def _trend(trend: float) -> float:
     return real("trend", trend, 0.0, 1.0)
 
@@ -441,21 +364,6 @@ def _prior(prior: float) -> float:
     return real("prior", prior, 1e-6, 1e6)
 
 
-def _subsets(arms: int) -> list[str]:
-    """Members of the non-empty subsets of c units, by size, then by position."""
-    units = arms.bit_length()
-    if arms != 2**units - 1 or units > _MAX_UNITS:
-        raise ValueError(
-            f"features must be given unless there are 2**c - 1 arms of at most {_MAX_UNITS} units, "
-            f"got {arms} arms"
-        )
-    return [
-        "".join("01"[unit in members] for unit in range(units))
-        for size in range(1, units + 1)
-        for members in combinations(range(units), size)
-    ]
-
-
 def _check_discounted(gamma: float, state: dict[str, Any]) -> None:
     arms = zip(state["count"], state["weight"], state["average"], state["square"], strict=True)
     for k, (n, weight, average, square) in enumerate(arms):
@@ -466,7 +374,7 @@ def _check_discounted(gamma: float, state: dict[str, Any]) -> None:
                 f"and {average!r}"
             )
     rounds = state["round"]
-    expected = rounds if gamma == 1.0 else -math.expm1(rounds * math.log(gamma)) / (1.0 - gamma)
+    expected = geometric(gamma, rounds)
     if not math.isclose(math.fsum(state["weight"]), expected, rel_tol=1e-6):
         raise ValueError(
             f"state must have weights that add up to {expected!r} at round {rounds}, got "

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optima_fast import bandit
-from optima_fast.bandit import _cores, backend, policies, scale_free
+from optima_fast.bandit import _cores, backend, policies, scale_free, structured
 
 BACKENDS = [_cores]
 if bandit.BACKEND == "c++":
@@ -386,7 +386,7 @@ def test_bad_arguments(options, error, message):
 def test_every_name_makes_a_policy():
     assert set(bandit.names()) == {
         *("paper", "scale-free-thompson", "scale-free-ucb", "sliding-window-ucb", "exp3s"),
-        *("epsilon-greedy", "discount-bank", "linear-thompson", "random", "round-robin", "fixed"),
+        *("epsilon-greedy", "discount-bank", "structured-ucb", "random", "round-robin", "fixed"),
         "greedy",
     }
     for name in bandit.names():
@@ -404,7 +404,7 @@ def test_options_reach_the_policy():
 
 @pytest.mark.parametrize(
     ("name", "nearest"),
-    [("papper", "paper"), ("rand", "random"), ("thompson", "linear-thompson"), (7, "")],
+    [("papper", "paper"), ("rand", "random"), ("thompson", "scale-free-thompson"), (7, "")],
 )
 def test_an_unknown_name_gives_the_nearest(name, nearest):
     message = f"policy must be one of paper, .*, fixed, got {name!r}: did you mean '{nearest}"
@@ -426,6 +426,6 @@ def test_a_fixed_arm_must_exist(arm):
 
 
 def test_docstring_examples():
-    for module in (bandit, policies, scale_free):
+    for module in (bandit, policies, scale_free, structured):
         failed, attempted = doctest.testmod(module)
         assert failed == 0 < attempted

@@ -204,6 +204,6 @@ def test_a_stale_extension_is_refused():
         """
     )
     assert message == (
-        "optima_fast._bandit must have ABI 2, got 0: reinstall optima-fast, "
+        "optima_fast._bandit must have ABI 3, got 0: reinstall optima-fast, "
         "or delete /somewhere/_bandit.so"
     )

@@ -142,11 +142,11 @@ def test_an_option_of_another_policy_is_told_before_any_work(tmp_path):
         (
             {
                 "arms": "layer-groups:3",
-                "policy": "linear-thompson",
+                "policy": "structured-ucb",
                 "student": "digits_base",
-                "steps": 310,
+                "steps": 150,
             },
-            "--policy linear-thompson pulls 32 arms once first, 32 rounds of 10 .* gives 31",
+            "--policy structured-ucb pulls 16 arms once first, 16 rounds of 10 .* gives 15",
         ),
         (
             {"policy": "scale-free-ucb", "init_rounds": 15},
