@@ -132,12 +132,15 @@ class StructuredUcb(ScaledPolicy):
                         f"{self._settings['prior']!r}, got {variance!r}"
                     )
         matrix = state["covariance"]
+        diagonal = [row[i] for i, row in enumerate(matrix)]
+        variances = min(diagonal) >= 0.0
         for i, row in enumerate(matrix):
             for j, x in enumerate(row):
-                if x != matrix[j][i] or x * x > matrix[i][i] * matrix[j][j] * 1.000001:
+                related = x == matrix[j][i] and x * x <= diagonal[i] * diagonal[j] * 1.000001
+                if not (variances and related):
                     raise ValueError(
                         "state must have a symmetric covariance of correlations from -1 to 1, got "
-                        f"{x!r} in covariance[{i}][{j}]"
+                        f"{x!r} in covariance[{i}][{j}] and {diagonal} on the diagonal"
                     )
         total, weight = state["noise"]
         expected = geometric(_FADING, max(0, state["round"] - 1))

@@ -12,18 +12,10 @@ from hypothesis import strategies as st
 from optima_fast import bandit
 from optima_fast.bandit import _cores, backend, policies, scale_free, structured
 
-BACKENDS = [_cores]
 if bandit.BACKEND == "c++":
     from optima_fast import _bandit
 
-    BACKENDS.append(_bandit)
 needs_cpp = pytest.mark.skipif(bandit.BACKEND != "c++", reason="the extension is not built")
-
-
-@pytest.fixture(params=BACKENDS, ids=lambda m: "python" if m is _cores else "c++")
-def core(request, monkeypatch):
-    """Every test that names it runs on both cores."""
-    monkeypatch.setattr(backend, "cores", request.param)
 
 
 def play(policy, rounds, reward=lambda arm, t: arm / 10):

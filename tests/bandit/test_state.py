@@ -9,18 +9,8 @@ import textwrap
 import pytest
 
 from optima_fast import bandit
-from optima_fast.bandit import _cores, backend
 
-BACKENDS = [_cores]
-if bandit.BACKEND == "c++":
-    from optima_fast import _bandit
-
-    BACKENDS.append(_bandit)
-
-
-@pytest.fixture(params=BACKENDS, ids=lambda m: "python" if m is _cores else "c++", autouse=True)
-def core(request, monkeypatch):
-    monkeypatch.setattr(backend, "cores", request.param)
+pytestmark = pytest.mark.usefixtures("core")
 
 
 def play(policy, rounds):
@@ -72,16 +62,14 @@ def test_a_state_is_plain_and_complete():
     }
 
 
-@pytest.mark.skipif(len(BACKENDS) < 2, reason="the extension is not built")
-def test_a_state_moves_between_backends(monkeypatch):
-    policies = []
-    for build in BACKENDS:
-        monkeypatch.setattr(backend, "cores", build)
-        policies.append(make())
-    for rounds in (40, 100):
-        play(policies[0], rounds)
-        policies[1].load_state_dict(policies[0].state_dict())
-        assert play(policies[0], 80) == play(policies[1], 80)
+def test_a_state_moves_between_cores(twins):
+    for name in bandit.names():
+        policies = twins(name, 7, **({"arm": 3} if name == "fixed" else {}))
+        for rounds in (40, 100):
+            play(policies[0], rounds)
+            policies[1].load_state_dict(policies[0].state_dict())
+            assert play(policies[0], 80) == play(policies[1], 80)
+            policies.reverse()
 
 
 def without(key):
@@ -149,6 +137,106 @@ def test_a_bad_state_is_refused_and_changes_nothing(change, message):
     assert policy.state_dict() == before
     policy.load_state_dict(source.state_dict())
     assert policy.state_dict() == source.state_dict()
+
+
+@pytest.mark.parametrize("name", bandit.names())
+def test_no_policy_takes_a_state_of_another_kind(name):
+    policy, other = make(name, seed=1), make("paper" if name != "paper" else "exp3s", seed=1)
+    play(policy, 20)
+    state = policy.state_dict()
+    for wrong, message in (
+        (other.state_dict(), f"policy {name!r}, got '(paper|exp3s)'"),
+        ({**state, "version": 0}, "version 1, got 0"),
+        (make(name, arms=6, seed=1).state_dict(), "arms 7, got 6"),
+        ({**state, "round": 21}, "counts that add up to round 21"),
+        (without("count")(state), "the keys .*count"),
+    ):
+        with pytest.raises(ValueError, match=f"^state must have {message}"):
+            policy.load_state_dict(wrong)
+    assert policy.state_dict() == state
+    if name != "greedy":
+        with pytest.raises(ValueError, match="state must have seed 1, got 2|keys"):
+            policy.load_state_dict(make(name, seed=2).state_dict())
+
+
+def put(key, *index, value):
+    """A state with another number somewhere."""
+
+    def change(state):
+        state = json.loads(json.dumps(state))
+        rows = state[key]
+        for i in index[:-1]:
+            rows = rows[i]
+        rows[index[-1]] = value
+        return state
+
+    return change
+
+
+DISCOUNTED = [
+    (put("weight", 0, value=-0.1), r"weight\[0\] from 0 to \d+ .*, got -0\.1"),
+    (put("weight", 0, value=9.0), r"weight\[0\] from 0 to \d and .* got 9\.0"),
+    (put("weight", 0, value=0.5), r"weights that add up to \d\.\d+ at round 9, got"),
+    (put("square", 1, value=-1e-9), r"square\[1\] not negative, .* got .*-1e-09"),
+    (put("average", 0, value=math.nan), r"a finite number in average\[0\], got nan"),
+    (put("level", 1, value=math.inf), r"a finite number in level\[1\], got inf"),
+    (having(scale=2099), "scale from 0 to 2098, got 2099"),
+    (having(scale=-1), "a count in scale, got -1"),
+]
+BAD = {
+    "scale-free-thompson": DISCOUNTED,
+    "scale-free-ucb": DISCOUNTED,
+    "epsilon-greedy": DISCOUNTED,
+    "discount-bank": [
+        (put("weight", 2, 0, value=0.5), "weights that add up to"),
+        (put("square", 1, 1, value=-1.0), r"square\[1\] not negative"),
+        (put("evidence", 0, value=1.0), r"evidence of which the largest is 0, got \[1\.0"),
+        (having(evidence=[-1.0] * 4), r"evidence of which the largest is 0, got \[-1\.0"),
+        (having(level=[[0.0, 0.0]] * 3), "a list of 4 in level"),
+    ],
+    "sliding-window-ucb": [
+        (put("pulled", 0, value=7), r"an arm below 7 in pulled\[0\] .*, got 7"),
+        (put("reward", 0, value=1.5), r"from -1 to 1 in reward\[0\], .* and 1\.5"),
+        (put("reward", 9, value=0.5), "0 beyond round 9, got 0 and 0.5"),
+        (put("pulled", 9, value=1), "0 beyond round 9, got 1 and 0.0"),
+        (
+            lambda s: put("pulled", 0, value=(s["pulled"][0] + 1) % 7)(s),
+            r"count\[\d\] pulls of arm",
+        ),
+    ],
+    "exp3s": [
+        (put("weight", 0, value=0.9), "weights that add up to 1, got"),
+        (lambda s: {**s, "weight": [-0.5, 1.5] + [0.0] * 5}, "weights that add up to 1, got"),
+        (having(range=[1.0, 0.5]), r"the lower end first, got 1\.0 0\.5"),
+    ],
+    "structured-ucb": [
+        (put("own", 2, value=-0.1), r"own\[2\] from 0 to three times prior 0\.1, got -0\.1"),
+        (put("shared", 2, value=0.4), r"shared\[2\] from 0 to three times prior 0\.1, got 0\.4"),
+        (put("covariance", 1, 2, value=0.05), r"symmetric covariance .* got \S+ in covariance"),
+        (
+            put("covariance", 3, 3, value=-0.1),
+            r"symmetric covariance .* got .*, -0\.1, .* on the diagonal",
+        ),
+        (put("covariance", 3, 3, value=0.0), r"symmetric covariance .* got \S+ in covariance"),
+        (put("noise", 0, value=-1.0), r"noise not negative, .* at round 9, got \[-1\.0"),
+        (put("noise", 1, value=9.0), r"of weight 7\.\d+ at round 9, got \[.*, 9\.0\]"),
+        (put("offset", 0, value="1"), r"a finite number in offset\[0\], got '1'"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"), [(name, *bad) for name, every in BAD.items() for bad in every]
+)
+def test_a_state_that_no_updates_lead_to_is_refused(name, change, message):
+    policy, fresh = make(name), make(name)
+    for t in range(9):
+        policy.update(policy.select(), 0.1 * (t % 4))
+    with pytest.raises(ValueError, match=f"^state must have .*{message}"):
+        fresh.load_state_dict(change(policy.state_dict()))
+    assert fresh.state_dict() == make(name).state_dict()
+    fresh.load_state_dict(policy.state_dict())
+    assert fresh.state_dict() == policy.state_dict()
 
 
 def test_whole_numbers_may_have_lost_their_point():

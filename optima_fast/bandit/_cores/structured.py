@@ -69,7 +69,7 @@ class StructuredUcb(Scaled):
             self._level[0] = x
         self._fade()
 
-        gain = self._covariance[0]  # of the level and the features: covariance with the arm
+        gain = [*self._covariance[0]]  # of the level and the features: covariance with the arm
         for column, row in zip(self._columns, self._covariance[1:], strict=True):
             gain = [g + column[a] * c for g, c in zip(gain, row, strict=True)]
         reach = [0.0] * self._arms  # covariance of what each arm shares with the arm
