@@ -43,7 +43,9 @@ from .core import (
     find,
     first_tiles,
     pad,
+    pad_raw,
     pick,
+    pick_raw,
     total,
 )
 from .launch import LaunchConfig
@@ -79,9 +81,31 @@ def _extent(ptr, length, masked, BLOCK: tl.constexpr):
     return low, high
 
 
-@triton.jit(
-    do_not_specialize=["N_Q", "N_K", "q_masked", "k_masked", "causal", "ratio", "scale", "first"]
-)
+@triton.jit
+def _valid(
+    qm_ptrs,
+    km_ptrs,
+    q_masked,
+    k_masked,
+    causal,
+    layer,
+    item,
+    row,
+    col,
+    n_q,
+    n_k,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """[BLOCK_M, BLOCK_N]: which pairs of a tile are valid."""
+    rows, cols = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
+    row_counts = _counts(pick(qm_ptrs, layer) + item * n_q, rows, n_q, pick(q_masked, layer))
+    col_counts = _counts(pick(km_ptrs, layer) + item * n_k, cols, n_k, pick(k_masked, layer))
+    last = tl.where(pick(causal, layer) != 0, rows, n_k)  # the last key that a query may see
+    return row_counts[:, None] & col_counts[None, :] & (cols[None, :] <= last[:, None])
+
+
+@triton.jit
 def _attention_scores_fwd_kernel(
     sq_ptrs,  # L x [B, H_S, N_Q, D_S] student's queries
     sk_ptrs,  # L x [B, H_S, N_K, D_S] and keys
@@ -125,72 +149,74 @@ def _attention_scores_fwd_kernel(
 ):
     tile = tl.program_id(0)
     layer = find(first, tile)
-    n_q, n_k, n_p = pick(N_Q, layer), pick(N_K, layer), pick(N_P, layer)
+    n_q, n_k, n_p = pick(N_Q, layer), pick(N_K, layer), pick_raw(N_P, layer)
     across, down = tl.cdiv(n_k, BLOCK_N), tl.cdiv(n_q, BLOCK_M)
     # keys fastest: the tiles of one block of queries share its rows in L2
     local = tile - pick(first, layer)
     row, col = local // across % down * BLOCK_M, local % across * BLOCK_N
     item = (local // (across * down)).to(tl.int64)
     m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    rows, cols = row + m, col + n
-    row_counts = _counts(pick(qm_ptrs, layer) + item * n_q, rows, n_q, pick(q_masked, layer))
-    col_counts = _counts(pick(km_ptrs, layer) + item * n_k, cols, n_k, pick(k_masked, layer))
-    is_causal = pick(causal, layer) != 0
-    last = tl.where(is_causal, rows, n_k)  # the last key that a query may see
-    valid = row_counts[:, None] & col_counts[None, :] & (cols[None, :] <= last[:, None])
+    valid = _valid(
+        qm_ptrs, km_ptrs, q_masked, k_masked, causal, layer, item, row, col, n_q, n_k,
+        BLOCK_M, BLOCK_N,
+    )  # fmt: skip
     # before the products, which have no registers to spare for it
     tl.store(count_ptr + tile, tl.sum(valid.to(tl.int32)))
     # a tile above the diagonal has no valid pair: no heads to sum over
+    is_causal = pick(causal, layer) != 0
     live = tl.where(is_causal & (col >= row + BLOCK_M), 0, 1)
     # what does not count is set to 0 at the end: a row that holds nan spoils no other
     in_rows, in_cols = m < n_q - row, n < n_k - col
-    stride_q, stride_k = pick(stride_tqn, layer), pick(stride_tkn, layer)
+    stride_q, stride_k = pick_raw(stride_tqn, layer), pick_raw(stride_tkn, layer)
     acc = add_product(
         tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC),
-        pick(tq_ptrs, layer) + item * pick(stride_tqb, layer) + row.to(tl.int64) * stride_q,
-        pick(tk_ptrs, layer) + item * pick(stride_tkb, layer) + col.to(tl.int64) * stride_k,
-        pick(stride_tqh, layer),
+        pick(tq_ptrs, layer) + item * pick_raw(stride_tqb, layer) + row.to(tl.int64) * stride_q,
+        pick(tk_ptrs, layer) + item * pick_raw(stride_tkb, layer) + col.to(tl.int64) * stride_k,
+        pick_raw(stride_tqh, layer),
         stride_q,
         1,
-        pick(stride_tkh, layer),
+        pick_raw(stride_tkh, layer),
         1,
         stride_k,
         in_rows,
         in_cols,
         pick(H_T, layer) * live,
-        pick(D_T, layer),
+        pick_raw(D_T, layer),
         BLOCK_K,
     )
-    acc *= _factor(pick(ratio, layer), ACC)
-    stride_q, stride_k = pick(stride_sqn, layer), pick(stride_skn, layer)
+    acc *= _factor(pick_raw(ratio, layer), ACC)
+    stride_q, stride_k = pick_raw(stride_sqn, layer), pick_raw(stride_skn, layer)
     acc = add_product(
         acc,
-        pick(sq_ptrs, layer) + item * pick(stride_sqb, layer) + row.to(tl.int64) * stride_q,
-        pick(sk_ptrs, layer) + item * pick(stride_skb, layer) + col.to(tl.int64) * stride_k,
-        pick(stride_sqh, layer),
+        pick(sq_ptrs, layer) + item * pick_raw(stride_sqb, layer) + row.to(tl.int64) * stride_q,
+        pick(sk_ptrs, layer) + item * pick_raw(stride_skb, layer) + col.to(tl.int64) * stride_k,
+        pick_raw(stride_sqh, layer),
         stride_q,
         1,
-        pick(stride_skh, layer),
+        pick_raw(stride_skh, layer),
         1,
         stride_k,
         in_rows,
         in_cols,
         pick(H_S, layer) * live,
-        pick(D_S, layer),
+        pick_raw(D_S, layer),
         BLOCK_K,
     )
-    r = tl.where(valid, acc * _factor(pick(scale, layer), ACC), 0.0)
+    # read again rather than kept: masks take 32 registers
+    valid = _valid(
+        qm_ptrs, km_ptrs, q_masked, k_masked, causal, layer, item, row, col, n_q, n_k,
+        BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    r = tl.where(valid, acc * _factor(pick_raw(scale, layer), ACC), 0.0)
     tl.store(sum_ptr + tile, tl.sum(r * r))
     if STORE:
         r_ptr = pick(r_ptrs, layer)
         r_tile = r_ptr + (item * n_q + row) * n_p + col + m[:, None] * n_p + n[None, :]
-        inside = in_rows[:, None] & (cols < n_p)[None, :]
+        inside = in_rows[:, None] & (n < n_p - col)[None, :]
         tl.store(r_tile, r.to(r_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(
-    do_not_specialize=["place", "N_Q", "N_K", "q_masked", "k_masked", "causal", "scale", "first"]
-)
+@triton.jit
 def _attention_scores_bwd_kernel(
     r_ptrs,  # L x [B, N_Q, N_P] residuals, contiguous
     x_ptrs,  # L x [B, H, N_K, D] keys; TRANSPOSED: [B, H, N_Q, D] queries
@@ -224,9 +250,9 @@ def _attention_scores_bwd_kernel(
 ):
     tile = tl.program_id(0)
     layer = find(first, tile)
-    n_q, n_k, n_p = pick(N_Q, layer), pick(N_K, layer), pick(N_P, layer)
+    n_q, n_k, n_p = pick(N_Q, layer), pick(N_K, layer), pick_raw(N_P, layer)
     q_mask, k_mask = pick(q_masked, layer), pick(k_masked, layer)
-    heads, d = pick(H, layer), pick(D, layer)
+    heads, d = pick(H, layer), pick_raw(D, layer)
     n_out = n_k if TRANSPOSED else n_q
     # columns, then heads fastest: they share the rows of R in L2
     across, down = tl.cdiv(d, BLOCK_N), tl.cdiv(n_out, BLOCK_M)
@@ -259,8 +285,9 @@ def _attention_scores_bwd_kernel(
     m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     in_cols = n < d - col
     r_ptr = pick(r_ptrs, layer) + item * n_q * n_p
-    stride_x = pick(stride_xn, layer)
-    x_ptr = pick(x_ptrs, layer) + item * pick(stride_xb, layer) + head * pick(stride_xh, layer)
+    stride_x = pick_raw(stride_xn, layer)
+    x_ptr = pick(x_ptrs, layer)
+    x_ptr += item * pick_raw(stride_xb, layer) + head * pick_raw(stride_xh, layer)
     x_tile = x_ptr + col + k[:, None] * stride_x + n[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     for start in range(low, high, BLOCK_K):
@@ -282,10 +309,10 @@ def _attention_scores_bwd_kernel(
         x_mask = counts[:, None] & in_cols[None, :]
         x = tl.load(x_tile + tl.cast(start, tl.int64) * stride_x, mask=x_mask, other=0.0)
         acc = tl.dot(r, x, acc, input_precision="ieee", out_dtype=ACC)
-    factor = tl.load(factor_ptr + pick(place, layer)) * _factor(pick(scale, layer), ACC)
+    factor = tl.load(factor_ptr + pick(place, layer)) * _factor(pick_raw(scale, layer), ACC)
     dx_ptr = pick(dx_ptrs, layer)
-    stride_dx = pick(stride_dxn, layer)
-    dx_ptr += item * pick(stride_dxb, layer) + head * pick(stride_dxh, layer)
+    stride_dx = pick_raw(stride_dxn, layer)
+    dx_ptr += item * pick_raw(stride_dxb, layer) + head * pick_raw(stride_dxh, layer)
     dx_tile = dx_ptr + row.to(tl.int64) * stride_dx + col + m[:, None] * stride_dx + n[None, :]
     inside = (m < n_out - row)[:, None] & in_cols[None, :]
     tl.store(dx_tile, (acc * factor).to(dx_ptr.dtype.element_ty), mask=inside)
@@ -307,7 +334,13 @@ def _operands(*tensors: Tensor) -> list[_Operand]:
     _, heads, _, d = tensors[0].shape
     joined = heads == 1 or all(x.stride(1) == d for x in tensors)
     heads, width = (1, heads * d) if joined else (heads, d)
-    return [_Operand(x, heads, width, *x.stride()[:3]) for x in tensors]
+    operands = []
+    for x in tensors:
+        sizes = (len(x), heads, x.shape[2])
+        # a stride without a step is 0, like any multiple of 16
+        steps = (s if n > 1 else 0 for s, n in zip(x.stride(), sizes, strict=False))
+        operands.append(_Operand(x, heads, width, *steps))
+    return operands
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -317,7 +350,8 @@ def _unit_stride(x: Tensor) -> Tensor:
 
 
 def _bits(x: float) -> int:
-    return int(struct.unpack("q", struct.pack("d", x))[0])
+    """Odd, and far from 1: no other factor needs another compilation."""
+    return int(struct.unpack("q", struct.pack("d", x or -0.0))[0]) | 1
 
 
 def _masks(masks: Sequence[Tensor | None], other: Tensor) -> tuple[list[Tensor], list[int]]:
@@ -416,19 +450,19 @@ def attention_scores_forward(
                 pad(r or [like]),
                 sums,
                 counts,
-                *(pad([o[i] for o in side]) for side in (sq, sk, tq, tk) for i in (3, 4, 5)),
+                *(pad_raw([o[i] for o in side]) for side in (sq, sk, tq, tk) for i in (3, 4, 5)),
                 pad(N_Q),
                 pad(N_K),
-                pad([_padded(n) for n in N_K]),
+                pad_raw([_padded(n) for n in N_K]),
                 pad([o.heads if s else 0 for o, s in zip(sq, a_s, strict=True)]),
-                pad([o.width for o in sq]),
+                pad_raw([o.width for o in sq]),
                 pad([o.heads for o in tq]),
-                pad([o.width for o in tq]),
+                pad_raw([o.width for o in tq]),
                 pad(q_masked),
                 pad(k_masked),
                 pad([int(c) for c in causal]),
-                pad([_bits(x) for x in ratio]),
-                pad([_bits(x or 1.0) for x in a_s]),
+                pad_raw([_bits(x) for x in ratio]),
+                pad_raw([_bits(x or 1.0) for x in a_s]),
                 pad(first[:-1], tiles),
                 STORE=need_residual,
                 ACC=acc,
@@ -556,16 +590,16 @@ def _gradients(
             pad([o.x for o in dx]),
             factor,
             pad(part),
-            *(pad([o[i] for o in side]) for side in (x, dx) for i in (3, 4, 5)),
+            *(pad_raw([o[i] for o in side]) for side in (x, dx) for i in (3, 4, 5)),
             pad([y.shape[1] for y in r]),
             pad([y.shape[2] for y in r]),
-            pad(row),
+            pad_raw(row),
             pad([o.heads for o in x]),
-            pad([o.width for o in x]),
+            pad_raw([o.width for o in x]),
             pad(q_masked),
             pad(k_masked),
             pad([int(causal[i]) for i in part]),
-            pad([_bits(student_scale[i] / inner[i].shape[1]) for i in part]),
+            pad_raw([_bits(student_scale[i] / inner[i].shape[1]) for i in part]),
             pad(first[:-1], tiles),
             TRANSPOSED=transposed,
             MASKED=any((*q_masked, *k_masked)),

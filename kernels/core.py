@@ -26,11 +26,20 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @triton.jit
-def pick(values, layer):
-    """values[layer] of a tuple, for a layer known only on the device."""
+def pick_raw(values, layer):
+    """values[layer] of a tuple from ``pad_raw``, for a layer known only on the device."""
     chosen = values[0]
     for i in tl.static_range(1, len(values)):
         chosen = tl.where(layer >= i, values[i], chosen)
+    return chosen
+
+
+@triton.jit
+def pick(values, layer):
+    """values[layer] of a tuple from ``pad``, for a layer known only on the device."""
+    chosen = pick_raw(values, layer)
+    if chosen.dtype.is_int():
+        chosen = (chosen - 3) >> 1
     return chosen
 
 
@@ -39,7 +48,7 @@ def find(first, tile):
     """The layer that a tile belongs to: the last that starts no later; layers may be empty."""
     layer = tile * 0
     for i in tl.static_range(1, len(first)):
-        layer += (tile >= first[i]).to(tl.int32)
+        layer += (tile * 2 + 3 >= first[i]).to(tl.int32)
     return layer
 
 
@@ -68,18 +77,25 @@ def add_product(
     m, n = tl.arange(0, acc.shape[0]), tl.arange(0, acc.shape[1])
     a_tile = m[:, None] * stride_am + k[None, :] * stride_ak
     b_tile = k[:, None] * stride_bk + n[None, :] * stride_bn
-    steps = tl.cdiv(K, BLOCK_K)  # a head; one loop, so that loads run ahead from head to head
-    for step in range(heads * steps):
-        head = (step // steps).to(tl.int64)
-        start = step % steps * BLOCK_K
+    steps = tl.cdiv(K, BLOCK_K)
+    back = (steps * BLOCK_K).to(tl.int64)
+    a_next, b_next = stride_ah - back * stride_ak, stride_bh - back * stride_bk
+    start = K * 0
+    # one loop, so that loads run ahead from head to head
+    for _ in range(heads * steps):
         inside = k < K - start
-        a_start = head * stride_ah + start.to(tl.int64) * stride_ak
-        b_start = head * stride_bh + start.to(tl.int64) * stride_bk
         a_mask = row_counts[:, None] & inside[None, :]
         b_mask = inside[:, None] & col_counts[None, :]
-        a = tl.load(a_ptr + a_start + a_tile, mask=a_mask, other=0.0)
-        b = tl.load(b_ptr + b_start + b_tile, mask=b_mask, other=0.0)
+        a = tl.load(a_ptr + a_tile, mask=a_mask, other=0.0)
+        b = tl.load(b_ptr + b_tile, mask=b_mask, other=0.0)
         acc = tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
+        start += BLOCK_K
+        a_ptr += BLOCK_K * stride_ak
+        b_ptr += BLOCK_K * stride_bk
+        ends = start >= K
+        a_ptr += tl.where(ends, a_next, 0)
+        b_ptr += tl.where(ends, b_next, 0)
+        start = tl.where(ends, 0, start)
     return acc
 
 
@@ -98,7 +114,7 @@ def parts(x, SPLIT: tl.constexpr):
         return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
 
 
-@triton.jit(do_not_specialize=["width", "first", "end"])
+@triton.jit
 def _total_kernel(
     sum_ptr,  # [tiles]
     count_ptr,  # [tiles] int32
@@ -162,7 +178,7 @@ def first_tiles(tiles: Iterable[int]) -> tuple[int, ...]:
     return (0, *accumulate(tiles))
 
 
-def pad(values: Sequence[V], fill: V | None = None) -> tuple[V, ...]:
+def pad_raw(values: Sequence[V], fill: V | None = None) -> tuple[V, ...]:
     """The layers' values and those of empty layers, up to the next power of two.
 
     A launch of another number of layers then seldom needs another compilation. An empty layer has
@@ -170,6 +186,16 @@ def pad(values: Sequence[V], fill: V | None = None) -> tuple[V, ...]:
     """
     missing = triton.next_power_of_2(len(values)) - len(values)
     return (*values, *(values[0] if fill is None else fill,) * missing)
+
+
+def pad(values: Sequence[V], fill: V | None = None) -> tuple[V, ...]:
+    """As ``pad_raw``, integers from 0 on in a code that ``pick`` and ``find`` undo.
+
+    Triton compiles a kernel again for a 1 and for a multiple of 16, in a tuple whatever its
+    ``do_not_specialize`` says. An odd number from 3 on is neither. Strides are better raw: 16
+    bytes are loaded at a time only where the compiler knows them to be multiples.
+    """
+    return tuple(2 * x + 3 if isinstance(x, int) else x for x in pad_raw(values, fill))
 
 
 def describable(tensors: Iterable[Tensor]) -> bool:

@@ -40,8 +40,10 @@ from .core import (
     first_tiles,
     own,
     pad,
+    pad_raw,
     parts,
     pick,
+    pick_raw,
     total,
 )
 from .launch import LaunchConfig
@@ -49,7 +51,7 @@ from .launch import LaunchConfig
 MAX_STRIDE = 2**24  # a tile has at most 2**7 rows
 
 
-@triton.jit(do_not_specialize=["T", "first"])
+@triton.jit
 def _hidden_mse_fwd_kernel(
     s_ptrs,  # L x [T, D_S] students
     t_ptrs,  # L x [T, D_T] teachers
@@ -74,7 +76,7 @@ def _hidden_mse_fwd_kernel(
 ):
     tile = tl.program_id(0)
     layer = find(first, tile)
-    tokens, d_t = pick(T, layer), pick(D_T, layer)
+    tokens, d_t = pick(T, layer), pick_raw(D_T, layer)
     # columns fastest: the tiles of one block of tokens share its rows in L2, where W stays anyway
     across = tl.cdiv(d_t, BLOCK_N)
     local = tile - pick(first, layer)
@@ -87,7 +89,7 @@ def _hidden_mse_fwd_kernel(
     if HAS_MASK:
         row_counts &= tl.load(pick(m_ptrs, layer) + row + m, mask=row_counts, other=0) != 0
     counts = row_counts[:, None] & col_counts[None, :]
-    stride_s, stride_t = pick(stride_st, layer), pick(stride_tt, layer)
+    stride_s, stride_t = pick_raw(stride_st, layer), pick_raw(stride_tt, layer)
     t_tile = pick(t_ptrs, layer) + row * stride_t + col + m[:, None] * stride_t + n[None, :]
     t = tl.load(t_tile, mask=counts, other=0.0)
     # the sum starts at -t: read at the end, t would take a third more registers on sm_90, and
@@ -100,12 +102,12 @@ def _hidden_mse_fwd_kernel(
         stride_s,
         1,
         0,
-        pick(stride_wd, layer),
+        pick_raw(stride_wd, layer),
         1,
         row_counts,
         col_counts,
         1,
-        pick(D_S, layer),
+        pick_raw(D_S, layer),
         BLOCK_K,
     )
     # other=0 is not enough: 0 * nan in W is nan
@@ -121,7 +123,7 @@ def _hidden_mse_fwd_kernel(
         tl.store(e_tile, e.to(e_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["T", "first", "end"])
+@triton.jit
 def _hidden_mse_fwd_tma_kernel(
     s_ptrs,  # as above: 2 bytes an element, rows at multiples of 16 bytes
     t_ptrs,
@@ -153,15 +155,17 @@ def _hidden_mse_fwd_tma_kernel(
     for layer in range(len(T)):
         start, stop = own(pick(first, layer), program, programs), pick(end, layer)
         if start < stop:  # a descriptor costs about a microsecond
-            tokens, d_s, d_t = pick(T, layer), pick(D_S, layer), pick(D_T, layer)
+            tokens, d_s, d_t = pick(T, layer), pick_raw(D_S, layer), pick_raw(D_T, layer)
+            stride_s, stride_t = pick_raw(stride_st, layer), pick_raw(stride_tt, layer)
+            stride_w = pick_raw(stride_wd, layer)
             s = tl.make_tensor_descriptor(
-                pick(s_ptrs, layer), [tokens, d_s], [pick(stride_st, layer), 1], [BLOCK_M, BLOCK_K]
+                pick(s_ptrs, layer), [tokens, d_s], [stride_s, 1], [BLOCK_M, BLOCK_K]
             )
             t = tl.make_tensor_descriptor(
-                pick(t_ptrs, layer), [tokens, d_t], [pick(stride_tt, layer), 1], [BLOCK_M, WIDTH]
+                pick(t_ptrs, layer), [tokens, d_t], [stride_t, 1], [BLOCK_M, WIDTH]
             )
             w = tl.make_tensor_descriptor(
-                pick(w_ptrs, layer), [d_s, d_t], [pick(stride_wd, layer), 1], [BLOCK_K, BLOCK_N]
+                pick(w_ptrs, layer), [d_s, d_t], [stride_w, 1], [BLOCK_K, BLOCK_N]
             )
             e = tl.make_tensor_descriptor(
                 pick(e_ptrs, layer), [tokens, d_t], [d_t, 1], [BLOCK_M, WIDTH]
@@ -191,7 +195,7 @@ def _hidden_mse_fwd_tma_kernel(
                 tl.store(count_ptr + tile, tl.where(col == 0, counted, 0))
 
 
-@triton.jit(do_not_specialize=["place", "T", "first"])
+@triton.jit
 def _hidden_mse_bwd_kernel(
     e_ptrs,  # L x [T, D_T] residuals, contiguous
     w_ptrs,  # L x [D_S, D_T] projections, in the students' dtype
@@ -210,14 +214,14 @@ def _hidden_mse_bwd_kernel(
 ):
     tile = tl.program_id(0)
     layer = find(first, tile)
-    tokens, d_s, d_t = pick(T, layer), pick(D_S, layer), pick(D_T, layer)
+    tokens, d_s, d_t = pick(T, layer), pick_raw(D_S, layer), pick_raw(D_T, layer)
     across = tl.cdiv(d_s, BLOCK_N)
     local = tile - pick(first, layer)
     row = (local // across).to(tl.int64) * BLOCK_M
     col = (local % across).to(tl.int64) * BLOCK_N
     m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     inside_rows, inside_cols = m < tokens - row, n < d_s - col
-    stride_w = pick(stride_wd, layer)
+    stride_w = pick_raw(stride_wd, layer)
     acc = add_product(
         tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC),
         pick(e_ptrs, layer) + row * d_t,
@@ -240,7 +244,7 @@ def _hidden_mse_bwd_kernel(
     tl.store(ds_tile, ds, mask=inside_rows[:, None] & inside_cols[None, :])
 
 
-@triton.jit(do_not_specialize=["place", "T", "first", "end"])
+@triton.jit
 def _hidden_mse_bwd_tma_kernel(
     e_ptrs,  # as above: 2 bytes an element, rows at multiples of 16 bytes
     w_ptrs,
@@ -265,12 +269,13 @@ def _hidden_mse_bwd_tma_kernel(
     for layer in range(len(T)):
         start, stop = own(pick(first, layer), program, programs), pick(end, layer)
         if start < stop:
-            tokens, d_s, d_t = pick(T, layer), pick(D_S, layer), pick(D_T, layer)
+            tokens, d_s, d_t = pick(T, layer), pick_raw(D_S, layer), pick_raw(D_T, layer)
             e = tl.make_tensor_descriptor(
                 pick(e_ptrs, layer), [tokens, d_t], [d_t, 1], [BLOCK_M, BLOCK_K]
             )
+            stride_w = pick_raw(stride_wd, layer)
             w = tl.make_tensor_descriptor(
-                pick(w_ptrs, layer), [d_s, d_t], [pick(stride_wd, layer), 1], [BLOCK_N, BLOCK_K]
+                pick(w_ptrs, layer), [d_s, d_t], [stride_w, 1], [BLOCK_N, BLOCK_K]
             )
             ds = tl.make_tensor_descriptor(
                 pick(ds_ptrs, layer), [tokens, d_s], [d_s, 1], [BLOCK_M, WIDTH]
@@ -392,12 +397,12 @@ def hidden_mse_forward(
                 pad(e),
                 sums,
                 counts,
-                pad(_strides(s)),
-                pad(_strides(t)),
-                pad(_strides(w)),
+                pad_raw(_strides(s)),
+                pad_raw(_strides(t)),
+                pad_raw(_strides(w)),
                 pad(T),
-                pad(D_S),
-                pad(D_T),
+                pad_raw(D_S),
+                pad_raw(D_T),
                 pad(first[:-1], tiles),
                 **ends,
                 HAS_MASK=has_mask,
@@ -478,10 +483,10 @@ def _student_gradients(
                 pad(out),
                 factor,
                 pad(part),
-                pad(_strides(w)),
+                pad_raw(_strides(w)),
                 pad(T),
-                pad(D_S),
-                pad(D_T),
+                pad_raw(D_S),
+                pad_raw(D_T),
                 pad(first[:-1], tiles),
                 **ends,
                 ACC=accumulator(e[0])[1],

@@ -134,7 +134,7 @@ def config(table: Table, width: int, *examples: Tensor) -> LaunchConfig:
 
 def options(chosen: LaunchConfig) -> dict[str, object]:
     """An entry as a kernel's keyword arguments."""
-    return launch.options(chosen) | {"maxnreg": chosen.maxnreg}
+    return launch.options(chosen)
 
 
 def tiles(counts: Iterable[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:

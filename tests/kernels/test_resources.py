@@ -47,8 +47,14 @@ WIDE_COPY = (
 # programs of an operator that a multiprocessor must hold, so that one's epilogue hides under
 # another's products; by default one
 RESIDENT = {"hidden_mse": 2, "attention_scores": 2}
-# (kernel, architecture, dtype, tile): why it may spill registers
-MAY_SPILL: dict[tuple[str, int, str, str], str] = {}
+# (kernel, architecture, tile): bytes a thread that it may spill, and why
+MAY_SPILL: dict[tuple[str, int, str], tuple[int, str]] = {
+    ("attention_scores_fwd", 100, "128x128x64 w8 s3"): (
+        8,
+        "two values, stored before the products and loaded after them; with no bound on registers "
+        "one program would fit, not two",
+    ),
+}
 
 LAYERS = 3  # padded to four
 CANDIDATE = "to be timed beside "
@@ -97,8 +103,8 @@ EXAMPLES: dict[str, Callable[[torch.dtype, bool, bool], None]] = {
     "attention_scores": attention_scores,
 }
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-# float16 takes the entries of bfloat16, and float32 those of 8.x on 9.x
-QUICK = {(80, "bf16"), (80, "fp32"), (90, "bf16"), (100, "bf16"), (100, "fp32")}
+# what the tests take the time for; float16 takes bfloat16's entries
+QUICK = {(80, "fp32"), (90, "bf16"), (100, "bf16")}
 
 
 class Compiled(NamedTuple):
@@ -210,9 +216,10 @@ def measured(op: str, arch: int, dtype: str, quick: bool) -> Iterator[Compiled]:
             for pattern in (TENSOR_CORE[arch], ANY_TENSOR_CORE, WIDE_COPY)
         )
         products, half = "tt.dot" in binary.asm["ttir"], dtype != "fp32"
+        allowed, _ = MAY_SPILL.get((kernel.split()[0], arch, tile), (0, ""))
         served = any(not x.startswith(CANDIDATE) for x in entries)
         wrong = {
-            "spills registers": spills and (kernel, arch, dtype, tile) not in MAY_SPILL,
+            "spills registers": spills > allowed,
             "more shared memory than the chip has": shared > SHARED_LIMIT[arch],
             "too few programs on a multiprocessor": products
             and served
@@ -291,12 +298,12 @@ def test_every_entry_of_the_launch_tables_is_compiled(found: list[Compiled]) -> 
         for name, table in vars(launch).items()
         if isinstance(table, dict) and all(hasattr(x, "_fields") for x in table.values())
     }
-    # float64 runs in the interpreter only
-    expected = {f"{name}{[*k]}" for name, table in tables.items() for k in table if k[1] != 8}
+    kinds = {(arch // 10, DTYPES[dtype].itemsize) for arch, dtype in QUICK}
     touched = {entry for x in found for entry in x.entries}
-    assert touched <= expected
     names = {entry.partition("[")[0] for entry in touched}
-    assert {x for x in expected if x.partition("[")[0] in names} == touched
+    assert touched == {
+        f"{name}{[*key]}" for name in names for key in tables[name] if key[:2] in kinds
+    }
 
 
 if __name__ == "__main__":

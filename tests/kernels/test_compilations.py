@@ -1,0 +1,149 @@
+"""Other layers, sizes, masks and factors compile no kernel again.
+
+As tests/kernels/test_resources.py does, a process without TRITON_INTERPRET runs the launchers on a
+CPU, compiles what they would launch and tells which binaries each call adds to those before it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def hidden_mse(tokens: list[int], d_s: int, d_t: int, wanted: list[int], masked: int) -> None:
+    """Layers of so many tokens; gradients of those wanted; one layer is masked."""
+    from optima_fast.kernels import hidden_mse as k
+
+    s = [torch.zeros(n, d_s, dtype=torch.bfloat16) for n in tokens]
+    t = [torch.zeros(n, d_t, dtype=torch.bfloat16) for n in tokens]
+    w = [torch.zeros(d_s, d_t, dtype=torch.bfloat16) for _ in tokens]
+    m = [torch.ones(n, dtype=torch.bool) if i == masked else None for i, n in enumerate(tokens)]
+    _, e, scales = k.hidden_mse_forward(s, t, w, m, need_residual=True)
+    need = [i in wanted for i in range(len(tokens))]
+    none = [False] * len(tokens)
+    k.hidden_mse_backward(scales, s, w, m, e, scales, need_student=need, need_weight=none)
+
+
+def attention_scores(
+    shapes: list[tuple[int, int, int]],
+    heads: tuple[int, int],
+    causal: list[bool],
+    scale: list[float],
+    wanted: list[int],
+    masked: int,
+) -> None:
+    """Layers of so many items, queries and keys, of two models' heads of 64."""
+    from optima_fast.kernels import attention_scores as k
+
+    def rows(count: int, which: int) -> list[Tensor]:
+        return [
+            torch.zeros(shape[0], shape[which], count, 64, dtype=torch.bfloat16).transpose(1, 2)
+            for shape in shapes
+        ]
+
+    def masks(which: int) -> list[Tensor | None]:
+        return [
+            torch.ones(shape[0], shape[which], dtype=torch.bool) if i == masked else None
+            for i, shape in enumerate(shapes)
+        ]
+
+    q, keys = rows(heads[0], 1), rows(heads[0], 2)
+    mask = (masks(1), masks(2))
+    shared = {"causal": causal, "student_scale": scale}
+    _, r, scales = k.attention_scores_forward(
+        q, keys, rows(heads[1], 1), rows(heads[1], 2), *mask, **shared, teacher_scale=scale[::-1],
+        need_residual=True,
+    )  # fmt: skip
+    need = [i in wanted for i in range(len(shapes))]
+    k.attention_scores_backward(
+        scales, q, keys, *mask, r, scales, **shared, need_q=need, need_k=need
+    )
+
+
+# the first call of each compiles, the others must not; three layers are padded to four
+CALLS: dict[str, list[Callable[[], None]]] = {
+    "hidden_mse": [
+        lambda: hidden_mse([32, 48, 64], 64, 128, [0, 1, 2], 0),
+        lambda: hidden_mse([1, 33, 1000, 128], 64, 128, [1, 2, 3], 2),
+        lambda: hidden_mse([7, 0, 16], 96, 160, [2, 0, 1], 1),
+    ],
+    "attention_scores": [
+        lambda: attention_scores(
+            [(2, 128, 128)] * 3, (12, 16), [False] * 3, [0.125] * 3, [0, 1, 2], 0
+        ),
+        lambda: attention_scores(
+            [(2, 77, 77), (3, 65, 1), (1, 64, 129), (5, 1, 200)],
+            (6, 8),
+            [True, False, True, False],
+            [0.1, 1.0, 0.0, -2.0],
+            [1, 2, 3],
+            3,
+        ),
+        lambda: attention_scores(
+            [(1, 1, 1), (16, 100, 16), (0, 3, 3)],
+            (3, 1),
+            [False, True, True],
+            [1e-9, 1 / 3, 7.0],
+            [0, 2, 1],
+            1,
+        ),
+    ],
+}
+
+
+def main() -> None:
+    """Print, as JSON, the names of the kernels that each call of an operator adds."""
+    import test_resources
+    from triton.runtime.jit import JITFunction
+
+    test_resources.pretend(90)
+    run = JITFunction.run
+    found: dict[str, str] = {}
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        binary = run(self, *args, grid=grid, warmup=True, **kwargs)
+        found[binary.hash] = self.__name__
+
+    JITFunction.run = compile_only
+    added = {}
+    for op, calls in CALLS.items():
+        added[op] = []
+        for call in calls:
+            before = set(found)
+            call()
+            added[op].append(sorted(found[x] for x in found.keys() - before))
+    print(json.dumps(added))
+
+
+@pytest.mark.slow
+def test_nothing_is_compiled_again() -> None:
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    path = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
+    run = subprocess.run(
+        [sys.executable, __file__],
+        env={**environment, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    added = json.loads(run.stdout)
+    assert added.keys() == CALLS.keys()
+    for first, *others in added.values():
+        assert len(first) >= 2
+        assert others == [[]] * len(others)
+
+
+if __name__ == "__main__":
+    main()
