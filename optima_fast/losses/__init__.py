@@ -1,8 +1,9 @@
 """Layerwise distillation losses for students and teachers of different width, depth and heads.
 
 Both functions take all matched layers in one call and return one value a layer. Backends:
-``reference`` (plain PyTorch: the meaning), ``blockwise`` (cache-sized blocks, any device) and,
-where an implementation is registered, ``triton``.
+``reference`` (plain PyTorch: the meaning), ``blockwise`` (cache-sized blocks, any device) and
+``triton`` (one launch for all layers, CUDA). ``auto`` takes ``triton`` on a CUDA device where it
+can serve, except for products of float32, else ``blockwise``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from optima_fast.losses import checks, ops, reference
+from optima_fast.losses import backends, checks, ops, reference
 
 __all__ = ["attention_mse", "hidden_mse"]
 
@@ -28,6 +29,7 @@ def hidden_mse(
     *,
     mask: OptionalLayers = None,
     backend: str = "auto",
+    recompute: bool = False,
 ) -> Tensor:
     r"""Mean squared error between projected student and teacher hidden states, one value a layer.
 
@@ -48,6 +50,10 @@ def hidden_mse(
         mask: ``[..., N]`` bool, True where the token counts: one for all layers, or one (or None)
             per layer. Default: every token.
         backend: ``"auto"``, ``"triton"``, ``"blockwise"`` or ``"reference"``.
+        recompute: keep nothing between forward and backward but the inputs: backward computes each
+            layer again, one at a time. Else each layer keeps its residual ``[B, N, d_t]`` in the
+            student's dtype (``triton``), or the unit gradients, of the size of the student and the
+            weight (``blockwise``). The reference backend keeps what autograd keeps.
 
     Returns:
         ``[L]`` float32 (float64 if an input is float64).
@@ -63,7 +69,8 @@ def hidden_mse(
         >>> optima_fast.hidden_mse(student, teacher, torch.ones(3, 4))
         tensor([9.])
     """
-    checks.option("backend", backend, ops.BACKENDS)
+    checks.option("backend", backend, backends.NAMES)
+    checks.flags("recompute", recompute, 1)
     students, teachers, weights = checks.floating_layers(
         student=student, teacher=teacher, weight=weight
     )
@@ -71,10 +78,8 @@ def hidden_mse(
         checks.hidden_shapes(s, t, w)
     shapes = [tuple(s.shape[:-1]) for s in students]
     masks = checks.masks("mask", mask, shapes, students[0].device)
-    tensors = (*students, *teachers, *weights)
-    backend = ops.resolve(ops.HIDDEN_MSE, backend, tensors)
     if backend == "reference":
-        dtype = reference.accumulator(*tensors)
+        dtype = reference.accumulator(*students, *teachers, *weights)
         layers = zip(students, teachers, weights, masks, strict=True)
         return torch.stack([reference.hidden_mse(*layer, dtype=dtype) for layer in layers])
     loss: Tensor = ops.hidden_mse(
@@ -85,6 +90,7 @@ def hidden_mse(
         _needed(students),
         _needed(weights),
         backend,
+        recompute,
     )[0]
     return loss
 
@@ -104,6 +110,7 @@ def attention_mse(
     student_scale: float | Sequence[float | None] | None = None,
     teacher_scale: float | Sequence[float | None] | None = None,
     backend: str = "auto",
+    recompute: bool = False,
 ) -> Tensor:
     r"""Mean squared error between head-averaged attention maps, one value a layer.
 
@@ -140,6 +147,11 @@ def attention_mse(
         student_scale: c, a float or one per layer. Default: ``1 / sqrt(d_s)``.
         teacher_scale: likewise. Default: ``1 / sqrt(d_t)``.
         backend: ``"auto"``, ``"triton"``, ``"blockwise"`` or ``"reference"``.
+        recompute: keep nothing between forward and backward but the inputs: backward computes each
+            layer again, one at a time. Else each layer keeps its residual ``[B, Nq, Nk]`` in the
+            student's dtype and, for ``"probs"``, a log-sum-exp ``[B, H_s, Nq]`` (``triton``), or
+            the unit gradients, of the size of the student's q and k (``blockwise``). The reference
+            backend keeps what autograd keeps.
 
     Returns:
         ``[L]`` float32 (float64 if an input is float64).
@@ -158,7 +170,8 @@ def attention_mse(
         tensor([0., 4.])
     """
     checks.option("target", target, ("scores", "probs"))
-    checks.option("backend", backend, ops.BACKENDS)
+    checks.option("backend", backend, backends.NAMES)
+    checks.flags("recompute", recompute, 1)
     inputs = checks.floating_layers(
         student_q=student_q, student_k=student_k, teacher_q=teacher_q, teacher_k=teacher_k
     )
@@ -175,10 +188,8 @@ def attention_mse(
     teacher_lses = checks.normalisers("teacher_lse", teacher_lse, teacher_queries, target)
     student_scales = checks.scales("student_scale", student_scale, queries)
     teacher_scales = checks.scales("teacher_scale", teacher_scale, teacher_queries)
-    tensors = [x for layers in inputs for x in layers]
-    backend = ops.resolve(ops.ATTENTION_MSE, backend, tensors)
     if backend == "reference":
-        dtype = reference.accumulator(*tensors)
+        dtype = reference.accumulator(*(x for layers in inputs for x in layers))
         return torch.stack(
             [
                 reference.attention_mse(
@@ -208,6 +219,7 @@ def attention_mse(
         _needed(queries),
         _needed(keys),
         backend,
+        recompute,
     )[0]
     return loss
 

@@ -1,347 +1,245 @@
 """The losses as PyTorch operators: one call for all layers, whatever their shapes.
 
 ``optima_fast::hidden_mse`` and ``optima_fast::attention_mse`` return the losses [L], a marker and
-the unit gradients, which the forward pass computes while a block is in cache. Backward multiplies
-them by the upstream gradient and leaves them as they are, so a second backward equals the first.
-
-A backend is an entry in ``HIDDEN_MSE`` or ``ATTENTION_MSE``: the operator gets the resolved name
-and hands all layers to it. Triton's is one more entry.
+what the backend keeps for backward: unit gradients (blockwise, which computes them while a block is
+in cache) or residuals (Triton), which ``..._backward`` takes together with the upstream gradient.
+With ``recompute`` nothing is kept but the inputs, and backward goes through forward again, layer by
+layer. Inputs and what is kept are only read, so a second backward equals the first.
 """
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from optima_fast.losses import blockwise
+from optima_fast.losses.backends import (
+    ATTENTION_MSE,
+    HIDDEN_MSE,
+    AttentionInputs,
+    Backend,
+    Gradients,
+    HiddenInputs,
+    Inputs,
+    filled,
+    resolve,
+)
 from optima_fast.losses.reference import accumulator
 
-BACKENDS = ("auto", "triton", "blockwise", "reference")
 
-# (losses [L], unit gradients: L of the first input, then L of the second, None if not needed)
-Result = tuple[Tensor, list[Tensor | None]]
+def _operator(
+    name: str,
+    schema: str,
+    kind: type[Inputs],
+    backends: dict[str, Backend],
+    *,
+    trained: tuple[str, str],
+    only_forward: set[str],
+) -> Any:
+    """Register ``optima_fast::{name}`` and its backward.
 
+    Args:
+        name: of the operator.
+        schema: of its inputs, in the order of the fields of ``kind``.
+        kind: what they are gathered in.
+        backends: of the loss, by name.
+        trained: fields that have gradients.
+        only_forward: fields that backward does without, unless it computes again.
+    """
 
-class Backend(NamedTuple):
-    """How one backend computes one loss, for all layers."""
+    def unpacked(arguments: tuple[Any, ...]) -> tuple[Inputs, Backend, bool]:
+        *fields, backend, recompute = arguments
+        inputs = kind(*fields)
+        return inputs, resolve(backends, backend, inputs), recompute
 
-    run: Callable[..., Result]
-    refusals: Callable[[Sequence[Tensor]], list[str]]
-    """Why it cannot serve these inputs; empty if it can."""
-    automatic: bool = True
-    """Whether ``auto`` may take it."""
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+        inputs, backend, recompute = unpacked(arguments)
+        with _without_autocast(inputs):
+            losses, saved = backend.forward(_unwanted(inputs) if recompute else inputs)
+        kept = any(inputs.needed) and not recompute
+        return losses, losses.new_empty(0), saved if kept else []
 
-
-def resolve(backends: dict[str, Backend], backend: str, tensors: Sequence[Tensor]) -> str:
-    """The backend that serves these inputs: the one asked for, or Triton before blockwise."""
-    if backend == "triton":
-        reasons = _triton_refusals(backends, tensors)
-        if reasons:
-            raise ValueError(
-                "backend='triton' cannot serve this call: " + "; ".join(reasons) + ". "
-                "Use backend='auto', which takes the fastest that can, or 'blockwise'."
-            )
-    if backend != "auto":
-        return backend
-    triton = backends.get("triton")
-    serves = triton is not None and triton.automatic and not triton.refusals(tensors)
-    return "triton" if serves else "blockwise"
-
-
-def _triton_refusals(backends: dict[str, Backend], tensors: Sequence[Tensor]) -> list[str]:
-    triton = backends.get("triton")
-    installed = importlib.util.find_spec("triton") is not None
-    if triton is not None and installed:
-        return triton.refusals(tensors)
-    reasons = []
-    device = tensors[0].device
-    if device.type != "cuda":
-        reasons.append(f"it needs tensors on a CUDA device, got {device}")
-    if not installed:
-        reasons.append("triton is not installed")
-    if triton is None:
-        reasons.append("this version has no Triton implementation of this loss")
-    return reasons
-
-
-def _blockwise_hidden_mse(
-    student: Sequence[Tensor],
-    teacher: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    mask: Sequence[Tensor | None],
-    need_student: Sequence[bool],
-    need_weight: Sequence[bool],
-    dtype: torch.dtype,
-) -> Result:
-    layers = [
-        blockwise.hidden_mse(s, t, w, m, need_student=ns, need_weight=nw, dtype=dtype)
-        for s, t, w, m, ns, nw in zip(
-            student, teacher, weight, mask, need_student, need_weight, strict=True
+    def forward_like(*arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+        inputs, backend, recompute = unpacked(arguments)
+        losses = inputs.tensors[0].new_empty(
+            len(inputs.trained) // 2, dtype=accumulator(*inputs.tensors)
         )
-    ]
-    return _collect(layers)
+        kept = any(inputs.needed) and not recompute
+        return losses, losses.new_empty(0), backend.saved_like(inputs) if kept else []
 
+    def backward(
+        upstream: Tensor, marker: Tensor, saved: list[Tensor], *arguments: Any
+    ) -> list[Tensor]:
+        inputs, backend, recompute = unpacked(arguments)
+        with _without_autocast(inputs):
+            if not recompute:
+                return filled(_gradients(backend, upstream, saved, inputs), inputs)
+            gradients: Gradients = [None] * len(inputs.trained)
+            layers = len(upstream)
+            for i, layer in enumerate(_layers(inputs)):
+                if any(layer.needed):
+                    _, saved = backend.forward(layer)
+                    gradients[i::layers] = _gradients(backend, upstream[i : i + 1], saved, layer)
+            return filled(gradients, inputs)
 
-def _blockwise_attention_mse(
-    *lists: Sequence[Any],
-    target: str,
-    causal: Sequence[bool],
-    student_scale: Sequence[float],
-    teacher_scale: Sequence[float],
-    need_q: Sequence[bool],
-    need_k: Sequence[bool],
-    dtype: torch.dtype,
-) -> Result:
-    layers = [
-        blockwise.attention_mse(
-            *layer,
-            target=target,
-            causal=causal[i],
-            student_scale=student_scale[i],
-            teacher_scale=teacher_scale[i],
-            need_q=need_q[i],
-            need_k=need_k[i],
-            dtype=dtype,
-        )
-        for i, layer in enumerate(zip(*lists, strict=True))
-    ]
-    return _collect(layers)
+    def backward_like(
+        upstream: Tensor, marker: Tensor, saved: list[Tensor], *arguments: Any
+    ) -> list[Tensor]:
+        *fields, _, _ = arguments
+        inputs = kind(*fields)
+        pairs = zip(inputs.trained, inputs.needed, strict=True)
+        return filled([torch.empty_like(x) if needed else None for x, needed in pairs], inputs)
 
-
-def _collect(layers: list[blockwise.Gradients]) -> Result:
-    losses = torch.stack([layer.loss for layer in layers])
-    return losses, [layer.first for layer in layers] + [layer.second for layer in layers]
-
-
-def _triton_hidden_mse(
-    student: Sequence[Tensor],
-    teacher: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    mask: Sequence[Tensor | None],
-    need_student: Sequence[bool],
-    need_weight: Sequence[bool],
-    dtype: torch.dtype,
-) -> Result:
-    from optima_fast.kernels import hidden_mse as kernel
-
-    students = [x.flatten(0, 1) for x in student]
-    masks = [None if x is None else x.flatten() for x in mask]
-    needed = any((*need_student, *need_weight))
-    losses, residuals, scales = kernel.hidden_mse_forward(
-        students, [x.flatten(0, 1) for x in teacher], weight, masks, need_residual=needed
+    settings = f"{schema}, str backend, bool recompute"
+    op = torch.library.custom_op(
+        f"optima_fast::{name}",
+        forward,
+        mutates_args=(),
+        schema=f"({settings}) -> (Tensor, Tensor, Tensor[])",
     )
-    if not needed:
-        return losses, [None] * (2 * len(student))
-    first, second = kernel.hidden_mse_backward(
-        torch.ones_like(losses),
-        students,
-        weight,
-        masks,
-        residuals,
-        scales,
-        need_student=need_student,
-        need_weight=need_weight,
-        dtype=blockwise.stored(student[0]),
+    op.register_fake(forward_like)
+    backward_op = torch.library.custom_op(
+        f"optima_fast::{name}_backward",
+        backward,
+        mutates_args=(),
+        schema=f"(Tensor upstream, Tensor marker, Tensor[] saved, {settings}) -> Tensor[]",
     )
-    unit = [None if g is None else g.view(x.shape) for g, x in zip(first, student, strict=True)]
-    unit += [
-        None if g is None else g.to(blockwise.stored(w))
-        for g, w in zip(second, weight, strict=True)
-    ]
-    return losses, unit
+    backward_op.register_fake(backward_like)
+    backward_op.register_autograd(_refuse)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        _, marker, saved = output
+        ctx.mark_non_differentiable(*saved)
+        ctx.set_materialize_grads(False)  # else each tensor that is kept gets zeros of its size
+        gathered, backend, recompute = unpacked(inputs)
+        ctx.scales = backend.backward is None and not recompute
+        ctx.lists = [
+            len(x) if isinstance(x, list) and all(isinstance(y, Tensor) for y in x) else None
+            for x in inputs
+        ]
+        fields: list[Any] = []
+        if ctx.scales:
+            ctx.dtypes = [x.dtype for x in gathered.trained]
+        else:
+            dropped = set() if recompute else only_forward
+            named = zip(kind._fields, gathered, strict=True)
+            fields = [[] if field in dropped else value for field, value in named]
+            fields += inputs[len(fields) :]
+        ctx.kept = len(saved)
+        # tensors are saved, and stand for themselves in what remains
+        ctx.fields = [
+            [_SAVED if isinstance(y, Tensor) else y for y in x] if isinstance(x, list) else x
+            for x in fields
+        ]
+        tensors = [y for x in fields if isinstance(x, list) for y in x if isinstance(y, Tensor)]
+        # the marker requires grad, so a backward that is itself recorded leads to _refuse
+        ctx.save_for_backward(marker, *saved, *tensors)
+
+    def differentiate(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        grads: list[Any] = [None if n is None else [None] * n for n in ctx.lists]
+        if upstream is None:
+            return tuple(grads)
+        marker, *tensors = ctx.saved_tensors
+        saved, rest = tensors[: ctx.kept], iter(tensors[ctx.kept :])
+        if ctx.scales:
+            values = _Scaled.apply(marker, upstream, ctx.dtypes, *saved)  # type: ignore[no-untyped-call]
+        else:
+            fields = [[*_restored(x, rest)] if isinstance(x, list) else x for x in ctx.fields]
+            values = backward_op(upstream, marker, saved, *fields)
+        layers = len(upstream)
+        for n, field in enumerate(trained):
+            place = kind._fields.index(field)
+            needed = ctx.needs_input_grad[place]
+            part = values[n * layers : (n + 1) * layers]
+            grads[place] = [g if need else None for g, need in zip(part, needed, strict=True)]
+        return tuple(grads)
+
+    op.register_autograd(differentiate, setup_context=setup_context)
+    return op
 
 
-def _hidden_mse_refusals(tensors: Sequence[Tensor]) -> list[str]:
-    from optima_fast.kernels import hidden_mse as kernel
-
-    L = len(tensors) // 3
-    reasons: list[str] = kernel.not_served(tensors[:L], tensors[L : 2 * L], tensors[2 * L :])
-    return reasons
+_SAVED = "saved"
 
 
-HIDDEN_MSE = {
-    "blockwise": Backend(_blockwise_hidden_mse, lambda tensors: []),
-    # by name only, until it has been timed on a card
-    "triton": Backend(_triton_hidden_mse, _hidden_mse_refusals, automatic=False),
-}
-ATTENTION_MSE = {"blockwise": Backend(_blockwise_attention_mse, lambda tensors: [])}
+def _restored(values: list[Any], tensors: Iterator[Tensor]) -> Iterator[Any]:
+    for value in values:
+        yield next(tensors) if value is _SAVED else value
 
 
-def _outputs(result: Result, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """An operator returns tensors only: a gradient that nobody needs has no elements."""
-    losses, unit = result
-    pairs = zip(unit, inputs, strict=True)
-    return losses, losses.new_empty(0), [x.new_empty(0) if g is None else g for g, x in pairs]
+def _without_autocast(inputs: Inputs) -> torch.autocast:
+    return torch.autocast(inputs.tensors[0].device.type, enabled=False)
 
 
-def _fake_outputs(
-    inputs: Sequence[Tensor], needed: Sequence[bool], dtype: torch.dtype
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    losses = inputs[0].new_empty(len(inputs) // 2, dtype=dtype)
-    unit = [blockwise.empty_gradient(x, n) for x, n in zip(inputs, needed, strict=True)]
-    return _outputs((losses, unit), inputs)
+def _unwanted(inputs: Inputs) -> Inputs:
+    """The same without any gradient wanted."""
+    none = [False] * (len(inputs.needed) // 2)
+    return type(inputs)(*inputs[:-2], none, none)
 
 
-@torch.library.custom_op(
-    "optima_fast::hidden_mse",
-    mutates_args=(),
-    schema="(Tensor[] student, Tensor[] teacher, Tensor[] weight, Tensor?[] mask,"
-    " bool[] need_student, bool[] need_weight, str backend) -> (Tensor, Tensor, Tensor[])",
-)
-def hidden_mse(
-    student: list[Tensor],  # L x [B, N, d_s]
-    teacher: list[Tensor],  # L x [B, N, d_t]
-    weight: list[Tensor],  # L x [d_s, d_t]
-    mask: list[Tensor | None],  # L x [B, N]
-    need_student: list[bool],
-    need_weight: list[bool],
-    backend: str,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Losses [L], a marker [0], unit gradients of every student, then of every weight."""
-    dtype = accumulator(*student, *teacher, *weight)
-    with torch.autocast(student[0].device.type, enabled=False):
-        result = HIDDEN_MSE[backend].run(
-            student, teacher, weight, mask, need_student, need_weight, dtype
-        )
-    return _outputs(result, (*student, *weight))
+def _layers(inputs: Inputs) -> Iterator[Inputs]:
+    """Each layer as inputs of its own."""
+    for i in range(len(inputs.trained) // 2):
+        yield type(inputs)(*(x[i : i + 1] if isinstance(x, list) else x for x in inputs))
 
 
-@hidden_mse.register_fake
-def _(
-    student: list[Tensor],
-    teacher: list[Tensor],
-    weight: list[Tensor],
-    mask: list[Tensor | None],
-    need_student: list[bool],
-    need_weight: list[bool],
-    backend: str,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    dtype = accumulator(*student, *teacher, *weight)
-    return _fake_outputs((*student, *weight), (*need_student, *need_weight), dtype)
+def _gradients(
+    backend: Backend, upstream: Tensor, saved: list[Tensor], inputs: Inputs
+) -> Gradients:
+    if backend.backward is not None:
+        return backend.backward(upstream, saved, inputs)
+    values = _scaled(upstream, [x.dtype for x in inputs.trained], saved)
+    return [g if needed else None for g, needed in zip(values, inputs.needed, strict=True)]
 
 
-@torch.library.custom_op(
-    "optima_fast::attention_mse",
-    mutates_args=(),
-    schema="(Tensor[] student_q, Tensor[] student_k, Tensor[] teacher_q, Tensor[] teacher_k,"
-    " Tensor?[] query_mask, Tensor?[] key_mask, Tensor?[] student_lse, Tensor?[] teacher_lse,"
-    " float[] student_scale, float[] teacher_scale, str target, bool[] causal,"
-    " bool[] need_q, bool[] need_k, str backend) -> (Tensor, Tensor, Tensor[])",
-)
-def attention_mse(
-    student_q: list[Tensor],  # L x [B, H_s, Nq, d_s]
-    student_k: list[Tensor],  # L x [B, H_s, Nk, d_s]
-    teacher_q: list[Tensor],  # L x [B, H_t, Nq, d_t]
-    teacher_k: list[Tensor],  # L x [B, H_t, Nk, d_t]
-    query_mask: list[Tensor | None],  # L x [B, Nq]
-    key_mask: list[Tensor | None],  # L x [B, Nk]
-    student_lse: list[Tensor | None],  # L x [B, H_s, Nq]
-    teacher_lse: list[Tensor | None],  # L x [B, H_t, Nq]
-    student_scale: list[float],
-    teacher_scale: list[float],
-    target: str,
-    causal: list[bool],
-    need_q: list[bool],
-    need_k: list[bool],
-    backend: str,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Losses [L], a marker [0], unit gradients of every student_q, then of every student_k."""
-    with torch.autocast(student_q[0].device.type, enabled=False):
-        result = ATTENTION_MSE[backend].run(
-            student_q,
-            student_k,
-            teacher_q,
-            teacher_k,
-            query_mask,
-            key_mask,
-            student_lse,
-            teacher_lse,
-            target=target,
-            causal=causal,
-            student_scale=student_scale,
-            teacher_scale=teacher_scale,
-            need_q=need_q,
-            need_k=need_k,
-            dtype=accumulator(*student_q, *student_k, *teacher_q, *teacher_k),
-        )
-    return _outputs(result, (*student_q, *student_k))
+def _scaled(
+    upstream: Tensor, dtypes: list[torch.dtype], unit: list[Tensor] | tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """Unit gradients times the upstream gradient of their layer, in the dtype of their input."""
+    layers = len(upstream)
+    return tuple(
+        (g * upstream[i % layers]).to(dtype)
+        for i, (g, dtype) in enumerate(zip(unit, dtypes, strict=True))
+    )
 
 
-@attention_mse.register_fake
-def _(
-    student_q: list[Tensor],
-    student_k: list[Tensor],
-    teacher_q: list[Tensor],
-    teacher_k: list[Tensor],
-    query_mask: list[Tensor | None],
-    key_mask: list[Tensor | None],
-    student_lse: list[Tensor | None],
-    teacher_lse: list[Tensor | None],
-    student_scale: list[float],
-    teacher_scale: list[float],
-    target: str,
-    causal: list[bool],
-    need_q: list[bool],
-    need_k: list[bool],
-    backend: str,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    dtype = accumulator(*student_q, *student_k, *teacher_q, *teacher_k)
-    return _fake_outputs((*student_q, *student_k), (*need_q, *need_k), dtype)
+def _refuse(ctx: Any, *grads: Any) -> Any:
+    raise RuntimeError(
+        "optima_fast losses can be differentiated once: their gradients are computed with the "
+        "loss. For a second derivative use backend='reference'."
+    )
 
 
 class _Scaled(torch.autograd.Function):
-    """Unit gradients times the upstream gradient of their layer, in the dtype of their input."""
+    """``_scaled``, in a graph that a compiler sees through."""
 
     @staticmethod
     def forward(
         ctx: Any, marker: Tensor, upstream: Tensor, dtypes: list[torch.dtype], *unit: Tensor
     ) -> tuple[Tensor, ...]:
-        L = len(upstream)
-        return tuple(
-            (g * upstream[i % L]).to(dtype)
-            for i, (g, dtype) in enumerate(zip(unit, dtypes, strict=True))
-        )
+        return _scaled(upstream, dtypes, unit)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(
-            "optima_fast losses can be differentiated once: their gradients are computed with the "
-            "loss. For a second derivative use backend='reference'."
-        )
+    backward = staticmethod(_refuse)
 
 
-def _differentiate(op: Any, first: int, second: int) -> None:
-    """Register autograd for an operator: gradients of the inputs at two positions, no others."""
-
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        _, marker, unit = output
-        ctx.mark_non_differentiable(*unit)
-        ctx.set_materialize_grads(False)  # else each unit gradient gets zeros of its size
-        # the marker requires grad, so a backward that is itself recorded leads to _Scaled.backward
-        ctx.save_for_backward(marker, *unit)
-        ctx.dtypes = [x.dtype for x in (*inputs[first], *inputs[second])]
-        ctx.lists = [
-            len(x) if isinstance(x, list) and all(isinstance(y, Tensor) for y in x) else None
-            for x in inputs
-        ]
-
-    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        grads: list[Any] = [None if n is None else [None] * n for n in ctx.lists]
-        if upstream is not None:
-            marker, *unit = ctx.saved_tensors
-            L = len(upstream)
-            scaled: Any = _Scaled.apply(marker, upstream, ctx.dtypes, *unit)  # type: ignore[no-untyped-call]
-            for place, values in ((first, scaled[:L]), (second, scaled[L:])):
-                needed = ctx.needs_input_grad[place]
-                grads[place] = [g if n else None for g, n in zip(values, needed, strict=True)]
-        return tuple(grads)
-
-    op.register_autograd(backward, setup_context=setup_context)
-
-
-_differentiate(hidden_mse, 0, 2)
-_differentiate(attention_mse, 0, 1)
+hidden_mse = _operator(
+    "hidden_mse",
+    "Tensor[] student, Tensor[] teacher, Tensor[] weight, Tensor?[] mask,"
+    " bool[] need_student, bool[] need_weight",
+    HiddenInputs,
+    HIDDEN_MSE,
+    trained=("student", "weight"),
+    only_forward={"teacher"},
+)
+attention_mse = _operator(
+    "attention_mse",
+    "Tensor[] student_q, Tensor[] student_k, Tensor[] teacher_q, Tensor[] teacher_k,"
+    " Tensor?[] query_mask, Tensor?[] key_mask, Tensor?[] student_lse, Tensor?[] teacher_lse,"
+    " float[] student_scale, float[] teacher_scale, str target, bool[] causal,"
+    " bool[] need_q, bool[] need_k",
+    AttentionInputs,
+    ATTENTION_MSE,
+    trained=("student_q", "student_k"),
+    only_forward={"teacher_q", "teacher_k", "teacher_lse"},
+)

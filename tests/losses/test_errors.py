@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import optima_fast
-from optima_fast.losses import blockwise, ops, reference
+from optima_fast.losses import backends, blockwise, reference
 
 x = torch.zeros
 
@@ -126,19 +126,30 @@ def test_attention_mse(args, options, error, message):
         optima_fast.attention_mse(*args, **options)
 
 
-def test_triton_lists_each_reason(monkeypatch):
-    monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: None)
+CALLS = [
+    lambda **options: optima_fast.hidden_mse(S, T, W, **options),
+    lambda **options: optima_fast.attention_mse(*GOOD, **options),
+    lambda **options: optima_fast.attention_mse(*GOOD, target="probs", **options),
+]
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_triton_lists_each_reason(monkeypatch, call):
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
     reasons = (
-        "it needs tensors on a CUDA device, got cpu; triton is not installed{}. Use backend='auto'"
+        "it needs tensors on a CUDA device, got cpu; triton is not installed. Use backend='auto'"
     )
-    with pytest.raises(ValueError, match=re.escape(reasons.format(""))):
-        optima_fast.hidden_mse(S, T, W, backend="triton")
-    missing = "; this version has no Triton implementation of this loss"
-    with pytest.raises(ValueError, match=re.escape(reasons.format(missing))):
-        optima_fast.attention_mse(*GOOD, backend="triton")
+    with pytest.raises(ValueError, match=re.escape(reasons)):
+        call(backend="triton")
 
 
-def test_triton_s_own_reasons_are_passed_on(monkeypatch):
+@pytest.mark.parametrize("call", CALLS)
+def test_triton_s_own_reasons_are_passed_on(monkeypatch, call):
     monkeypatch.setattr("optima_fast.kernels.core.INTERPRETED", False)
     with pytest.raises(ValueError, match="must be CUDA, got cpu, and TRITON_INTERPRET is not set"):
-        optima_fast.hidden_mse(S, T, W, backend="triton")
+        call(backend="triton")
+
+
+def test_recompute_is_a_flag():
+    with pytest.raises(TypeError, match="recompute must be True or False, got 1"):
+        optima_fast.hidden_mse(S, T, W, recompute=1)

@@ -13,9 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import optima_fast
-from optima_fast.losses import blockwise, ops
+from optima_fast.losses import backends, blockwise
 
 LOSSES = ["hidden", "scores", "probs"]
+# pairs that do not count get anything in a kernel, and nothing of it is used
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered")
+VARIANTS = [("blockwise", False), ("blockwise", True), ("triton", False), ("triton", True)]
 
 
 @pytest.fixture
@@ -32,7 +35,8 @@ def problem(hidden_problem, attention_problem):
 
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_opcheck_hidden(hidden_problem, grad, dtype):
+@pytest.mark.parametrize(("backend", "recompute"), VARIANTS)
+def test_opcheck_hidden(hidden_problem, grad, dtype, backend, recompute):
     a, b = hidden_problem((2, 9), dtype=dtype), hidden_problem((3, 4), 3, 2, dtype, masked=True)
     a.trained[0] = a.trained[0].transpose(0, 1).contiguous().transpose(0, 1)
     students, weights = ([p.trained[i].requires_grad_(grad) for p in (a, b)] for i in (0, 1))
@@ -41,14 +45,15 @@ def test_opcheck_hidden(hidden_problem, grad, dtype):
         torch.ops.optima_fast.hidden_mse.default,
         (
             students, [a.fixed[0], b.fixed[0]], weights, [None, b.options["mask"]],
-            [grad, grad], [False, grad], "blockwise",
+            [grad, grad], [False, grad], backend, recompute,
         ),
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("target", ["scores", "probs"])
-def test_opcheck_attention(attention_problem, grad, target):
+@pytest.mark.parametrize(("backend", "recompute"), VARIANTS)
+def test_opcheck_attention(attention_problem, grad, target, backend, recompute):
     a, b = attention_problem(masked="qk"), attention_problem(1, 4, 6, (1, 2), (3, 3))
     b.trained[0] = b.trained[0].contiguous()
     q, k = ([p.trained[i].requires_grad_(grad) for p in (a, b)] for i in (0, 1))
@@ -60,7 +65,7 @@ def test_opcheck_attention(attention_problem, grad, target):
             q, k, *([p.fixed[i] for p in (a, b)] for i in (0, 1)),
             [a.options["query_mask"], None], [a.options["key_mask"], None], [None, None], lse,
             [0.5, 0.25], [0.5, 0.5], target, [False, False],
-            [grad, grad], [grad, False], "blockwise",
+            [grad, grad], [grad, False], backend, recompute,
         ),
     )  # fmt: skip
 
@@ -80,7 +85,7 @@ def twice(p, backend="auto"):
     return step, run
 
 
-@pytest.mark.parametrize("backend", ["blockwise", "reference"])
+@pytest.mark.parametrize("backend", ["triton", "blockwise", "reference"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_compiles_as_one_graph(problem, loss, backend):
     torch._dynamo.reset()
@@ -131,21 +136,25 @@ def test_compiles_with_inductor(problem):
         torch.testing.assert_close(x, y)
 
 
+@pytest.mark.parametrize(("backend", "recompute"), VARIANTS)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_second_backward_equals_the_first(problem, loss):
+def test_a_second_backward_equals_the_first(problem, loss, backend, recompute):
     p = problem(loss)
     leaves = [x.detach().requires_grad_() for x in p.trained]
-    value = p.loss(*p.arguments(leaves), **p.options).sum() * 7
+    options = {"backend": backend, "recompute": recompute, **p.options}
+    value = p.loss(*p.arguments(leaves), **options).sum() * 7
     first = torch.autograd.grad(value, leaves, retain_graph=True)
     second = torch.autograd.grad(value, leaves)
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize(("backend", "recompute"), VARIANTS)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_double_backward_is_refused(problem, loss):
+def test_double_backward_is_refused(problem, loss, backend, recompute):
     p = problem(loss)
     leaves = [x.detach().requires_grad_() for x in p.trained]
-    value = p.loss(*p.arguments(leaves), **p.options).sum()
+    options = {"backend": backend, "recompute": recompute, **p.options}
+    value = p.loss(*p.arguments(leaves), **options).sum()
     grads = torch.autograd.grad(value, leaves, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiated once.*backend='reference'"):
         sum(g.square().sum() for g in grads).backward()
@@ -156,7 +165,7 @@ def test_the_loss_may_be_changed_in_place(problem, loss):
     """It is not among the tensors that backward reads."""
     p = problem(loss)
     leaves = [x.detach().requires_grad_() for x in p.trained]
-    value = p.loss(*p.arguments(leaves), **p.options)
+    value = p.loss(*p.arguments(leaves), backend="blockwise", **p.options)
     value *= 2
     for g, expected in zip(
         torch.autograd.grad(value.sum(), leaves), p("blockwise", 2.0)[1:], strict=True
@@ -246,42 +255,177 @@ def test_block_shape(batch, rows, row_elements):
     assert len(list(blockwise.starts(rows, block))) == whole
 
 
-def test_auto_prefers_triton_where_it_serves(monkeypatch, hidden_problem):
-    """A backend is one entry: the operator hands it all layers at once."""
+class OnCuda:
+    """Inputs as on a CUDA device, for the rule alone."""
+
+    is_cuda, dtype, device = True, torch.float16, torch.device("cuda")
+
+    def __init__(self, dtype=torch.float16):
+        self.dtype = dtype
+
+
+def hidden_inputs(*tensors):
+    return backends.HiddenInputs(*([x] for x in tensors), [None], [True], [True])
+
+
+def attention_inputs(target, *tensors):
+    nothing = [[None]] * 4
+    return backends.AttentionInputs(
+        *([x] for x in tensors), *nothing, [1.0], [1.0], target, [False], [True], [True]
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "taken"),
+    [
+        ((torch.float16,) * 4, {"hidden", "scores", "probs"}),
+        ((torch.bfloat16, torch.float16) * 2, {"hidden", "scores", "probs"}),
+        ((torch.float32,) * 4, {"probs"}),
+        ((torch.bfloat16, torch.bfloat16, torch.float32, torch.float32), {"probs"}),
+    ],
+)
+def test_auto_is_triton_on_cuda_but_for_products_of_float32(monkeypatch, dtypes, taken):
+    a, b, c, d = map(OnCuda, dtypes)
+    calls = {
+        "hidden": (backends.HIDDEN_MSE, hidden_inputs(a, c, c)),
+        "scores": (backends.ATTENTION_MSE, attention_inputs("scores", a, b, c, d)),
+        "probs": (backends.ATTENTION_MSE, attention_inputs("probs", a, b, c, d)),
+    }
+    for refused in ([], ["only on Tuesdays"]):
+        for table in (backends.HIDDEN_MSE, backends.ATTENTION_MSE):
+            serves = table["triton"]._replace(refusals=lambda inputs, r=refused: r)
+            monkeypatch.setitem(table, "triton", serves)
+        for name, (table, inputs) in calls.items():
+            chosen = backends.resolve(table, "auto", inputs)
+            assert (chosen is table["triton"]) == (name in taken and not refused), name
+            assert backends.resolve(table, "blockwise", inputs) is table["blockwise"]
+
+
+def test_auto_is_blockwise_on_a_cpu_and_without_triton(monkeypatch, hidden_problem):
     p = hidden_problem((2, 3))
-    tensors = [*p.trained, *p.fixed]
-    assert ops.resolve(ops.HIDDEN_MSE, "auto", tensors) == "blockwise"
-    calls, refused = [], ["only on Tuesdays"]
+    inputs = hidden_inputs(*p.arguments(p.trained))
+    table = backends.HIDDEN_MSE
+    assert backends.resolve(table, "auto", inputs) is table["blockwise"]
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    cuda = hidden_inputs(*[OnCuda()] * 3)
+    assert backends.resolve(table, "auto", cuda) is table["blockwise"]
 
-    def run(*args):
-        calls.append(len(args[0]))
-        return ops.HIDDEN_MSE["blockwise"].run(*args)
 
-    monkeypatch.setitem(ops.HIDDEN_MSE, "triton", ops.Backend(run, lambda tensors: refused))
+def test_a_backend_is_one_entry_and_gets_all_layers(monkeypatch, hidden_problem):
+    p = hidden_problem((2, 3))
+    calls = []
+
+    def forward(inputs):
+        calls.append(len(inputs.student))
+        return backends.HIDDEN_MSE["blockwise"].forward(inputs)
+
+    entry = backends.HIDDEN_MSE["blockwise"]._replace(forward=forward)
+    monkeypatch.setitem(backends.HIDDEN_MSE, "triton", entry)
     args = [[x, x, x] for x in p.arguments(p.trained)]
-    expected = optima_fast.hidden_mse(*args)
-    assert calls == []
-    with pytest.raises(ValueError, match="only on Tuesdays"):
-        optima_fast.hidden_mse(*args, backend="triton")
-    refused.clear()
-    assert torch.equal(optima_fast.hidden_mse(*args), expected)
+    loss = optima_fast.hidden_mse(*args, backend="triton")
+    assert torch.equal(loss, optima_fast.hidden_mse(*args, backend="blockwise"))
     assert calls == [3]
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_triton_by_name_serves_the_public_function(hidden_problem, dtype, masked):
-    """On a CPU in Triton's interpreter; ``auto`` does not take what no card has timed."""
-    p = hidden_problem((3, 11), 17, 20, dtype=dtype, masked=masked)
+DTYPES = [torch.float16, torch.float32]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_triton_by_name_serves_the_public_function(problem, loss, dtype, recompute):
+    """On a CPU in Triton's interpreter."""
+    p = problem(loss, dtype=dtype)
+    names = ("loss", "first", "second")
+    p.options["recompute"] = recompute
     results = zip(
         p("triton", -2.0), p("reference", -2.0), p.double()("reference", -2.0), strict=True
     )
-    for name, compared in zip(("loss", "d_student", "d_weight"), results, strict=True):
+    for name, compared in zip(names, results, strict=True):
         assert_as_good_as_eager(name, *compared)
-    assert ops.resolve(ops.HIDDEN_MSE, "auto", [*p.trained, *p.fixed]) == "blockwise"
     with torch.no_grad():
-        only = optima_fast.hidden_mse(*p.arguments(p.trained), backend="triton", **p.options)
+        only = p.loss(*p.arguments(p.trained), backend="triton", **p.options)
     assert torch.equal(only, p("triton")[0])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="float64 needs Triton's interpreter")
+@pytest.mark.parametrize("loss", LOSSES)
+def test_triton_passes_gradcheck(problem, loss):
+    p = problem(loss, 5).double()
+    leaves = [x.detach().requires_grad_() for x in p.trained]
+
+    def f(*trained):
+        return p.loss(*p.arguments(trained), backend="triton", **p.options)
+
+    assert torch.autograd.gradcheck(f, leaves, fast_mode=True)
+
+
+def several(attention_problem, hidden_problem, loss, dtype):
+    """Three layers of different shapes, the second without a gradient of its second input."""
+    if loss == "hidden":
+        made = [hidden_problem((2, n), d, 5, dtype, masked=n == 9) for n, d in ((9, 3), (4, 6))]
+        made.append(hidden_problem((1, 7), dtype=dtype))
+    else:
+        made = [
+            attention_problem(2, n, m, dtype=dtype, masked=masked, target=loss)
+            for n, m, masked in ((9, 9, "qk"), (140, 5, "k"), (3, 6, ""))
+        ]
+    layers = [list(x) for x in zip(*(p.arguments(p.trained) for p in made), strict=True)]
+    trained = 2 if loss != "hidden" else None
+    options = {"target": loss} if trained else {}
+    keys = ("query_mask", "key_mask") if trained else ("mask",)
+    for key in keys:
+        options[key] = [p.options.get(key) for p in made]
+    return made[0].loss, layers, options
+
+
+@pytest.mark.parametrize("backend", ["triton", "blockwise"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_recomputed_gradients_are_the_same_and_nothing_is_kept(
+    hidden_problem, attention_problem, loss, backend
+):
+    f, layers, options = several(attention_problem, hidden_problem, loss, torch.float32)
+    second = 1 if loss != "hidden" else 2
+    results, kept = [], []
+    for recompute in (False, True):
+        leaves = [[x.detach().clone() for x in xs] for xs in layers]
+        wanted = [*leaves[0], leaves[second][0], leaves[second][2]]
+        for x in wanted:
+            x.requires_grad_()
+        inputs = {x.untyped_storage().data_ptr() for xs in leaves for x in xs}
+        inputs |= {m.untyped_storage().data_ptr() for k in options for m in options[k]
+                   if isinstance(m, torch.Tensor)}  # fmt: skip
+        own = []
+
+        def pack(x, own=own, inputs=inputs):
+            if x.untyped_storage().data_ptr() not in inputs:
+                own.append(x.nbytes)
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            value = f(*leaves, backend=backend, recompute=recompute, **options)
+        upstream = torch.tensor([1.5, -2.0, 3.0])
+        results.append([value.detach(), *torch.autograd.grad(value, wanted, upstream)])
+        kept.append(sum(own))
+    for x, y in zip(*results, strict=True):
+        assert torch.equal(x, y)
+    assert kept[0] > 100
+    assert kept[1] == 0
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_triton_keeps_no_teacher(problem, loss):
+    """Backward reads residuals: the teacher's states may go once forward is over."""
+    p = problem(loss)
+    leaves = [x.detach().requires_grad_() for x in p.trained]
+    fixed = {x.untyped_storage().data_ptr() for x in p.fixed}
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: saved.append(x.untyped_storage().data_ptr()) or x, lambda x: x
+    ):
+        p.loss(*p.arguments(leaves), backend="triton", **p.options)
+    assert saved
+    assert not fixed & set(saved)
 
 
 @pytest.mark.parametrize("backend", ["blockwise", "reference"])

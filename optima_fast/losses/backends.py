@@ -1,0 +1,373 @@
+"""The backends of the losses: what each computes forward and backward, and when it may be taken.
+
+A backend is an entry in ``HIDDEN_MSE`` or ``ATTENTION_MSE``; the operators of ``ops.py`` hand it
+all layers of a call at once. ``auto`` is decided in ``resolve`` alone.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from optima_fast.losses import blockwise
+from optima_fast.losses.reference import accumulator
+
+NAMES = ("auto", "triton", "blockwise", "reference")
+
+
+class HiddenInputs(NamedTuple):
+    """What ``hidden_mse`` is computed from, every field with an entry a layer."""
+
+    student: list[Tensor]  # [B, N, d_s]
+    teacher: list[Tensor]  # [B, N, d_t]
+    weight: list[Tensor]  # [d_s, d_t]
+    mask: list[Tensor | None]  # [B, N]
+    need_student: list[bool]
+    need_weight: list[bool]
+
+    @property
+    def trained(self) -> list[Tensor]:
+        """The inputs that have gradients: the first of every layer, then the second."""
+        return [*self.student, *self.weight]
+
+    @property
+    def needed(self) -> list[bool]:
+        """Which of them are wanted."""
+        return [*self.need_student, *self.need_weight]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that are multiplied."""
+        return [*self.student, *self.teacher, *self.weight]
+
+
+class AttentionInputs(NamedTuple):
+    """What ``attention_mse`` is computed from, every field but ``target`` with an entry a layer."""
+
+    student_q: list[Tensor]  # [B, H_s, Nq, d_s]
+    student_k: list[Tensor]  # [B, H_s, Nk, d_s]
+    teacher_q: list[Tensor]  # [B, H_t, Nq, d_t]
+    teacher_k: list[Tensor]  # [B, H_t, Nk, d_t]
+    query_mask: list[Tensor | None]  # [B, Nq]
+    key_mask: list[Tensor | None]  # [B, Nk]
+    student_lse: list[Tensor | None]  # [B, H_s, Nq]
+    teacher_lse: list[Tensor | None]  # [B, H_t, Nq]
+    student_scale: list[float]
+    teacher_scale: list[float]
+    target: str
+    causal: list[bool]
+    need_q: list[bool]
+    need_k: list[bool]
+
+    @property
+    def trained(self) -> list[Tensor]:
+        """The inputs that have gradients: the first of every layer, then the second."""
+        return [*self.student_q, *self.student_k]
+
+    @property
+    def needed(self) -> list[bool]:
+        """Which of them are wanted."""
+        return [*self.need_q, *self.need_k]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that are multiplied."""
+        return [*self.student_q, *self.student_k, *self.teacher_q, *self.teacher_k]
+
+
+Inputs = Any  # HiddenInputs or AttentionInputs, whichever loss the backend is of
+Gradients = list[Tensor | None]  # of ``trained``; None where none was wanted
+
+
+class Backend(NamedTuple):
+    """How one backend computes one loss, for all layers."""
+
+    forward: Callable[[Inputs], tuple[Tensor, list[Tensor]]]
+    """Losses [L], and what backward needs: nothing where no gradient is wanted."""
+    saved_like: Callable[[Inputs], list[Tensor]]
+    """Tensors of the shapes, strides and dtypes of what ``forward`` keeps."""
+    backward: Callable[[Tensor, list[Tensor], Inputs], Gradients] | None
+    """From upstream gradients [L] and what was kept; it sees no teacher. None: what ``forward``
+    keeps are the unit gradients of ``trained``, to be scaled."""
+    refusals: Callable[[Inputs], list[str]]
+    """Why it cannot serve these inputs; empty if it can."""
+    wins: Callable[[Inputs], bool] = lambda inputs: True
+    """Whether ``auto`` takes it where it can serve."""
+
+
+def resolve(backends: dict[str, Backend], backend: str, inputs: Inputs) -> Backend:
+    """The backend that serves these inputs: the one asked for; with ``auto``, Triton where the
+    tensors are on a CUDA device and it serves and wins, else blockwise.
+
+    Raises:
+        ValueError: ``triton`` was asked for and cannot serve; the message lists each reason.
+    """
+    if backend == "triton":
+        reasons = _triton_refusals(backends, inputs)
+        if reasons:
+            raise ValueError(
+                "backend='triton' cannot serve this call: " + "; ".join(reasons) + ". "
+                "Use backend='auto', which takes the fastest that can, or 'blockwise'."
+            )
+    if backend != "auto":
+        return backends[backend]
+    triton = backends.get("triton")
+    takes_it = (
+        triton is not None
+        and inputs.tensors[0].is_cuda
+        and not _triton_refusals(backends, inputs)
+        and triton.wins(inputs)
+    )
+    return backends["triton" if takes_it else "blockwise"]
+
+
+def _triton_refusals(backends: dict[str, Backend], inputs: Inputs) -> list[str]:
+    triton = backends.get("triton")
+    installed = importlib.util.find_spec("triton") is not None
+    if triton is not None and installed:
+        return triton.refusals(inputs)
+    reasons = []
+    device = inputs.tensors[0].device
+    if device.type != "cuda":
+        reasons.append(f"it needs tensors on a CUDA device, got {device}")
+    if not installed:
+        reasons.append("triton is not installed")
+    return reasons
+
+
+# ---------------------------------------------------------------------- blockwise
+
+
+def _blockwise_hidden(x: HiddenInputs) -> tuple[Tensor, list[Tensor]]:
+    dtype = accumulator(*x.tensors)
+    layers = [
+        blockwise.hidden_mse(s, t, w, m, need_student=ns, need_weight=nw, dtype=dtype)
+        for s, t, w, m, ns, nw in zip(*x, strict=True)
+    ]
+    return _unit_gradients(x, layers)
+
+
+def _blockwise_attention(x: AttentionInputs) -> tuple[Tensor, list[Tensor]]:
+    dtype = accumulator(*x.tensors)
+    layers = [
+        blockwise.attention_mse(
+            *layer,
+            target=x.target,
+            student_scale=x.student_scale[i],
+            teacher_scale=x.teacher_scale[i],
+            causal=x.causal[i],
+            need_q=x.need_q[i],
+            need_k=x.need_k[i],
+            dtype=dtype,
+        )
+        for i, layer in enumerate(zip(*x[:8], strict=True))
+    ]
+    return _unit_gradients(x, layers)
+
+
+def _unit_gradients(x: Inputs, layers: list[blockwise.Gradients]) -> tuple[Tensor, list[Tensor]]:
+    losses = torch.stack([layer.loss for layer in layers])
+    unit = [layer.first for layer in layers] + [layer.second for layer in layers]
+    return losses, filled(unit, x)
+
+
+def _unit_like(x: Inputs) -> list[Tensor]:
+    pairs = zip(x.trained, x.needed, strict=True)
+    return filled([blockwise.empty_gradient(t, needed) for t, needed in pairs], x)
+
+
+def filled(gradients: Gradients, x: Inputs) -> list[Tensor]:
+    """An operator returns tensors only: a gradient that nobody wants has no elements."""
+    pairs = zip(gradients, x.trained, strict=True)
+    return [like.new_empty(0) if g is None else g for g, like in pairs]
+
+
+# ---------------------------------------------------------------------- Triton
+
+
+def _triton_hidden(x: HiddenInputs) -> tuple[Tensor, list[Tensor]]:
+    from optima_fast.kernels import hidden_mse as kernel
+
+    wanted = any(x.needed)
+    losses, residuals, scales = kernel.hidden_mse_forward(
+        _rows(x.student), _rows(x.teacher), x.weight, _flat(x.mask), need_residual=wanted
+    )
+    return losses, [*residuals, scales] if wanted else []
+
+
+def _triton_hidden_saved(x: HiddenInputs) -> list[Tensor]:
+    residuals = [
+        s.new_empty(s.shape[0] * s.shape[1], t.shape[2])
+        for s, t in zip(x.student, x.teacher, strict=True)
+    ]
+    return [*residuals, _scales_like(x)]
+
+
+def _triton_hidden_backward(grad: Tensor, saved: list[Tensor], x: HiddenInputs) -> Gradients:
+    from optima_fast.kernels import hidden_mse as kernel
+
+    *residuals, scales = saved
+    first, second = kernel.hidden_mse_backward(
+        grad,
+        _rows(x.student),
+        x.weight,
+        _flat(x.mask),
+        residuals,
+        scales,
+        need_student=x.need_student,
+        need_weight=x.need_weight,
+    )
+    return [_laid_out(g, like) for g, like in zip([*first, *second], x.trained, strict=True)]
+
+
+def _rows(layers: list[Tensor]) -> list[Tensor]:
+    return [x.flatten(0, 1) for x in layers]
+
+
+def _flat(masks: list[Tensor | None]) -> list[Tensor | None]:
+    return [None if x is None else x.flatten() for x in masks]
+
+
+def _laid_out(gradient: Tensor | None, like: Tensor) -> Tensor | None:
+    """In the layout of ``torch.empty_like``, which is what the operator promises."""
+    if gradient is None:
+        return None
+    out = torch.empty_like(like)
+    gradient = gradient.view(like.shape)
+    return gradient if gradient.stride() == out.stride() else out.copy_(gradient)
+
+
+def _scales_like(x: Inputs) -> Tensor:
+    scales: Tensor = x.tensors[0].new_empty(len(x.trained) // 2, dtype=accumulator(*x.tensors))
+    return scales
+
+
+def _hidden_refusals(x: HiddenInputs) -> list[str]:
+    from optima_fast.kernels import hidden_mse as kernel
+
+    reasons: list[str] = kernel.not_served(x.student, x.teacher, x.weight)
+    return reasons
+
+
+def _triton_attention(x: AttentionInputs) -> tuple[Tensor, list[Tensor]]:
+    settings: dict[str, Any] = {
+        "causal": x.causal,
+        "student_scale": x.student_scale,
+        "teacher_scale": x.teacher_scale,
+        "need_residual": any(x.needed),
+    }
+    if x.target == "scores":
+        from optima_fast.kernels import attention_scores as scores
+
+        losses, residuals, scales = scores.attention_scores_forward(*x[:6], **settings)
+        return losses, [*residuals, scales] if residuals else []
+    from optima_fast.kernels import attention_probs as probs
+
+    losses, residuals, lses, scales = probs.attention_probs_forward(*x[:8], **settings)
+    if not residuals:
+        return losses, []
+    # one that was given is an input, which an operator does not return
+    kept = [
+        lse if given is None and lse.numel() else like
+        for lse, given, like in zip(lses, x.student_lse, _lses_like(x), strict=True)
+    ]
+    return losses, [*residuals, *kept, scales]
+
+
+def _triton_attention_saved(x: AttentionInputs) -> list[Tensor]:
+    pairs = list(zip(x.student_q, x.student_k, strict=True))
+    scales = _scales_like(x)
+    if x.target == "scores":
+        from optima_fast.kernels import attention_scores as scores
+
+        return [*(scores.empty_residual(q, k) for q, k in pairs), scales]
+    from optima_fast.kernels import attention_probs as probs
+
+    residuals = [
+        q.new_empty(q.shape[0], q.shape[2], probs.residual_width(k.shape[2])) for q, k in pairs
+    ]
+    return [*residuals, *_lses_like(x), scales]
+
+
+def _lses_like(x: AttentionInputs) -> list[Tensor]:
+    """Room for each layer's log-sum-exp; none where it was given, or is not kept."""
+    from optima_fast.kernels import attention_probs as probs
+
+    dtype = accumulator(*x.tensors)
+    shapes = [
+        (*q.shape[:2], 0)
+        if given is not None or probs.is_small(q.shape[2], k.shape[2], q.dtype)
+        else q.shape[:3]
+        for q, k, given in zip(x.student_q, x.student_k, x.student_lse, strict=True)
+    ]
+    return [x.student_q[0].new_empty(shape, dtype=dtype) for shape in shapes]
+
+
+def _triton_attention_backward(grad: Tensor, saved: list[Tensor], x: AttentionInputs) -> Gradients:
+    settings: dict[str, Any] = {
+        "causal": x.causal,
+        "student_scale": x.student_scale,
+        "need_q": x.need_q,
+        "need_k": x.need_k,
+    }
+    inputs = (grad, x.student_q, x.student_k, x.query_mask, x.key_mask)
+    if x.target == "scores":
+        from optima_fast.kernels import attention_scores as scores
+
+        *residuals, scale = saved
+        first, second = scores.attention_scores_backward(*inputs, residuals, scale, **settings)
+        return [*first, *second]
+    from optima_fast.kernels import attention_probs as probs
+
+    layers, scale = len(x.student_q), saved[-1]
+    lses = [
+        lse if given is None else given.to(scale.dtype).contiguous()
+        for lse, given in zip(saved[layers:-1], x.student_lse, strict=True)
+    ]
+    first, second = probs.attention_probs_backward(*inputs, saved[:layers], lses, scale, **settings)
+    return [*first, *second]
+
+
+def _attention_refusals(x: AttentionInputs) -> list[str]:
+    if x.target == "scores":
+        from optima_fast.kernels import attention_scores as kernel
+    else:
+        from optima_fast.kernels import attention_probs as kernel
+    reasons: list[str] = kernel.not_served(*x[:4])
+    return reasons
+
+
+def _on_tensor_cores(x: Inputs) -> bool:
+    """Products of 16-bit numbers. Those of float32, IEEE's, are cuBLAS's alone to win."""
+    return all(t.dtype in (torch.float16, torch.bfloat16) for t in x.tensors)
+
+
+def _attention_wins(x: AttentionInputs) -> bool:
+    """``probs`` is bound by exponentials and by the maps that others write, in any dtype."""
+    return x.target == "probs" or _on_tensor_cores(x)
+
+
+HIDDEN_MSE = {
+    "blockwise": Backend(_blockwise_hidden, _unit_like, None, lambda x: []),
+    "triton": Backend(
+        _triton_hidden,
+        _triton_hidden_saved,
+        _triton_hidden_backward,
+        _hidden_refusals,
+        _on_tensor_cores,
+    ),
+}
+ATTENTION_MSE = {
+    "blockwise": Backend(_blockwise_attention, _unit_like, None, lambda x: []),
+    "triton": Backend(
+        _triton_attention,
+        _triton_attention_saved,
+        _triton_attention_backward,
+        _attention_refusals,
+        _attention_wins,
+    ),
+}
