@@ -7,6 +7,7 @@ copied, stacked or waited for, and a CUDA graph may record the launch.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import TypeVar
@@ -219,6 +220,17 @@ def allow_scratch() -> None:
     triton.set_allocator(
         lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda")
     )
+
+
+@triton.jit
+def of_bits(bits, ACC: tl.constexpr):
+    """A float64 from its bits: as an argument it would be rounded to float32."""
+    return bits.to(tl.int64).to(tl.float64, bitcast=True).to(ACC)
+
+
+def bits(x: float) -> int:
+    """For ``of_bits``. Odd, and far from 1: no other number needs another compilation."""
+    return int(struct.unpack("q", struct.pack("d", x or -0.0))[0]) | 1
 
 
 def accumulator(x: Tensor) -> tuple[torch.dtype, tl.dtype]:

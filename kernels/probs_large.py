@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .core import accumulator, find, pad, pick, total
+from .core import accumulator, find, of_bits, pad, pick, pick_raw, total
 from .probs_layers import (
     Counted,
     Model,
@@ -75,7 +75,7 @@ def _lse_kernel(
     q_ptr = place(model.q, model.q_strides, layer, item, head, row, UNIT)
     q = load_rows(q_ptr, stride_q, rows, units, 0, WIDTH, UNIT)
     k_base = place(model.k, model.k_strides, layer, item, head, 0, UNIT)
-    c = pick(model.scale, layer).to(ACC) * LOG2E
+    c = of_bits(pick_raw(model.scale, layer), ACC) * LOG2E
     top = tl.full((BLOCK_M,), -float("inf"), ACC)
     total = tl.zeros((BLOCK_M,), ACC)
     for col in range(0, end, BLOCK_N):
@@ -125,7 +125,7 @@ def _add_map(
     step_k = pick(model.k_strides[1], layer).to(tl.int64) * UNIT
     lse_ptr = pick(lse_ptrs, layer) + item.to(tl.int64) * heads * queries + row
     m = tl.arange(0, rows.shape[0])
-    c = pick(model.scale, layer).to(ACC) * LOG2E
+    c = of_bits(pick_raw(model.scale, layer), ACC) * LOG2E
     log_heads = tl.log2(heads.to(ACC))  # 1 / H in the exponent costs nothing an element
     for head in range(heads * alive):
         q_ptr, k_ptr = q_base + step_q * head, k_base + step_k * head
@@ -238,7 +238,7 @@ def _dq_kernel(
     r_ptr = pick(r_ptrs, layer) + item.to(tl.int64) * queries * stride * 16
     m = tl.arange(0, BLOCK_M)
     at = (item.to(tl.int64) * heads + head) * queries + row
-    scale = pick(student.scale, layer).to(ACC)
+    scale = of_bits(pick_raw(student.scale, layer), ACC)
     c = scale * LOG2E
     lse = tl.load(pick(lse_ptrs, layer) + at + m, mask=rows, other=0.0) * LOG2E - P_SHIFT
     u, v = tl.zeros((BLOCK_M, WIDTH), ACC), tl.zeros((BLOCK_M, WIDTH), ACC)
@@ -313,7 +313,7 @@ def _dk_kernel(
     m = tl.arange(0, BLOCK_M)
     at = (item.to(tl.int64) * heads + head) * queries
     lse_ptr, term_ptr = pick(lse_ptrs, layer) + at + m, pick(term_ptrs, layer) + at + m
-    scale = pick(student.scale, layer).to(ACC)
+    scale = of_bits(pick_raw(student.scale, layer), ACC)
     c = scale * LOG2E
     dk = tl.zeros((BLOCK_N, WIDTH), ACC)
     for row in range(seen // BLOCK_M * BLOCK_M, queries, BLOCK_M):

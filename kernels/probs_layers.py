@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from . import launch
-from .core import MAX_LAYERS, first_tiles, pad
+from .core import MAX_LAYERS, bits, first_tiles, pad, pad_raw
 from .launch import LaunchConfig
 from .probs_tiles import Heads, Pairs
 
@@ -61,7 +61,7 @@ class Model(NamedTuple):
             strides(self.k, layers, unit),
             pad([self.q[i].shape[1] for i in layers]),
             pad([self.q[i].shape[3] // unit for i in layers]),
-            pad([float(self.scale[i]) for i in layers]),
+            pad_raw([bits(self.scale[i]) for i in layers]),
         )
 
 

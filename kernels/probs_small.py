@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .core import accumulator, find, pad, pick, total
+from .core import accumulator, find, of_bits, pad, pick, pick_raw, total
 from .launch import LaunchConfig
 from .probs_layers import (
     Counted,
@@ -89,7 +89,7 @@ def _add_map(
     k_base = place(model.k, model.k_strides, layer, item, 0, 0, UNIT)
     step_q = pick(model.q_strides[1], layer).to(tl.int64) * UNIT
     step_k = pick(model.k_strides[1], layer).to(tl.int64) * UNIT
-    c = pick(model.scale, layer).to(ACC) * LOG2E
+    c = of_bits(pick_raw(model.scale, layer), ACC) * LOG2E
     BLOCK_N: tl.constexpr = cols.shape[0]
     for head in range(heads * alive):
         q_ptr, k_ptr = q_base + step_q * head, k_base + step_k * head
@@ -230,7 +230,7 @@ def _add_rows(
     stride_q, stride_k = pick(student.q_strides[2], layer), pick(student.k_strides[2], layer)
     k_ptr = place(student.k, student.k_strides, layer, item, head, 0, UNIT)
     t_ptr = k_ptr + BLOCK_N * stride_k * UNIT
-    c = pick(student.scale, layer).to(ACC) * LOG2E
+    c = of_bits(pick_raw(student.scale, layer), ACC) * LOG2E
     m = tl.arange(0, BLOCK_M)
     for row in range(start, stop, BLOCK_M):
         # what is not seen reads as 0: it may hold nan, and 0 * nan is nan
@@ -321,7 +321,7 @@ def _backward_kernel(
         cols_tail, k_tail, dk_tail = cols, k, dk
     stride = pick(stride_r, layer)
     r_ptr = pick(r_ptrs, layer) + item.to(tl.int64) * queries * stride * 16
-    scale = pick(student.scale, layer).to(ACC)
+    scale = of_bits(pick_raw(student.scale, layer), ACC)
     alpha = tl.load(factor_ptr + pick(places, layer)) * scale / heads * 2.0 ** -(P_SHIFT + R_SHIFT)
     # causal blocks of queries that end before the tail do without it
     split = queries

@@ -1,0 +1,455 @@
+"""The head-averaged attention-probability kernels against float64, in the interpreter or on a GPU."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import tolerance
+import torch
+from torch import Tensor
+
+from optima_fast.losses import reference
+
+pytest.importorskip("triton")
+
+from optima_fast.kernels import attention_probs as kernel
+from optima_fast.kernels import core, launch, probs_layers
+
+ON_GPU = torch.cuda.is_available()
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    # what a mask hides enters products, whose result is then discarded
+    pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning"),
+]
+
+BFLOAT16 = pytest.mark.skipif(
+    not ON_GPU, reason="the interpreter multiplies the bit patterns of bfloat16"
+)
+# a row of a map in registers, up to 128 tokens and not for float32, or several sweeps
+CASES = [
+    pytest.param("rows", torch.float16, id="rows-float16"),
+    pytest.param("rows", torch.bfloat16, id="rows-bfloat16", marks=BFLOAT16),
+    pytest.param("sweeps", torch.float16, id="sweeps-float16"),
+    pytest.param("sweeps", torch.bfloat16, id="sweeps-bfloat16", marks=BFLOAT16),
+    pytest.param("sweeps", torch.float32, id="sweeps-float32"),
+]
+no_float64 = pytest.mark.skipif(ON_GPU, reason="float64 is for gradcheck in the interpreter")
+NAN, INF = float("nan"), float("inf")
+MODELS = ("student", "teacher")
+
+
+class Shape(NamedTuple):
+    """Of one layer: batch, student's heads and their size, teacher's, queries, keys."""
+
+    B: int
+    H_S: int
+    D_S: int
+    H_T: int
+    D_T: int
+    N_Q: int
+    N_K: int
+    causal: bool = False
+
+
+class Layers(NamedTuple):
+    student_q: list[Tensor]
+    student_k: list[Tensor]
+    teacher_q: list[Tensor]
+    teacher_k: list[Tensor]
+    query_masks: list[Tensor | None]
+    key_masks: list[Tensor | None]
+    student_lse: list[Tensor | None]
+    teacher_lse: list[Tensor | None]
+    causal: list[bool]
+    student_scale: list[float]
+    teacher_scale: list[float]
+
+    def layer(self, i: int) -> Layers:
+        return Layers(*([x[i]] for x in self))
+
+
+class Kept(NamedTuple):
+    residuals: list[Tensor]
+    lses: list[Tensor]
+    scales: Tensor
+
+
+class Results(NamedTuple):
+    losses: list[Tensor]
+    d_q: list[Tensor | None]
+    d_k: list[Tensor | None]
+
+
+# tiles as small as products allow, so that a few tokens reach past their edges
+TILES = {
+    "PROBS_LSE": (32, 16),
+    "PROBS_RESIDUAL": (32, 16),
+    "PROBS_DQ": (16, 32),
+    "PROBS_DK": (32, 16),
+    "PROBS_SMALL_FORWARD": (16, 32),
+    "PROBS_SMALL_BACKWARD": (16, 32),
+}
+EDGES = [
+    Shape(1, 1, 1, 1, 1, 1, 1),
+    Shape(2, 2, 5, 3, 20, 3, 9),
+    Shape(1, 2, 16, 1, 32, 16, 32, causal=True),
+    Shape(1, 2, 20, 2, 72, 17, 33),
+    Shape(2, 2, 24, 1, 16, 33, 33, causal=True),
+    Shape(1, 1, 33, 2, 8, 18, 70, causal=True),
+    Shape(1, 2, 8, 1, 64, 70, 18, causal=True),
+]
+MIXED = [
+    Shape(2, 2, 8, 3, 6, 34, 17),
+    Shape(0, 2, 4, 2, 4, 5, 5),
+    Shape(1, 4, 3, 1, 20, 9, 40, causal=True),
+    Shape(2, 1, 6, 2, 6, 4, 0),
+    Shape(1, 2, 7, 2, 5, 1, 3),
+    Shape(3, 1, 6, 2, 6, 0, 4, causal=True),
+]
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, (block_m, block_n) in TILES.items():
+        table = getattr(launch, name)
+        for key, entry in table.items():
+            monkeypatch.setitem(table, key, entry._replace(block_m=block_m, block_n=block_n))
+
+
+@pytest.fixture
+def path(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, small_tiles: None
+) -> None:
+    """What CASES names."""
+    if request.param == "sweeps":
+        monkeypatch.setattr(kernel, "SMALL", 0)
+
+
+def make(
+    shapes: list[Shape], dtype: torch.dtype, device: str, masked: bool = False, seed: int = 0
+) -> Layers:
+    """Layers of tokens' heads side by side; if masked, masks of queries, of keys or of both.
+
+    What a mask hides is nan and inf.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    layers = Layers(*([] for _ in Layers._fields))
+    for i, (B, H_S, D_S, H_T, D_T, N_Q, N_K, causal) in enumerate(shapes):
+        sides = ((H_S, D_S, N_Q), (H_S, D_S, N_K), (H_T, D_T, N_Q), (H_T, D_T, N_K))
+        masks: list[Tensor | None] = []
+        for n, wanted in ((N_Q, i % 3 != 1), (N_K, i % 3 != 2)):
+            mask = torch.rand(B, n, generator=generator) < 0.7
+            if mask.shape[0]:
+                mask[0, :1] = True
+            masks.append(mask if masked and wanted else None)
+        for group, mask, fill, (H, D, n) in zip(
+            layers, masks * 2, (NAN, INF, -INF, NAN), sides, strict=False
+        ):
+            # maps far from uniform, so that a lost term or factor cannot hide
+            x = torch.randn(B, n, H, D, generator=generator, dtype=torch.float64) * 1.5 + 0.3
+            if mask is not None:
+                x[~mask] = fill
+            group.append(x.to(device, dtype).transpose(1, 2))
+        layers.query_masks.append(None if masks[0] is None else masks[0].to(device))
+        layers.key_masks.append(None if masks[1] is None else masks[1].to(device))
+        layers.student_lse.append(None)
+        layers.teacher_lse.append(None)
+        layers.causal.append(causal)
+        layers.student_scale.append(D_S**-0.5)
+        layers.teacher_scale.append(1.3 * D_T**-0.5)
+    return layers
+
+
+def valid_pairs(layers: Layers, i: int) -> Tensor:
+    return reference.valid_pairs(
+        layers.query_masks[i],
+        layers.key_masks[i],
+        layers.causal[i],
+        layers.student_q[i],
+        layers.student_k[i].shape[2],
+    )
+
+
+def log_sums(layers: Layers, i: int, side: str) -> Tensor:
+    """[B, H, Nq] in float64, nan where nothing counts."""
+    q, k = (getattr(layers, f"{side}_{x}")[i].double().nan_to_num(0, 0, 0) for x in "qk")
+    scores = q @ k.transpose(-1, -2) * getattr(layers, f"{side}_scale")[i]
+    valid = valid_pairs(layers, i)[:, None]
+    lse = scores.masked_fill(~valid, -INF).logsumexp(-1)
+    return lse.masked_fill(~valid.any(-1), NAN)
+
+
+def with_log_sums(layers: Layers, dtype: torch.dtype = torch.float32) -> Layers:
+    every = range(len(layers.student_q))
+    given = ([log_sums(layers, i, side).to(dtype) for i in every] for side in MODELS)
+    return layers._replace(**dict(zip(("student_lse", "teacher_lse"), given, strict=True)))
+
+
+def upstream(layers: Layers) -> Tensor:
+    """Gradients that differ from layer to layer and are not 1."""
+    student = layers.student_q[0]
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    return torch.linspace(-2.5, 3.0, len(layers.student_q), dtype=dtype, device=student.device)
+
+
+def forward(layers: Layers, need_residual: bool = True) -> tuple[Tensor, Kept]:
+    losses, *kept = kernel.attention_probs_forward(
+        *layers[:8],
+        causal=layers.causal,
+        student_scale=layers.student_scale,
+        teacher_scale=layers.teacher_scale,
+        need_residual=need_residual,
+    )
+    return losses, Kept(*kept)
+
+
+def backward(
+    layers: Layers,
+    grad: Tensor,
+    kept: Kept,
+    need_q: list[bool] | None = None,
+    need_k: list[bool] | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    every = [True] * len(layers.student_q)
+    return kernel.attention_probs_backward(
+        grad,
+        layers.student_q,
+        layers.student_k,
+        layers.query_masks,
+        layers.key_masks,
+        *kept,
+        causal=layers.causal,
+        student_scale=layers.student_scale,
+        need_q=every if need_q is None else need_q,
+        need_k=every if need_k is None else need_k,
+        dtype=dtype,
+    )
+
+
+def fused(layers: Layers, grad: Tensor | None = None) -> Results:
+    losses, kept = forward(layers)
+    return Results(
+        list(losses), *backward(layers, upstream(layers) if grad is None else grad, kept)
+    )
+
+
+def autograd(layers: Layers, grad: Tensor, dtype: torch.dtype | None = None) -> Results:
+    """Plain PyTorch in the inputs' dtype, its squares wider; or all in another dtype."""
+    results = Results([], [], [])
+    for i in range(len(layers.student_q)):
+        sq, sk, tq, tk = (x[i] if dtype is None else x[i].to(dtype) for x in layers[:4])
+        sq, sk = (x.detach().clone().requires_grad_() for x in (sq, sk))
+        valid = valid_pairs(layers, i)
+        maps = (
+            reference.attention_map(q, k, valid, "probs", scale[i])
+            for q, k, scale in ((sq, sk, layers.student_scale), (tq, tk, layers.teacher_scale))
+        )
+        residual = torch.where(valid, next(maps) - next(maps), 0)
+        square = residual.to(torch.promote_types(residual.dtype, torch.float32)).square()
+        loss = square.sum() / valid.sum().clamp(min=1)
+        loss.backward(grad[i].to(loss.dtype))
+        results.losses.append(loss.detach())
+        results.d_q.append(sq.grad)
+        results.d_k.append(sk.grad)
+    return results
+
+
+def cancelling(layers: Layers, i: int, grad: Tensor, loss: Tensor) -> tuple[float, float, float]:
+    """Bounds of what cancels in a loss, in dQ and in dK: maps reach 1 where R and R - r may be 0."""
+    q, k = (x[i].double().nan_to_num(0, 0, 0) for x in layers[:2])
+    if not q.numel() or not k.numel():
+        return 0, 0, 0
+    eps = torch.finfo(torch.promote_types(layers.student_q[i].dtype, torch.float32)).eps
+    n = valid_pairs(layers, i).sum().clamp(min=1)
+    factor = 2 * grad[i].abs() * abs(layers.student_scale[i]) / (n * q.shape[1])
+    return (
+        loss.sqrt().item() + eps,
+        (factor * k.abs().max()).item(),
+        (factor * q.abs().max()).item(),
+    )
+
+
+def check(layers: Layers, grad: Tensor | None = None) -> Results:
+    """Every loss and gradient by the rule of tests/tolerance.py.
+
+    Its floor: 2 eps of the stored dtype of the result, and 2 eps of sums of what cancels in it.
+    """
+    grad = upstream(layers) if grad is None else grad
+    ours, eager = fused(layers, grad), autograd(layers, grad)
+    exact = autograd(layers, grad, torch.float64)
+    for i, rows in enumerate(zip(*ours, *eager, *exact, strict=True)):
+        sizes = cancelling(layers, i, grad, rows[6])
+        for j, name in enumerate(Results._fields):
+            actual, plain, truth = rows[j::3]
+            assert actual.isfinite().all(), f"{name}[{i}]"
+            wide = torch.promote_types(actual.dtype, torch.float32)
+            ratio = torch.finfo(wide).eps / torch.finfo(actual.dtype).eps
+            size = truth.abs().max().item() if truth.numel() else 0.0
+            tolerance.assert_as_good_as_eager(
+                f"{name}[{i}]", actual, plain, truth, scale=size + ratio * sizes[j]
+            )
+    return ours
+
+
+def assert_same(a: Results, b: Results) -> None:
+    for name in Results._fields:
+        for x, y in zip(getattr(a, name), getattr(b, name), strict=True):
+            assert torch.equal(x, y), name
+
+
+on_each_path = pytest.mark.parametrize(("path", "dtype"), CASES, indirect=["path"])
+
+
+@on_each_path
+@pytest.mark.parametrize("shape", EDGES, ids=lambda s: "x".join(str(int(n)) for n in s))
+def test_one_layer(shape: Shape, path: None, dtype: torch.dtype, device: str) -> None:
+    layers = make([shape], dtype, device, masked=True)
+    ours = check(layers, torch.full((1,), -2.5, device=device))
+    assert ours.losses[0].dtype == torch.float32
+    assert ours.d_q[0].dtype == ours.d_k[0].dtype == dtype
+
+
+@on_each_path
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+def test_layers_of_different_shapes_some_empty(
+    masked: bool, path: None, dtype: torch.dtype, device: str
+) -> None:
+    ours = check(make(MIXED, dtype, device, masked))
+    assert [i for i, x in enumerate(ours.losses) if not x] == [1, 3, 5]
+    assert not ours.d_q[3].any()  # queries without a key
+    assert not ours.d_k[5].any()  # keys without a query
+
+
+@no_float64
+@pytest.mark.parametrize("path", ["rows", "sweeps"], indirect=True)
+def test_float64(path: None) -> None:
+    check(make([MIXED[0], MIXED[2]], torch.float64, "cpu", masked=True))
+
+
+@on_each_path
+def test_one_launch_is_as_many(
+    path: None, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit: a call again, layers one by one, and a call that takes several launches."""
+    layers = make(MIXED, dtype, device, masked=True)
+    grad = upstream(layers)
+    whole = fused(layers, grad)
+    assert_same(whole, fused(layers, grad))
+    alone = [fused(layers.layer(i), grad[i : i + 1]) for i in range(len(grad))]
+    assert_same(whole, Results(*([x for (x,) in group] for group in zip(*alone, strict=True))))
+    monkeypatch.setattr(probs_layers, "MAX_LAYERS", 2)
+    assert_same(whole, fused(layers, grad))
+
+
+@on_each_path
+def test_log_sums_that_are_given(path: None, dtype: torch.dtype, device: str) -> None:
+    """Within rounding the same; a query that sees no key may come with nan."""
+    layers = make(MIXED, dtype, device, masked=True)
+    check(with_log_sums(layers))
+    some = with_log_sums(layers)
+    some.student_lse[0] = some.teacher_lse[2] = None
+    check(some)
+    wide = with_log_sums(layers, torch.float64)
+    strided = wide._replace(
+        student_lse=[x.transpose(1, 2).contiguous().transpose(1, 2) for x in wide.student_lse]
+    )
+    assert_same(fused(strided), fused(with_log_sums(layers)))
+
+
+@on_each_path
+def test_the_loss_alone_is_the_same(path: None, dtype: torch.dtype, device: str) -> None:
+    layers = make(MIXED, dtype, device, masked=True)
+    losses, kept = forward(layers, need_residual=False)
+    assert kept.residuals == kept.lses == []
+    assert torch.equal(losses, forward(layers)[0])
+
+
+@on_each_path
+def test_only_what_is_asked_for(path: None, dtype: torch.dtype, device: str) -> None:
+    layers = make(MIXED, dtype, device, masked=True)
+    grad = upstream(layers)
+    _, kept = forward(layers)
+    before = [x.clone() for x in (*kept.residuals, *kept.lses)]
+    whole = backward(layers, grad, kept)
+    need_q, need_k = [True, False] * 3, [True, True, False, False, True, True]
+    for found, every, wanted in zip(
+        backward(layers, grad, kept, need_q, need_k), whole, (need_q, need_k), strict=True
+    ):
+        for x, y, need in zip(found, every, wanted, strict=True):
+            assert (x is not None) == need
+            assert x is None or torch.equal(x, y)
+    assert backward(layers, grad, kept, [False] * 6, [False] * 6) == ([None] * 6, [None] * 6)
+    for x, y in zip(before, (*kept.residuals, *kept.lses), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("path", ["rows", "sweeps"], indirect=True)
+def test_gradients_in_another_dtype_and_of_any_size(path: None, device: str) -> None:
+    """Of float16: stored values neither underflow nor overflow, whatever the upstream gradient."""
+    layers = make([Shape(1, 2, 8, 3, 6, 34, 17)], torch.float16, device, masked=True)
+    _, kept = forward(layers)
+    exact = autograd(layers, torch.ones(1, device=device), torch.float64)
+    for size in (1.0, 1e-6, 1e5):
+        grad = torch.full((1,), size, device=device)
+        found = backward(layers, grad, kept, dtype=torch.float32)
+        for (x,), (y,) in zip(found, exact[1:], strict=True):
+            assert x.dtype == torch.float32
+            assert (x.double() / size - y).abs().max() <= 4e-3 * y.abs().max()
+    zero = backward(layers, torch.zeros(1, device=device), kept)
+    assert not any(x.any() for (x,) in zero)
+
+
+@on_each_path
+def test_any_layout_gives_the_same(path: None, dtype: torch.dtype, device: str) -> None:
+    """Heads first in memory, a slice of a fused projection, features that lie apart."""
+    shape = Shape(2, 2, 8, 2, 16, 19, 19)
+    layers = make([shape], dtype, device)
+    expected = fused(layers)
+    side = [torch.cat([q, k, k], -1) for q, k in zip(layers[0], layers[1], strict=True)][0]
+    d = shape.D_S
+    fused_projection = layers._replace(
+        student_q=[side[..., :d]],
+        student_k=[side[..., d : 2 * d]],
+        teacher_q=[layers.teacher_q[0].contiguous()],
+        teacher_k=[layers.teacher_k[0].transpose(2, 3).contiguous().transpose(2, 3)],
+    )
+    assert_same(fused(fused_projection), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["float16", "float32"])
+def test_tiles_as_in_the_tables(dtype: torch.dtype, device: str) -> None:
+    """Text of 77 tokens, a cross attention, and rows just past what registers hold."""
+    shapes = [
+        Shape(1, 1, 64, 2, 64, 77, 77, causal=True),
+        Shape(1, 1, 64, 1, 128, 64, 150),
+        Shape(1, 2, 20, 1, 40, 129, 129, causal=True),
+    ]
+    check(make(shapes, dtype, device, masked=True))
+
+
+def test_what_it_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = [torch.zeros(1, 1, 2, 130)]
+    assert "head sizes must be at most 128, got 130" in kernel.not_served(q, q, q, q)
+    small = [torch.zeros(1, 1, 2, 4)]
+    mixed = [*small, small[0].half()]
+    assert any("students must have one dtype" in x for x in kernel.not_served(
+        mixed, mixed, small * 2, small * 2
+    ))  # fmt: skip
+    monkeypatch.setattr(core, "INTERPRETED", False)
+    assert any("must be CUDA" in x for x in kernel.not_served(small, small, small, small))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
+def test_nothing_waits_for_the_device() -> None:
+    layers = make([Shape(2, 3, 64, 4, 64, 300, 300), Shape(2, 3, 64, 4, 64, 77, 77)],
+                  torch.bfloat16, "cuda", masked=True)  # fmt: skip
+    grad = upstream(layers)
+    fused(layers, grad)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fused(layers, grad)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
