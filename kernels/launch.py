@@ -189,6 +189,18 @@ CANDIDATES = {
             LaunchConfig(128, 256, 64, 8, 3, programs=1, split=2),
         ),
     },
+    "ATTENTION_SCORES_FORWARD": {
+        (9, 2, 128): (
+            LaunchConfig(128, 64, 64, 4, 3),
+            LaunchConfig(128, 256, 64, 8, 3),
+            LaunchConfig(128, 128, 64, 4, 3),
+        ),
+        (10, 2, 128): (LaunchConfig(128, 64, 64, 4, 3), LaunchConfig(128, 256, 64, 8, 3)),
+    },
+    "ATTENTION_SCORES_BACKWARD": {
+        (9, 2, 128): (LaunchConfig(128, 64, 64, 4, 3), LaunchConfig(128, 256, 64, 8, 3)),
+        (10, 2, 128): (LaunchConfig(128, 64, 64, 4, 3), LaunchConfig(128, 256, 64, 8, 3)),
+    },
 }
 
 
