@@ -24,7 +24,6 @@ sum has a fixed order and results are bit-reproducible.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -36,6 +35,7 @@ from . import launch
 from .core import (
     MAX_LAYERS,
     accumulator,
+    bits,
     device_refusals,
     dtype_refusals,
     first_tiles,
@@ -79,11 +79,6 @@ def _unit_stride(x: Tensor) -> Tensor:
     """Rows that lie so that offsets within a tile fit 32 bits; a copy if they do not."""
     near = x.stride(2) < MAX_STRIDE or x.shape[2] == 1
     return x if x.stride(3) == 1 and near else x.contiguous()
-
-
-def _bits(x: float) -> int:
-    """Odd, and far from 1: no other factor needs another compilation."""
-    return int(struct.unpack("q", struct.pack("d", x or -0.0))[0]) | 1
 
 
 def _masks(masks: Sequence[Tensor | None], other: Tensor) -> tuple[list[Tensor], list[int]]:
@@ -193,8 +188,8 @@ def attention_scores_forward(
                 pad(q_masked),
                 pad(k_masked),
                 pad([int(c) for c in causal]),
-                pad_raw([_bits(x) for x in ratio]),
-                pad_raw([_bits(x or 1.0) for x in a_s]),
+                pad_raw([bits(x) for x in ratio]),
+                pad_raw([bits(x or 1.0) for x in a_s]),
                 pad(first[:-1], tiles),
                 STORE=need_residual,
                 ACC=acc,
@@ -331,7 +326,7 @@ def _gradients(
             pad(q_masked),
             pad(k_masked),
             pad([int(causal[i]) for i in part]),
-            pad_raw([_bits(student_scale[i] / inner[i].shape[1]) for i in part]),
+            pad_raw([bits(student_scale[i] / inner[i].shape[1]) for i in part]),
             pad(first[:-1], tiles),
             TRANSPOSED=transposed,
             MASKED=any((*q_masked, *k_masked)),

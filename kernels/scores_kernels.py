@@ -5,13 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .core import add_product, find, pick, pick_raw
-
-
-@triton.jit
-def _factor(bits, ACC: tl.constexpr):
-    """A float64 from its bits: as an argument it would be rounded to float32."""
-    return bits.to(tl.int64).to(tl.float64, bitcast=True).to(ACC)
+from .core import add_product, find, of_bits, pick, pick_raw
 
 
 @triton.jit
@@ -138,7 +132,7 @@ def attention_scores_fwd_kernel(
         pick_raw(D_T, layer),
         BLOCK_K,
     )
-    acc *= _factor(pick_raw(ratio, layer), ACC)
+    acc *= of_bits(pick_raw(ratio, layer), ACC)
     stride_q, stride_k = pick_raw(stride_sqn, layer), pick_raw(stride_skn, layer)
     acc = add_product(
         acc,
@@ -161,7 +155,7 @@ def attention_scores_fwd_kernel(
         qm_ptrs, km_ptrs, q_masked, k_masked, causal, layer, item, row, col, n_q, n_k,
         BLOCK_M, BLOCK_N,
     )  # fmt: skip
-    r = tl.where(valid, acc * _factor(pick_raw(scale, layer), ACC), 0.0)
+    r = tl.where(valid, acc * of_bits(pick_raw(scale, layer), ACC), 0.0)
     tl.store(sum_ptr + tile, tl.sum(r * r))
     if STORE:
         r_ptr = pick(r_ptrs, layer)
@@ -263,7 +257,7 @@ def attention_scores_bwd_kernel(
         x_mask = counts[:, None] & in_cols[None, :]
         x = tl.load(x_tile + tl.cast(start, tl.int64) * stride_x, mask=x_mask, other=0.0)
         acc = tl.dot(r, x, acc, input_precision="ieee", out_dtype=ACC)
-    factor = tl.load(factor_ptr + pick(place, layer)) * _factor(pick_raw(scale, layer), ACC)
+    factor = tl.load(factor_ptr + pick(place, layer)) * of_bits(pick_raw(scale, layer), ACC)
     dx_ptr = pick(dx_ptrs, layer)
     stride_dx = pick_raw(stride_dxn, layer)
     dx_ptr += item * pick_raw(stride_dxb, layer) + head * pick_raw(stride_dxh, layer)

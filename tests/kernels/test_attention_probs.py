@@ -1,4 +1,4 @@
-"""The head-averaged attention-probability kernels against float64, in the interpreter or on a GPU."""
+"""The kernels of head-averaged probabilities against float64, in the interpreter or on a GPU."""
 
 from __future__ import annotations
 
@@ -257,7 +257,7 @@ def autograd(layers: Layers, grad: Tensor, dtype: torch.dtype | None = None) -> 
 
 
 def cancelling(layers: Layers, i: int, grad: Tensor, loss: Tensor) -> tuple[float, float, float]:
-    """Bounds of what cancels in a loss, in dQ and in dK: maps reach 1 where R and R - r may be 0."""
+    """Bounds of what cancels in a loss, in dQ and in dK: maps reach 1 where R may be 0."""
     q, k = (x[i].double().nan_to_num(0, 0, 0) for x in layers[:2])
     if not q.numel() or not k.numel():
         return 0, 0, 0
@@ -407,7 +407,8 @@ def test_any_layout_gives_the_same(path: None, dtype: torch.dtype, device: str) 
     shape = Shape(2, 2, 8, 2, 16, 19, 19)
     layers = make([shape], dtype, device)
     expected = fused(layers)
-    side = [torch.cat([q, k, k], -1) for q, k in zip(layers[0], layers[1], strict=True)][0]
+    (q,), (k,) = layers[:2]
+    side = torch.cat([q, k, k], -1)
     d = shape.D_S
     fused_projection = layers._replace(
         student_q=[side[..., :d]],
