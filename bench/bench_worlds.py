@@ -1,7 +1,7 @@
 """Bandit policies in simulated worlds: what they earn, as a fraction of what the oracle earns.
 
     python bench/bench_worlds.py            # the tables, minutes
-    python bench/bench_worlds.py --quick    # few worlds and runs, seconds
+    python bench/bench_worlds.py --smoke    # few worlds and runs, seconds
     python bench/bench_worlds.py --part many --policies structured-ucb random
 
 Parts: ``suite``, every policy in every world at 7 arms, 1,000 rounds, noise half as large as the
@@ -159,7 +159,7 @@ def cells(args: argparse.Namespace) -> list[Cell]:
     worlds, many = TUNED + LOOKED_AT + HELD_OUT, MANY_TUNED + MANY_HELD_OUT
     noises, lengths = [0.15, 0.5, 1.0, 1.5], [250, 1000, 4000]
     sizes, rounds = {63: args.runs // 3, 255: args.runs // 6}, 1000
-    if args.quick:
+    if args.smoke:
         worlds, many = (TUNED[0], TUNED[-1], LOOKED_AT[0], HELD_OUT[-1]), MANY_TUNED[1:2]
         noises, lengths, sizes, rounds = [0.5], [250], {63: 2}, 250
     everyone = tuple(dict.fromkeys((REFERENCE, *args.policies)))
@@ -247,16 +247,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parts = ["suite", "range", "many"]
     known = [name for name in bandit.names() if name not in ("fixed", "greedy")]
-    parser.add_argument("--quick", action="store_true", help="few worlds, short runs")
+    parser.add_argument("--smoke", action="store_true", help="few worlds, short runs")
     parser.add_argument("--part", nargs="+", choices=parts, default=parts)
     parser.add_argument("--policies", nargs="+", choices=known, default=known)
     parser.add_argument("--default", choices=known, default=DEFAULT, help="policy of part range")
-    parser.add_argument("--runs", type=int, help="of a world at 7 arms (default: 60; quick: 8)")
+    parser.add_argument("--runs", type=int, help="of a world at 7 arms (default: 60; smoke: 8)")
     parser.add_argument("--first-seed", type=int, default=1000)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", metavar="FILE", help="append a line a world and policy")
     args = parser.parse_args(argv)
-    args.runs = args.runs or (8 if args.quick else 60)
+    args.runs = args.runs or (8 if args.smoke else 60)
 
     facts = {
         "optima_fast": optima_fast.__version__,

@@ -310,11 +310,12 @@ class DiscountBank : public Scaled {
   }
 
   void learn_scaled(std::size_t k, double x) override {
-    Numbers variance, surprise;
-    for (const Discounted& member : members_) {
+    Numbers variance(members_.size()), surprise(members_.size());
+    for (std::size_t i = 0; i < members_.size(); ++i) {
+      const Discounted& member = members_[i];
       const Summary summary = member.summary();
-      variance.push_back(summary.variance * (1.0 + 1.0 / (member.weight[k] + prior_)));
-      surprise.push_back(member.away(x) - summary.mean - member.offset(k, summary.mean, prior_));
+      variance[i] = summary.variance * (1.0 + 1.0 / (member.weight[k] + prior_));
+      surprise[i] = member.away(x) - summary.mean - member.offset(k, summary.mean, prior_);
     }
     if (*std::min_element(variance.begin(), variance.end()) > 0.0) {
       const double widest = *std::max_element(variance.begin(), variance.end());

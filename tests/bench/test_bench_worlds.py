@@ -143,9 +143,9 @@ def test_below_counts_the_paired_runs():
     assert bench_worlds.below(fractions, "paper") == 0.0
 
 
-def test_the_quick_form_shows_every_policy_and_that_the_default_beats_the_paper(tmp_path, capsys):
+def test_the_smoke_form_shows_every_policy_and_that_the_default_beats_the_paper(tmp_path, capsys):
     path = tmp_path / "worlds.jsonl"
-    assert bench_worlds.main(["--quick", "--jobs", "1", "--json", str(path)]) == 0
+    assert bench_worlds.main(["--smoke", "--jobs", "1", "--json", str(path)]) == 0
     printed = capsys.readouterr().out
     for name in bandit.names():
         assert (f"| {name} |" in printed) == (name not in ("fixed", "greedy"))
@@ -163,7 +163,7 @@ def test_the_quick_form_shows_every_policy_and_that_the_default_beats_the_paper(
 
 
 def test_parts_and_policies_can_be_chosen(capsys):
-    arguments = ["--quick", "--jobs", "1", "--runs", "2", "--part", "many", "--policies", "random"]
+    arguments = ["--smoke", "--jobs", "1", "--runs", "2", "--part", "many", "--policies", "random"]
     assert bench_worlds.main(arguments) == 0
     printed = capsys.readouterr().out
     assert "63 arms" in printed
