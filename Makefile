@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench gpu resources mutants dist clean
+.PHONY: demo test lint bench gpu resources mutants sanitize dist clean
 
 demo: $(STAMP)  ## distil the built-in task with the defaults
 	$(RUN) -m optima_fast.train
@@ -20,6 +20,7 @@ lint: $(STAMP)
 bench: $(STAMP)  ## ratios against eager and torch.compile
 	$(RUN) bench/bench_losses.py
 	$(RUN) bench/bench_bandit.py
+	$(RUN) bench/bench_worlds.py
 
 gpu:  ## tests, checks and benches on a CUDA device; installs nothing, takes PYTHON as it is
 	PYTHONPATH=. $(PYTHON) bench/gpu.py $(GPU)
@@ -30,13 +31,16 @@ resources: $(STAMP)  ## registers, spills and shared memory of every kernel, wit
 mutants: $(STAMP)  ## planted kernel faults, each of which a test must catch
 	$(RUN) tests/mutants.py
 
+sanitize: $(STAMP)  ## the bandit's tests on an extension built with ASan and UBSan
+	PYTHON=$(abspath $(RUN)) sh csrc/sanitize.sh
+
 dist: $(STAMP)  ## sdist and wheel
 	$(RUN) -m build
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info optima_fast/*.so .mypy_cache .pytest_cache .ruff_cache
 
-$(STAMP): pyproject.toml setup.py constraints.txt csrc/bandit.cpp
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.h)
 	$(PYTHON) -m venv $(VENV)
 	PIP_DISABLE_PIP_VERSION_CHECK=1 $(RUN) -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
