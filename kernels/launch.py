@@ -88,10 +88,10 @@ ATTENTION_SCORES_BACKWARD = {
 }
 
 # Attention probabilities. Keys: (compute capability's major number, bytes an element of the wider
-# model, columns that a head is padded to, 64 at most or 128). Ahead of time, not timed: no spills,
-# and two programs fit on a multiprocessor. block_k: of a head at a time where it is narrower; where
-# there are no tensor cores, whole heads take too many registers. maxnreg: 128 lets two programs of
-# 8 warps fit, 255 keeps the compiler from spilling so that a third one fits.
+# model, columns that a head is padded to, 64 at most or 128). Ahead of time, not timed: hardly a
+# spill, and but for float32 two programs fit on a multiprocessor. block_k: of a head at a time
+# where it is narrower; without tensor cores whole heads take too many registers. maxnreg: 128 lets
+# two programs of 8 warps fit, 255 keeps the compiler from spilling so that a third one fits.
 PROBS_LSE = {
     (8, 2, 64): LaunchConfig(128, 64, 128, 8, 2, maxnreg=128),
     (8, 2, 128): LaunchConfig(64, 64, 128, 4, 2),
@@ -121,14 +121,14 @@ PROBS_RESIDUAL = {
     (8, 8, 128): LaunchConfig(32, 32, 16, 4, 1),
 }
 PROBS_DQ = {
-    (8, 2, 64): LaunchConfig(64, 64, 128, 4, 2),
+    (8, 2, 64): LaunchConfig(64, 32, 128, 4, 2),
     (8, 2, 128): LaunchConfig(32, 64, 128, 4, 2),
     (9, 2, 64): LaunchConfig(64, 64, 128, 4, 2),
     (9, 2, 128): LaunchConfig(64, 32, 128, 4, 2),
     (10, 2, 64): LaunchConfig(64, 64, 128, 4, 2),
     (10, 2, 128): LaunchConfig(64, 64, 128, 4, 2),
-    (8, 4, 64): LaunchConfig(32, 32, 16, 4, 1),
-    (8, 4, 128): LaunchConfig(32, 32, 16, 4, 1),
+    (8, 4, 64): LaunchConfig(32, 32, 16, 8, 1),
+    (8, 4, 128): LaunchConfig(32, 32, 16, 8, 1),
     (8, 8, 64): LaunchConfig(32, 32, 16, 4, 1),
     (8, 8, 128): LaunchConfig(32, 32, 16, 4, 1),
 }
@@ -138,7 +138,7 @@ PROBS_DK = {
     (9, 2, 64): LaunchConfig(64, 64, 128, 4, 2),
     (9, 2, 128): LaunchConfig(32, 64, 128, 4, 2),
     (10, 2, 64): LaunchConfig(64, 64, 128, 4, 2),
-    (10, 2, 128): LaunchConfig(64, 64, 128, 4, 2),
+    (10, 2, 128): LaunchConfig(64, 32, 128, 4, 2),
     (8, 4, 64): LaunchConfig(32, 32, 16, 4, 1),
     (8, 4, 128): LaunchConfig(32, 32, 16, 4, 1),
     (8, 8, 64): LaunchConfig(32, 32, 16, 4, 1),
@@ -152,7 +152,7 @@ PROBS_SMALL_FORWARD = {
     (9, 2, 64): LaunchConfig(64, 64, 128, 4, 2),
     (9, 2, 128): LaunchConfig(64, 64, 128, 4, 2),
     (10, 2, 64): LaunchConfig(64, 64, 128, 4, 2),
-    (10, 2, 128): LaunchConfig(32, 64, 128, 4, 1),
+    (10, 2, 128): LaunchConfig(64, 64, 128, 4, 1),
     (8, 8, 64): LaunchConfig(16, 64, 16, 4, 1),
     (8, 8, 128): LaunchConfig(16, 64, 16, 4, 1),
 }

@@ -47,6 +47,11 @@ WIDE_COPY = (
 # programs of an operator that a multiprocessor must hold, so that one's epilogue hides under
 # another's products; by default one
 RESIDENT = {"hidden_mse": 2, "attention_scores": 2}
+AROUND_PRODUCTS = "addresses and masks kept for after the products; smaller tiles read more"
+WHOLE_ROWS = (
+    "rows of 128 keys in registers; the usual text of 77 tokens has 80 columns and no spill"
+)
+FLOAT32 = "without tensor cores products take many registers"
 # (kernel, architecture, tile): bytes a thread that it may spill, and why
 MAY_SPILL: dict[tuple[str, int, str], tuple[int, str]] = {
     ("attention_scores_fwd", 100, "128x128x64 w8 s3"): (
@@ -54,6 +59,20 @@ MAY_SPILL: dict[tuple[str, int, str], tuple[int, str]] = {
         "values kept for after the products, stored and loaded once: 8 bytes with Triton 3.9, up "
         "to 168 with 3.6; with no bound on registers one program would fit, not two",
     ),
+    # probabilities
+    ("residual", 100, "128x64x128 w8 s3"): (24, AROUND_PRODUCTS),
+    ("residual", 100, "128x64x128 w8 s2"): (64, AROUND_PRODUCTS),
+    ("dq", 90, "64x32x128 w4 s2"): (16, AROUND_PRODUCTS),
+    ("backward", 80, "16x64x128 w4 s1"): (16, AROUND_PRODUCTS),
+    ("backward", 90, "16x64x128 w4 s1"): (16, AROUND_PRODUCTS),
+    ("backward", 80, "32x64x128 w4 s1"): (304, WHOLE_ROWS),
+    ("forward", 80, "32x64x128 w4 s1"): (48, WHOLE_ROWS),
+    ("forward", 90, "64x64x128 w4 s2"): (184, WHOLE_ROWS),
+    ("lse", 80, "64x32x16 w4 s2"): (16, FLOAT32),
+    ("lse", 100, "32x32x16 w4 s2"): (8, FLOAT32),
+    ("residual", 90, "64x32x16 w4 s2"): (16, FLOAT32),
+    ("dq", 90, "32x32x16 w8 s1"): (16, FLOAT32),
+    ("dq", 100, "32x32x16 w8 s1"): (16, FLOAT32),
 }
 
 LAYERS = 3  # padded to four
@@ -97,10 +116,33 @@ def attention_scores(dtype: torch.dtype, masked: bool, gradient: bool) -> None:
             )
 
 
+def attention_probs(dtype: torch.dtype, masked: bool, gradient: bool) -> None:
+    from optima_fast.kernels import attention_probs as k
+
+    # sweeps, and text with its tail of 16 keys, or of 64: a tile of its own
+    for width, n in product((64, 128), (144, 77 if masked else 128)):
+        student, teacher = (
+            [[torch.zeros(2, n, heads, width, dtype=dtype).transpose(1, 2)] * LAYERS] * 2
+            for heads in (12, 16)
+        )
+        masks = [[torch.ones(2, n, dtype=torch.bool) if masked else None] * LAYERS] * 2
+        flags = {"causal": [masked] * LAYERS, "student_scale": [0.125] * LAYERS}
+        _, r, lses, scales = k.attention_probs_forward(
+            *student, *teacher, *masks, [None] * LAYERS, [None] * LAYERS, **flags,
+            teacher_scale=[0.125] * LAYERS, need_residual=gradient,
+        )  # fmt: skip
+        if gradient:
+            need = [True] * LAYERS
+            k.attention_probs_backward(
+                scales, *student, *masks, r, lses, scales, **flags, need_q=need, need_k=need
+            )
+
+
 # an operator's launchers called on aligned data of each kind that a table tells apart
 EXAMPLES: dict[str, Callable[[torch.dtype, bool, bool], None]] = {
     "hidden_mse": hidden_mse,
     "attention_scores": attention_scores,
+    "attention_probs": attention_probs,
 }
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 # what the tests take the time for; float16 takes bfloat16's entries
