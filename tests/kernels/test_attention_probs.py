@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import tolerance
@@ -454,3 +454,98 @@ def test_nothing_waits_for_the_device() -> None:
         fused(layers, grad)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@on_each_path
+@pytest.mark.parametrize("side", ["queries", "keys"])
+def test_all_masked(side: str, path: None, dtype: torch.dtype, device: str) -> None:
+    """The whole of one layer, one item of the other."""
+    shape = Shape(2, 2, 3, 1, 4, 18, 20, causal=side == "keys")
+    layers = make([shape, shape], dtype, device)
+    masks = layers.query_masks if side == "queries" else layers.key_masks
+    for i in range(2):
+        masks[i] = torch.ones(2, 18 if side == "queries" else 20, dtype=torch.bool, device=device)
+        masks[i][i:] = False
+        for x in layers[:4]:
+            x[i][i:] = NAN
+    ours = check(layers)
+    assert ours.losses[0] == 0 != ours.losses[1]
+    assert not any(x.any() for x in (ours.d_q[0], ours.d_k[0], ours.d_q[1][1], ours.d_k[1][1]))
+
+
+@on_each_path
+@pytest.mark.parametrize(("n_q", "n_k"), [(9, 40), (40, 9)])
+def test_rows_that_causality_hides_may_hold_nan(
+    n_q: int, n_k: int, path: None, dtype: torch.dtype, device: str
+) -> None:
+    """Keys after the last query that counts, and queries before the first key that does."""
+    layers = make([Shape(1, 2, 3, 1, 4, n_q, n_k, causal=True)], dtype, device)
+    first, last = 3, n_q - 4
+    layers.key_masks[0] = torch.arange(n_k, device=device)[None] >= first
+    layers.query_masks[0] = torch.arange(n_q, device=device)[None] <= last
+    for q, k in (layers[:2], layers[2:4]):
+        q[0][:, :, :first] = INF
+        k[0][:, :, last + 1 :] = NAN
+    ours = check(layers)
+    assert not ours.d_q[0][:, :, :first].any()
+    assert not ours.d_k[0][:, :, last + 1 :].any()
+
+
+@on_each_path
+def test_a_nan_that_counts_is_not_hidden(path: None, dtype: torch.dtype, device: str) -> None:
+    layers = make([Shape(2, 2, 3, 1, 4, 5, 6)] * 2, dtype, device)
+    layers.student_q[0][1, 1, 2, 0] = NAN
+    losses, kept = forward(layers)
+    assert losses.isnan().tolist() == [True, False]
+    rows = kept.residuals[0][..., :6].isnan().all(2).tolist()
+    assert rows == [[False] * 5, [i == 2 for i in range(5)]]
+
+
+@pytest.mark.parametrize("path", ["rows", "sweeps"], indirect=True)
+def test_float16_keeps_small_products(path: None, device: str) -> None:
+    """P R is below float16's least number where maps are long and alike.
+
+    The bound is on the rounding of factors alone, without what eager loses.
+    """
+    layers = make([Shape(1, 1, 8, 1, 8, 3, 120)], torch.float16, device)
+    for x in layers[:2]:
+        x[0].mul_(0.2)
+    same = layers._replace(
+        teacher_q=[x * 1.1 for x in layers.student_q], teacher_k=layers.student_k,
+        teacher_scale=layers.student_scale,
+    )  # fmt: skip
+    grad = torch.ones(1, device=device)
+    _, kept = forward(same)
+    found = backward(same, grad, kept, dtype=torch.float32)
+    exact = autograd(same, grad, torch.float64)
+    for (x,), (y,) in zip(found, exact[1:], strict=True):
+        assert (x.double() - y).norm() <= 2e-3 * y.norm()
+
+
+class Probabilities(torch.autograd.Function):
+    """The least that makes the launchers differentiable: two layers."""
+
+    @staticmethod
+    def forward(ctx: Any, layers: Layers, *inputs: Tensor) -> Tensor:
+        ctx.layers = layers._replace(student_q=[*inputs[:2]], student_k=[*inputs[2:]])
+        losses, ctx.kept = forward(ctx.layers)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        d_q, d_k = backward(ctx.layers, grad, ctx.kept)
+        return None, *d_q, *d_k
+
+
+@no_float64
+@pytest.mark.parametrize("path", ["rows", "sweeps"], indirect=True)
+def test_gradcheck(path: None) -> None:
+    layers = make(
+        [Shape(1, 2, 2, 1, 3, 3, 2), Shape(2, 1, 2, 2, 2, 3, 4, causal=True)], torch.float64, "cpu"
+    )
+    layers.query_masks[1] = torch.tensor([[True, False, True], [True, True, False]])
+    layers.key_masks[1] = torch.tensor([[True, True, False, True], [False, True, True, True]])
+    inputs = [x.requires_grad_() for x in (*layers.student_q, *layers.student_k)]
+    assert torch.autograd.gradcheck(
+        lambda *x: Probabilities.apply(layers, *x), inputs, fast_mode=True
+    )
