@@ -107,6 +107,11 @@ MIXED = [
     Shape(1, 2, 7, 2, 5, 1, 3),
     Shape(3, 1, 6, 2, 6, 0, 4, causal=True),
 ]
+FEW = [
+    Shape(1, 2, 3, 1, 20, 18, 17, causal=True),
+    Shape(2, 1, 6, 2, 6, 4, 0),
+    Shape(2, 1, 7, 2, 5, 1, 33),
+]
 
 
 @pytest.fixture
@@ -333,7 +338,7 @@ def test_one_launch_is_as_many(
     path: None, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit for bit: a call again, layers one by one, and a call that takes several launches."""
-    layers = make(MIXED, dtype, device, masked=True)
+    layers = make(FEW, dtype, device, masked=True)
     grad = upstream(layers)
     whole = fused(layers, grad)
     assert_same(whole, fused(layers, grad))
@@ -346,7 +351,7 @@ def test_one_launch_is_as_many(
 @on_each_path
 def test_log_sums_that_are_given(path: None, dtype: torch.dtype, device: str) -> None:
     """Within rounding the same; a query that sees no key may come with nan."""
-    layers = make(MIXED, dtype, device, masked=True)
+    layers = make(FEW, dtype, device, masked=True)
     check(with_log_sums(layers))
     some = with_log_sums(layers)
     some.student_lse[0] = some.teacher_lse[2] = None
@@ -360,7 +365,7 @@ def test_log_sums_that_are_given(path: None, dtype: torch.dtype, device: str) ->
 
 @on_each_path
 def test_the_loss_alone_is_the_same(path: None, dtype: torch.dtype, device: str) -> None:
-    layers = make(MIXED, dtype, device, masked=True)
+    layers = make(FEW, dtype, device, masked=True)
     losses, kept = forward(layers, need_residual=False)
     assert kept.residuals == kept.lses == []
     assert torch.equal(losses, forward(layers)[0])
@@ -368,19 +373,19 @@ def test_the_loss_alone_is_the_same(path: None, dtype: torch.dtype, device: str)
 
 @on_each_path
 def test_only_what_is_asked_for(path: None, dtype: torch.dtype, device: str) -> None:
-    layers = make(MIXED, dtype, device, masked=True)
+    layers = make(FEW, dtype, device, masked=True)
     grad = upstream(layers)
     _, kept = forward(layers)
     before = [x.clone() for x in (*kept.residuals, *kept.lses)]
     whole = backward(layers, grad, kept)
-    need_q, need_k = [True, False] * 3, [True, True, False, False, True, True]
+    need_q, need_k = [True, False, False], [False, False, True]
     for found, every, wanted in zip(
         backward(layers, grad, kept, need_q, need_k), whole, (need_q, need_k), strict=True
     ):
         for x, y, need in zip(found, every, wanted, strict=True):
             assert (x is not None) == need
             assert x is None or torch.equal(x, y)
-    assert backward(layers, grad, kept, [False] * 6, [False] * 6) == ([None] * 6, [None] * 6)
+    assert backward(layers, grad, kept, [False] * 3, [False] * 3) == ([None] * 3, [None] * 3)
     for x, y in zip(before, (*kept.residuals, *kept.lses), strict=True):
         assert torch.equal(x, y)
 
@@ -541,7 +546,7 @@ class Probabilities(torch.autograd.Function):
 @pytest.mark.parametrize("path", ["rows", "sweeps"], indirect=True)
 def test_gradcheck(path: None) -> None:
     layers = make(
-        [Shape(1, 2, 2, 1, 3, 3, 2), Shape(2, 1, 2, 2, 2, 3, 4, causal=True)], torch.float64, "cpu"
+        [Shape(1, 1, 2, 1, 3, 3, 2), Shape(2, 1, 2, 1, 2, 3, 4, causal=True)], torch.float64, "cpu"
     )
     layers.query_masks[1] = torch.tensor([[True, False, True], [True, True, False]])
     layers.key_masks[1] = torch.tensor([[True, True, False, True], [False, True, True, True]])
