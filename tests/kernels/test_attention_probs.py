@@ -102,7 +102,7 @@ EDGES = [
 MIXED = [
     Shape(2, 2, 8, 3, 6, 34, 17),
     Shape(0, 2, 4, 2, 4, 5, 5),
-    Shape(1, 4, 3, 1, 20, 9, 40, causal=True),
+    Shape(1, 2, 3, 1, 20, 34, 40, causal=True),
     Shape(2, 1, 6, 2, 6, 4, 0),
     Shape(1, 2, 7, 2, 5, 1, 3),
     Shape(3, 1, 6, 2, 6, 0, 4, causal=True),
