@@ -6,11 +6,13 @@ CPU, compiles what they would launch and tells which binaries each call adds to 
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,8 @@ def hidden_mse(tokens: list[int], d_s: int, d_t: int, wanted: list[int], masked:
     k.hidden_mse_backward(scales, s, w, m, e, scales, need_student=need, need_weight=none)
 
 
-def attention_scores(
+def attention(
+    op: str,
     shapes: list[tuple[int, int, int]],
     heads: tuple[int, int],
     causal: list[bool],
@@ -44,7 +47,7 @@ def attention_scores(
     masked: int,
 ) -> None:
     """Layers of so many items, queries and keys, of two models' heads of 64."""
-    from optima_fast.kernels import attention_scores as k
+    k = importlib.import_module(f"optima_fast.kernels.{op}")
 
     def rows(count: int, which: int) -> list[Tensor]:
         return [
@@ -60,16 +63,20 @@ def attention_scores(
 
     q, keys = rows(heads[0], 1), rows(heads[0], 2)
     mask = (masks(1), masks(2))
+    log_sums = [[None] * len(shapes)] * 2 if op == "attention_probs" else []
     shared = {"causal": causal, "student_scale": scale}
-    _, r, scales = k.attention_scores_forward(
-        q, keys, rows(heads[1], 1), rows(heads[1], 2), *mask, **shared, teacher_scale=scale[::-1],
-        need_residual=True,
+    _, *kept = getattr(k, f"{op}_forward")(
+        q, keys, rows(heads[1], 1), rows(heads[1], 2), *mask, *log_sums, **shared,
+        teacher_scale=scale[::-1], need_residual=True,
     )  # fmt: skip
     need = [i in wanted for i in range(len(shapes))]
-    k.attention_scores_backward(
-        scales, q, keys, *mask, r, scales, **shared, need_q=need, need_k=need
+    getattr(k, f"{op}_backward")(
+        kept[-1], q, keys, *mask, *kept, **shared, need_q=need, need_k=need
     )
 
+
+attention_scores = partial(attention, "attention_scores")
+attention_probs = partial(attention, "attention_probs")
 
 # the first call of each compiles, the others must not; three layers are padded to four
 CALLS: dict[str, list[Callable[[], None]]] = {
@@ -92,6 +99,28 @@ CALLS: dict[str, list[Callable[[], None]]] = {
         ),
         lambda: attention_scores(
             [(1, 1, 1), (16, 100, 16), (0, 3, 3)],
+            (3, 1),
+            [False, True, True],
+            [1e-9, 1 / 3, 7.0],
+            [0, 2, 1],
+            1,
+        ),
+    ],
+    "attention_probs": [
+        lambda: [
+            attention_probs([(2, n, n)] * 3, (12, 16), [False] * 3, [0.125] * 3, [0, 1, 2], 0)
+            for n in (256, 77)
+        ],
+        lambda: attention_probs(
+            [(2, 257, 257), (3, 300, 1), (1, 64, 129), (5, 1, 200)],
+            (6, 8),
+            [True, False, True, False],
+            [0.1, 1.0, 0.0, -2.0],
+            [1, 2, 3],
+            3,
+        ),
+        lambda: attention_probs(
+            [(1, 1, 80), (16, 77, 77), (0, 3, 3)],
             (3, 1),
             [False, True, True],
             [1e-9, 1 / 3, 7.0],
