@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from optima_fast.training.config import TrainConfig, resolve
+from optima_fast.training.run import Run
 
 # the choice of --method optima as it is by default: told what every arm is worth
 DEFAULT_CHOICE: dict[str, Any] = {"policy": "greedy", "init_rounds": None}
@@ -27,3 +28,10 @@ def small(tmp_path: Path, **settings: Any) -> TrainConfig:
     """Settings of a small run below ``tmp_path``; its teacher is kept there too."""
     defaults = {**SMALL, "out": str(tmp_path / "run"), "cache": str(tmp_path / "cache")}
     return resolve(TrainConfig(**{**defaults, **settings}))
+
+
+def hold(folder: Path, ready: Any, done: Any) -> None:
+    """Keep a run folder, in a process of its own (which imports this module by name)."""
+    with Run(folder).held():
+        ready.set()
+        done.wait(60)

@@ -39,7 +39,7 @@ def test_the_bandit_and_the_step():
     models = [
         build(
             dataclasses.replace(
-                presets.get(name), vocab_size=len(data.vocabulary), text_length=data.text_length
+                presets.get(name), vocab_size=len(data.tokenizer), text_length=data.text_length
             ),
             data.head,
             data.num_classes,

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from optima_fast.errors import UserError
-from optima_fast.tasks.text import Vocabulary
+from optima_fast.tasks.tokenizers import Tokenizer
 
 Batch = dict[str, Tensor]
 
@@ -213,7 +213,7 @@ class TaskData(abc.ABC):
     """A task with its data: what the trainer needs to know about either.
 
     Attributes:
-        vocabulary: Words and ids, built from training texts alone.
+        tokenizer: Texts and ids; what it was made from is training texts alone.
         text_length: L, the begin and end marks included.
         image_size: Height and width of an image.
         channels: 1 or 3.
@@ -225,7 +225,7 @@ class TaskData(abc.ABC):
     head: ClassVar[str]
     metric_name: ClassVar[str]
 
-    vocabulary: Vocabulary
+    tokenizer: Tokenizer
     text_length: int
     image_size: int
     channels: int
@@ -317,7 +317,7 @@ class Classification(TaskData):
         train, test = self.scores(self.train), self.scores(self.test)
         majority = int(train.sum(0).argmax())
         by_text = _best_by_text(self.train.text, train, self.test.text, majority)
-        by_words = _best_by_words(self.train.text, train, self.test.text, len(self.vocabulary))
+        by_words = _best_by_words(self.train.text, train, self.test.text, len(self.tokenizer))
 
         def accuracy(predicted: Tensor) -> float:
             return float(test.gather(1, predicted[:, None]).double().mean())

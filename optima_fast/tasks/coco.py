@@ -27,7 +27,7 @@ class Coco(TaskData):
     def loss(self, logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """Cross entropy with the next word, mean over words that are not padding."""
         target = batch["text"][:, 1:]
-        counts = target != self.vocabulary.pad_id
+        counts = target != self.tokenizer.pad_id
         wide = torch.promote_types(logits.dtype, torch.float32)
         return F.cross_entropy(logits[counts].to(wide), target[counts])
 
@@ -35,7 +35,7 @@ class Coco(TaskData):
         self, student_logits: Tensor, teacher_logits: Tensor, batch: Mapping[str, Tensor]
     ) -> Tensor:
         """KL(teacher || student) over the words at temperature 1, mean over words as in `loss`."""
-        counts = batch["text"][:, 1:] != self.vocabulary.pad_id
+        counts = batch["text"][:, 1:] != self.tokenizer.pad_id
         return mean_kl(student_logits[counts], teacher_logits[counts])
 
     def evaluate(
@@ -68,7 +68,7 @@ class Coco(TaskData):
         """A greedy caption of each image of the split, in order."""
         from optima_fast.models.generate import greedy
 
-        words = self.vocabulary
+        words = self.tokenizer
         result: list[str] = []
         with evaluating(model):
             for ids in torch.split(torch.arange(len(split.images)), batch_size):

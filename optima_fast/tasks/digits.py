@@ -150,12 +150,12 @@ def load(task: str, *, seed: int = 0, **options: Any) -> TaskData:
         covers = COVERS.get(task, (0,))
         drawn[name] = compose(n, name, generator(*stream, 0), noise=chosen.noise, covers=covers)
         said[name] = _say(task, drawn[name], chosen, generator(*stream, 1))
-    vocabulary = Vocabulary.build(said["train"].texts)
+    tokenizer = Vocabulary.build(said["train"].texts)
     length = max(len(tokenize(text)) for part in said.values() for text in part.texts) + 2
     splits = {
         name: Split(
             drawn[name].images(),
-            vocabulary.encode_all(part.texts, length),
+            tokenizer.encode_all(part.texts, length),
             part.rows.repeat_interleave(chosen.texts_per_image, 0),
             part.target,
             image_labels={"cells": drawn[name].cells()},
@@ -168,7 +168,7 @@ def load(task: str, *, seed: int = 0, **options: Any) -> TaskData:
     }
     made, classes = TASKS[task]
     return made(
-        vocabulary=vocabulary,
+        tokenizer=tokenizer,
         text_length=length,
         image_size=CANVAS,
         channels=1,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from optima_fast.errors import UserError
+from optima_fast.tasks import tokenizers
 from optima_fast.tasks.annotations import READERS, TRAINING_FILES, Example, Listing
 from optima_fast.tasks.base import Batch, Split, TaskData, unknown
 from optima_fast.tasks.coco import Coco
@@ -25,7 +26,6 @@ from optima_fast.tasks.nlvr2 import CLASSES as NLVR2_CLASSES
 from optima_fast.tasks.nlvr2 import Nlvr2
 from optima_fast.tasks.snli_ve import CLASSES as SNLI_VE_CLASSES
 from optima_fast.tasks.snli_ve import SnliVe
-from optima_fast.tasks.text import Vocabulary, tokenize
 from optima_fast.tasks.vqa import Vqa
 from optima_fast.tasks.vqa_answers import accepted, answer_set, normalise
 
@@ -44,6 +44,7 @@ class Options:
     Attributes:
         image_size: Height and width of an image.
         text_length: L; None for the longest training text and its two marks, at most 64.
+        tokenizer: A kind of `tokenizers.make`.
         min_count: A word that occurs less often in the training texts is unknown.
         max_words: Size of the vocabulary, special words included; None for no limit.
         answers: Size of the answer set (vqa).
@@ -53,6 +54,7 @@ class Options:
 
     image_size: int = 224
     text_length: int | None = None
+    tokenizer: str = "words"
     min_count: int = 1
     max_words: int | None = None
     answers: int = 3129
@@ -135,11 +137,10 @@ def load(task: str, path: Path | str, *, seed: int = 0, **options: Any) -> TaskD
         raise UserError(f"no data folder {root}: give the folder that holds the {task} data set")
     parts = _parts(task, root, seed, chosen)
     texts = [example.text for example in parts["train"]]
-    try:
-        vocabulary = Vocabulary.build(texts, min_count=chosen.min_count, max_size=chosen.max_words)
-    except ValueError as error:
-        raise UserError(f"no vocabulary from the training texts of {root}: {error}") from error
-    longest = max(len(tokenize(text)) for text in texts) + 2
+    tokenizer = tokenizers.make(
+        chosen.tokenizer, texts, min_count=chosen.min_count, max_size=chosen.max_words
+    )
+    longest = max(map(tokenizer.length, texts))
     length = chosen.text_length or max(3, min(longest, LONGEST_TEXT))
     made: dict[str, type[TaskData]] = {"snli_ve": SnliVe, "nlvr2": Nlvr2, "coco": Coco}
     classes: tuple[str, ...] = {"snli_ve": SNLI_VE_CLASSES, "nlvr2": NLVR2_CLASSES}.get(task, ())
@@ -147,13 +148,13 @@ def load(task: str, path: Path | str, *, seed: int = 0, **options: Any) -> TaskD
         made["vqa"] = FolderVqa
         classes = answer_set((example.answers for example in parts["train"]), chosen.answers)
     return made[task](
-        vocabulary=vocabulary,
+        tokenizer=tokenizer,
         text_length=length,
         image_size=chosen.image_size,
         channels=3,
         classes=classes,
         **{
-            name: _split(task, name, part, vocabulary.encode_all, length, chosen, classes)
+            name: _split(task, name, part, tokenizer.encode_all, length, chosen, classes)
             for name, part in parts.items()
         },
     )

@@ -97,6 +97,10 @@ class Vocabulary:
         """Id of a word; `unk_id` if it is not in the vocabulary."""
         return self._ids.get(word, self.unk_id)
 
+    def length(self, text: str) -> int:
+        """Ids of a text, begin and end included, if it is not cut off."""
+        return len(tokenize(text)) + 2
+
     def encode(self, text: str, length: int) -> list[int]:
         """Exactly `length` ids: begin, words, end, padding.
 

@@ -166,7 +166,7 @@ def new_model(preset: str | None, data: TaskData, dropout: float = 0.0) -> TaskM
     """A preset's model with the task's head, and the data's vocabulary, text length and images."""
     config = dataclasses.replace(
         presets.get(preset or ""),
-        vocab_size=len(data.vocabulary),
+        vocab_size=len(data.tokenizer),
         text_length=data.text_length,
         image_size=data.image_size,
         image_channels=data.channels,

@@ -15,7 +15,7 @@ from typing import Any
 from optima_fast.errors import UserError
 from optima_fast.models import CoCaConfig
 from optima_fast.models.task_model import TaskModel, build
-from optima_fast.tasks import TaskData, Vocabulary
+from optima_fast.tasks import TaskData, tokenizers
 from optima_fast.training import checkpoints
 from optima_fast.training.config import TrainConfig, flag, read_yaml, to_yaml
 
@@ -180,21 +180,21 @@ class Run:
                 "num_classes": data.num_classes,
                 "classes": list(data.classes),
                 "coca": model.coca.config.to_dict(),
-                "vocabulary": data.vocabulary.to_dict(),
+                "tokenizer": data.tokenizer.to_dict(),
             },
         )
 
     def load_model(self, data: TaskData) -> TaskModel:
-        """The run's model, checked against the task and vocabulary of ``data``.
+        """The run's model, checked against the task and tokenizer of ``data``.
 
         Raises:
-            UserError: no or damaged files, or a model of another task or vocabulary.
+            UserError: no or damaged files, or a model of another task or tokenizer.
         """
         described = checkpoints.read_json(self.model_path)
         try:
             task, head, classes = (described[k] for k in ("task", "head", "num_classes"))
             coca = CoCaConfig.from_dict(described["coca"])
-            vocabulary = Vocabulary.from_dict(described["vocabulary"])
+            tokenizer = tokenizers.from_dict(described["tokenizer"])
         except (KeyError, TypeError) as error:
             raise UserError(f"{self.model_path} does not describe a model: no {error}") from error
         if (task, head, classes) != (data.task, data.head, data.num_classes):
@@ -208,10 +208,10 @@ class Run:
                 f"{self.folder} holds a model for (image size, channels, text length) {shape}, "
                 f"not {(data.image_size, data.channels, data.text_length)}"
             )
-        if vocabulary.to_dict() != data.vocabulary.to_dict():
+        if tokenizer.to_dict() != data.tokenizer.to_dict():
             raise UserError(
-                f"{self.folder} was trained with another vocabulary ({len(vocabulary)} words "
-                f"against {len(data.vocabulary)}): use the same --data and --data-seed"
+                f"{self.folder} was trained with another tokenizer ({len(tokenizer)} ids "
+                f"against {len(data.tokenizer)}): use the same --data and --data-seed"
             )
         model = build(coca, data.head, data.num_classes)
         checkpoints.load_weights(self.weights_path, model)

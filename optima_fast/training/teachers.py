@@ -60,7 +60,7 @@ def cached_run(config: TrainConfig, data: TaskData, device: torch.device) -> Run
     """
     digest = hashlib.sha256()
     digest.update(json.dumps(Run.computed_by(dataclasses.asdict(config))).encode())
-    digest.update(json.dumps([device.type, data.vocabulary.to_dict(), data.classes]).encode())
+    digest.update(json.dumps([device.type, data.tokenizer.to_dict(), data.classes]).encode())
     sizes = [data.text_length, data.image_size, data.channels]
     sizes += [len(split) for split in (data.train, data.validation, data.test)]
     digest.update(json.dumps(sizes).encode())

@@ -23,7 +23,7 @@ BATCH = DATA.train.batch(range(8))
 def model(preset: str, **changes: object) -> TaskModel:
     config = dataclasses.replace(
         presets.get(preset),
-        vocab_size=len(DATA.vocabulary),
+        vocab_size=len(DATA.tokenizer),
         text_length=DATA.text_length,
         **changes,
     )

@@ -54,7 +54,7 @@ def test_each_image_has_its_captions_as_examples(data):
     assert len(split) == 400 * split.group
     for i in (0, 7, len(split) - 1):
         expected = split.references[i // split.group][i % split.group]
-        assert data.vocabulary.decode(split.text[i]) == " ".join(tokenize(expected))
+        assert data.tokenizer.decode(split.text[i]) == " ".join(tokenize(expected))
 
 
 def test_loss_counts_words_and_the_end_but_no_padding(data):
@@ -90,7 +90,7 @@ def speaker(monkeypatch, data, split, say):
         rows = torch.arange(len(seen), len(seen) + len(images))
         assert torch.equal(images, split.images[rows])
         seen.extend(rows.tolist())
-        return data.vocabulary.encode_all([say(int(row)) for row in rows], max_length)
+        return data.tokenizer.encode_all([say(int(row)) for row in rows], max_length)
 
     monkeypatch.setitem(sys.modules, "optima_fast.models.generate", SimpleNamespace(greedy=greedy))
     return nn.Dropout()

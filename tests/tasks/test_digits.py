@@ -122,7 +122,7 @@ def checksum(data):
             digest.update(part.numpy().tobytes())
         if split.target is not None:
             digest.update((split.target * 60).round().long().numpy().tobytes())
-    digest.update("\n".join(data.vocabulary.words).encode())
+    digest.update("\n".join(data.tokenizer.words).encode())
     return digest.hexdigest()[:16]
 
 
@@ -155,10 +155,10 @@ def test_batches_are_what_a_coca_takes(task):
     assert batch["images"].dtype == torch.float32
     assert -0.5 <= float(batch["images"].min()) < 0 < 1.5 < float(batch["images"].max()) <= 3.5
     assert batch["text"].shape == (texts, data.text_length)
-    assert (batch["text"][:, 0] == data.vocabulary.bos_id).all()
-    assert (batch["text"] == data.vocabulary.eos_id).sum(1).tolist() == [1] * texts
-    assert batch["text"].max() < len(data.vocabulary)
-    padding = batch["text"] == data.vocabulary.pad_id
+    assert (batch["text"][:, 0] == data.tokenizer.bos_id).all()
+    assert (batch["text"] == data.tokenizer.eos_id).sum(1).tolist() == [1] * texts
+    assert batch["text"].max() < len(data.tokenizer)
+    padding = batch["text"] == data.tokenizer.pad_id
     assert (padding[:, 1:] >= padding[:, :-1]).all()
     assert batch["pair_image"].shape == batch["pair_text"].shape == (texts * shown,)
     assert batch["pair_image"].max() == 2 * shown - 1
@@ -180,9 +180,9 @@ def test_batches_are_what_a_coca_takes(task):
 
 def test_the_vocabulary_knows_training_words_only():
     data = tasks.load("vqa", train_images=1, texts_per_image=1, validation_images=5, test_images=50)
-    words = set(data.vocabulary.decode(data.train.text[0]).split())
-    assert words == set(data.vocabulary.words[4:])
-    assert (data.test.text == data.vocabulary.unk_id).any()
+    words = set(data.tokenizer.decode(data.train.text[0]).split())
+    assert words == set(data.tokenizer.words[4:])
+    assert (data.test.text == data.tokenizer.unk_id).any()
 
 
 @pytest.mark.parametrize(

@@ -181,16 +181,16 @@ def test_each_task_loads_through_the_public_function(tmp_path, task):
         for other in SPLITS:
             if one != other:
                 assert not files(getattr(data, one)) & files(getattr(data, other))
-    assert data.vocabulary.id("train") != data.vocabulary.unk_id
+    assert data.tokenizer.id("train") != data.tokenizer.unk_id
     for word in ("val", "dev", "test", "test1"):  # words of held-out texts alone
-        assert word not in data.vocabulary
+        assert word not in data.tokenizer
 
 
 @pytest.mark.parametrize("task", MAKE)
 def test_baselines_and_reloading(tmp_path, task):
     root = MAKE[task](tmp_path)
     first, again = load(task, root, seed=3), load(task, root, seed=3)
-    assert first.vocabulary == again.vocabulary
+    assert first.tokenizer == again.tokenizer
     assert first.classes == again.classes
     for name in SPLITS:
         assert getattr(first, name).images.paths == getattr(again, name).images.paths
@@ -231,7 +231,7 @@ def test_vqa_pairs_questions_with_their_own_image(tmp_path):
     batch = data.train.batch([0, 7])  # annotations are written backwards: image 3, then 0
     shown = batch["images"][batch["pair_image"]]
     assert [shade(image) for image in shown] == [30, 0]
-    assert data.vocabulary.decode(batch["text"][0]) == "is it odd train"
+    assert data.tokenizer.decode(batch["text"][0]) == "is it odd train"
     assert data.classes[int(batch["target"][0].argmax())] == "1"
 
 
@@ -269,7 +269,7 @@ def test_coco_captions_are_examples_and_references(tmp_path, caplog):
     assert len(batch["images"]) == 1
     assert shade(batch["images"][0]) == 10
     assert "target" not in batch
-    assert data.vocabulary.decode(batch["text"][0]) == "caption 0 of train 1"
+    assert data.tokenizer.decode(batch["text"][0]) == "caption 0 of train 1"
 
 
 def test_snli_ve_drops_pairs_without_gold_label_and_counts_them(tmp_path, caplog):
@@ -285,7 +285,7 @@ def test_snli_ve_drops_pairs_without_gold_label_and_counts_them(tmp_path, caplog
         "neutral",
         "contradiction",
     ]
-    assert data.vocabulary.decode(data.train.text[1]) == "statement 1 train"
+    assert data.tokenizer.decode(data.train.text[1]) == "statement 1 train"
 
 
 @pytest.mark.parametrize("layout", ["", "{part}", "{directory}", "{part}/{directory}"])
@@ -312,8 +312,8 @@ def test_options_reach_the_vocabulary_and_the_texts(tmp_path):
     assert load("coco", root).text_length == 7
     short = load("coco", root, text_length=4, max_words=6)
     assert short.train.text.shape[1] == 4
-    assert len(short.vocabulary) == 6
-    assert len(load("coco", root, min_count=8).vocabulary) == 4 + len(["caption", "of", "train"])
+    assert len(short.tokenizer) == 6
+    assert len(load("coco", root, min_count=8).tokenizer) == 4 + len(["caption", "of", "train"])
     edit(
         root / "annotations" / "captions_train2017.json",
         lambda c: c["annotations"][0].update(caption="word " * 90),

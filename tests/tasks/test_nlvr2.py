@@ -54,7 +54,7 @@ def test_labels_in_the_data_are_true_of_the_images(data):
             batch["text"], batch["target"].tolist(), cells.tolist(), strict=True
         ):
             a, b = ([d for d in part if d < 10] for part in (left, right))
-            assert truth(data.vocabulary.decode(text), a, b) == (CLASSES[target] == "true")
+            assert truth(data.tokenizer.decode(text), a, b) == (CLASSES[target] == "true")
 
 
 def test_an_image_is_in_one_pair_only(data):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_run import small
+from small_run import hold, small
 
 from optima_fast.errors import UserError
 from optima_fast.training import checkpoints, experiment, overview, teachers
@@ -194,14 +194,14 @@ def test_mistakes_are_told_in_one_line(tmp_path, settings, message):
     assert not list(tmp_path.iterdir())  # said before any work
 
 
-def test_a_model_of_another_task_or_vocabulary_is_refused(tmp_path):
+def test_a_model_of_another_task_or_tokenizer_is_refused(tmp_path):
     run, _ = go(tmp_path, method="finetune", steps=2)
     with pytest.raises(UserError, match=r"a model for vqa \(classification head.*not for nlvr2"):
         go(tmp_path, task="nlvr2", method="kd", teacher=str(run.folder), out=str(tmp_path / "b"))
     described = json.loads(run.model_path.read_text())
-    described["vocabulary"]["words"] = described["vocabulary"]["words"][:-1]
+    described["tokenizer"]["words"] = described["tokenizer"]["words"][:-1]
     checkpoints.write_json(run.model_path, described)
-    with pytest.raises(UserError, match="trained with another vocabulary"):
+    with pytest.raises(UserError, match="trained with another tokenizer"):
         experiment.evaluate(run.folder)
     del described["coca"]
     checkpoints.write_json(run.model_path, described)
@@ -218,17 +218,11 @@ def test_an_output_that_cannot_be_written_is_told_before_training(tmp_path, sett
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def _hold(folder, ready, done):
-    with Run(folder).held():
-        ready.set()
-        done.wait(60)
-
-
 def test_a_folder_belongs_to_one_process_at_a_time(tmp_path):
     (tmp_path / ".step-00000001.pt.77.partial").write_text("left by a killed process")
     context = multiprocessing.get_context("spawn")
     ready, done = context.Event(), context.Event()
-    other = context.Process(target=_hold, args=(tmp_path, ready, done))
+    other = context.Process(target=hold, args=(tmp_path, ready, done))
     other.start()
     try:
         assert ready.wait(60)
