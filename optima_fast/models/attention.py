@@ -15,6 +15,30 @@ from torch import Tensor, nn
 from optima_fast.models.basic import linear
 
 
+class Past:
+    """What an attention layer keeps of the tokens of a text that is written one by one.
+
+    Attributes:
+        k: ``[B, H, n, dh]`` keys of the n tokens so far, ``None`` before the first.
+        v: ``[B, H, n, dh]`` their values.
+        source: ``[2, B, H, M, dh]`` keys and values of the other sequence, for cross-attention.
+    """
+
+    def __init__(self) -> None:
+        self.k: Tensor | None = None
+        self.v: Tensor | None = None
+        self.source: Tensor | None = None
+
+    def __len__(self) -> int:
+        return 0 if self.k is None else self.k.shape[2]
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add ``[B, H, 1, dh]`` keys and values; all of them so far."""
+        self.k = k if self.k is None else torch.cat([self.k, k], dim=2)
+        self.v = v if self.v is None else torch.cat([self.v, v], dim=2)
+        return self.k, self.v
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention with one packed projection, in the order q, k, v.
 
@@ -41,6 +65,17 @@ class SelfAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         out, sums = attend(q, k, v, causal=causal, mask=mask, cap=self.cap, lse=lse)
         return self.out(out.transpose(1, 2).flatten(2)), q, k, sums
+
+    def extend(self, x: Tensor, past: Past) -> Tensor:
+        """The output ``[B, 1, d]`` of one more token ``[B, 1, d]``, which sees itself and the past.
+
+        Equal to the last token's output of :meth:`forward` with ``causal``.
+        """
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        out, _ = attend(q, *past.append(k, v), cap=self.cap)
+        extended: Tensor = self.out(out.transpose(1, 2).flatten(2))
+        return extended
 
 
 class CrossAttention(nn.Module):
@@ -89,16 +124,30 @@ class CrossAttention(nn.Module):
         Returns:
             Output ``[P, N, d]``, q ``[P, H, N, dh]`` and k ``[P, H, M, dh]``.
         """
-        q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        if self.scale is not None:
-            q = q * (F.softplus(self.scale) / math.log(2.0))
-        kv = self.kv(source).unflatten(-1, (2, self.heads, -1))
-        if pair is not None:
-            kv = kv.index_select(0, pair)
-        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
+        q = self._queries(x)
+        k, v = self._keys_values(source, pair).unbind(0)
         q = q.expand(k.shape[0], -1, -1, -1)
         out, _ = attend(q, k, v, mask=mask, cap=self.cap)
         return self.out(out.transpose(1, 2).flatten(2)), q, k
+
+    def extend(self, x: Tensor, source: Tensor, past: Past) -> Tensor:
+        """As :meth:`forward` for one more token; ``source`` is projected for the first one only."""
+        if past.source is None:
+            past.source = self._keys_values(source, None)
+        out, _ = attend(self._queries(x), past.source[0], past.source[1], cap=self.cap)
+        extended: Tensor = self.out(out.transpose(1, 2).flatten(2))
+        return extended
+
+    def _queries(self, x: Tensor) -> Tensor:
+        q: Tensor = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return q if self.scale is None else q * (F.softplus(self.scale) / math.log(2.0))
+
+    def _keys_values(self, source: Tensor, pair: Tensor | None) -> Tensor:
+        """``[2, P, H, M, dh]``."""
+        kv: Tensor = self.kv(source).unflatten(-1, (2, self.heads, -1))
+        if pair is not None:
+            kv = kv.index_select(0, pair)
+        return kv.permute(2, 0, 3, 1, 4)
 
 
 def attend(

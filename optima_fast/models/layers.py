@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from optima_fast.models.attention import CrossAttention, SelfAttention
+from optima_fast.models.attention import CrossAttention, Past, SelfAttention
 from optima_fast.models.basic import MLP, parameter
 from optima_fast.models.config import CoCaConfig
 
@@ -62,6 +62,12 @@ class SelfLayer(nn.Module):
         x = x + branch
         return LayerTap(x + self.mlp(self.norm_mlp(x)), q, k, sums)
 
+    def extend(self, x: Tensor, past: Past) -> Tensor:
+        """The output of one more token ``[B, 1, d]`` of a causal layer."""
+        x = x + self.attention.extend(self.norm_attention(x), past)
+        extended: Tensor = x + self.mlp(self.norm_mlp(x))
+        return extended
+
 
 class MultimodalLayer(nn.Module):
     """Causal self-attention, cross-attention to image tokens, MLP; see ``decoder_layer``.
@@ -101,6 +107,18 @@ class MultimodalLayer(nn.Module):
         branch, cross_q, cross_k = self.cross(self.norm_cross(x), source, pair=pair)
         x = x + branch
         return LayerTap(x + self.mlp(self.norm_mlp(x)), q, k, sums, cross_q, cross_k)
+
+    def extend(self, x: Tensor, image: Tensor, past: Past) -> Tensor:
+        """The output of one more token ``[I, 1, d]``, each text with its own image."""
+        x = x + self.attention.extend(self.norm_attention(x), past)
+        if self.norm_self_mlp is not None and self.self_mlp is not None:
+            x = x + self.self_mlp(self.norm_self_mlp(x))
+        source = image
+        if self.norm_image is not None and past.source is None:
+            source = self.norm_image(image)
+        x = x + self.cross.extend(self.norm_cross(x), source, past)
+        extended: Tensor = x + self.mlp(self.norm_mlp(x))
+        return extended
 
 
 class Pooler(nn.Module):

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from optima_fast.models.attention import Past
 from optima_fast.models.basic import linear
 from optima_fast.models.config import CoCaConfig
 from optima_fast.models.layers import LayerTap, Pooler
@@ -170,6 +171,18 @@ class CoCa(nn.Module):
         """Decoder output ``[I, L, d]`` of texts ``[I, L]``, each with its image's tokens."""
         decoded: Tensor = self.multimodal(self.text(text)[0], image_tokens)[0]
         return decoded
+
+    def new_past(self) -> dict[str, list[Past]]:
+        """An empty cache for :meth:`extend`."""
+        return {name: [Past() for _ in range(self.layer_counts[name])] for name in MODULES[1:]}
+
+    def extend(self, image_tokens: Tensor, ids: Tensor, past: Mapping[str, list[Past]]) -> Tensor:
+        """Decoder output ``[I, 1, d]`` of one more id a text, ``[I, 1]``.
+
+        Equal to the last token of :meth:`decode` on all ids so far, without running those again.
+        """
+        states = self.text.extend(ids, past["text"])
+        return self.multimodal.extend(states, image_tokens, past["multimodal"])
 
     def token_logits(self, decoded: Tensor) -> Tensor:
         """Scores of the next token, ``[..., d]`` to ``[..., vocab_size]``."""

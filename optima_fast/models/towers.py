@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from optima_fast.models.attention import Past
 from optima_fast.models.basic import parameter, sinusoids
 from optima_fast.models.config import CoCaConfig
 from optima_fast.models.layers import LayerTap, MultimodalLayer, SelfLayer
@@ -126,6 +128,13 @@ class TextDecoder(nn.Module):
             return x, None, mask, taps
         return x[:, :-1], self.norm_cls(x[:, -1]), mask, taps
 
+    def extend(self, ids: Tensor, past: Sequence[Past]) -> Tensor:
+        """States ``[T, 1, d]`` of one more id a text, ``[T, 1]``; ``past`` is one a layer."""
+        x: Tensor = self.embedding(ids) * self.scale + self.positions[len(past[0])]
+        for layer, kept in zip(self.layers, past, strict=True):
+            x = cast(SelfLayer, layer).extend(x, kept)
+        return x
+
     def _append_cls(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens and mask with [CLS], and what each query sees, ``[T, 1, L + 1, L + 1]``."""
         assert self.cls_token is not None
@@ -172,6 +181,13 @@ class MultimodalDecoder(nn.Module):
             lambda layer, x, lse: layer(x, image, pair_image, lse=lse),
         )
         return self.norm(x), taps
+
+    def extend(self, x: Tensor, image: Tensor, past: Sequence[Past]) -> Tensor:
+        """Output ``[I, 1, d]`` of one more token a text; ``past`` is one a layer."""
+        for layer, kept in zip(self.layers, past, strict=True):
+            x = cast(MultimodalLayer, layer).extend(x, image, kept)
+        extended: Tensor = self.norm(x)
+        return extended
 
 
 def _through(

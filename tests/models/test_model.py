@@ -82,6 +82,18 @@ def assert_taps_equal(got: dict[str, list[LayerTap]], want: dict[str, list[Layer
 
 
 @every_form
+def test_one_token_after_the_other_equals_all_at_once(config: CoCaConfig) -> None:
+    model = build(config).double().eval()
+    images, text = inputs()
+    with torch.no_grad():
+        tokens = model.encode_images(images.double())
+        whole = model.decode(tokens, text)
+        past = model.new_past()
+        parts = [model.extend(tokens, text[:, i : i + 1], past) for i in range(text.shape[1])]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-10, atol=1e-10)
+
+
+@every_form
 def test_a_later_token_changes_nothing_before_it(config: CoCaConfig) -> None:
     model, (images, text) = build(config), inputs()
     changed = text.clone()

@@ -255,7 +255,8 @@ def test_greedy_equals_the_argmax_given_what_was_said() -> None:
     model.eval()
     said = generate.greedy(model, images, bos_id=bos, eos_id=eos, max_length=6)
     assert torch.equal(said, captions)
-    assert torch.equal(said, generate.greedy(model, images, bos_id=bos, eos_id=eos, max_length=6))
+    again = generate.greedy(model, images, bos_id=bos, eos_id=eos, max_length=6, cache=False)
+    assert torch.equal(said, again)
     with torch.no_grad():
         logits = model({"images": images, "text": said}).logits
     logits[..., 0] = -math.inf
@@ -275,8 +276,10 @@ def test_greedy_encodes_images_once_and_never_says_padding() -> None:
         model.coca.to_vocabulary.bias[0] = 100.0
     runs: list[int] = []
     model.coca.image.register_forward_hook(lambda *_: runs.append(1))
+    projected: list[int] = []
+    model.coca.multimodal.layers[0].cross.kv.register_forward_hook(lambda *_: projected.append(1))
     said = generate.greedy(model, torch.rand(2, 1, 24, 24), bos_id=1, eos_id=2, max_length=17)
-    assert len(runs) == 1
+    assert len(runs) == len(projected) == 1
     assert said.shape == (2, 17)
     assert (said != 0).all()
 
