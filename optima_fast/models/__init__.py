@@ -1,6 +1,6 @@
 """CoCa and its parts, presets, task heads, student initialisation and greedy decoding."""
 
-from optima_fast.models import generate, initialise, presets, task_model
+from optima_fast.models import generate, initialise, open_clip, presets, pretrained, task_model
 from optima_fast.models.config import CoCaConfig
 from optima_fast.models.layers import LayerTap
 from optima_fast.models.model import MODULES, CoCa, CoCaOutput, TapRequest
@@ -19,7 +19,9 @@ __all__ = [
     "coca",
     "generate",
     "initialise",
+    "open_clip",
     "paper_parameters",
     "presets",
+    "pretrained",
     "task_model",
 ]

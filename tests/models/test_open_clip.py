@@ -1,6 +1,6 @@
 """The open_clip form equals an independent implementation, and open_clip itself where it imports.
 
-The state is given under open_clip's key names; turning it into ours is renaming and packing only.
+The state is given under open_clip's key names.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from optima_fast.models import CoCa, CoCaConfig
+from optima_fast.models import CoCa, CoCaConfig, open_clip
 
 VISION_LAYERS, TEXT_LAYERS, VISION_HEADS, POOLER_HEADS, TEXT_HEADS = 2, 2, 4, 4, 4
 EMBED, VISION, TEXT, VOCAB, CONTEXT, PATCH, IMAGE, QUERIES = 64, 128, 64, 100, 12, 8, 32, 16
@@ -116,74 +116,6 @@ def open_clip_state(pooler: bool, seed: int) -> dict[str, Tensor]:
     return {n: torch.randn(s, generator=generator) * 0.05 for n, s in shapes.items()}
 
 
-def to_ours(state: dict[str, Tensor], pooler: bool) -> dict[str, Tensor]:
-    """The same weights under our names."""
-    ours: dict[str, Tensor] = {"logit_scale": state["logit_scale"]}
-
-    def copy(new: str, old: str) -> None:
-        for kind in ("weight", "bias"):
-            ours[f"{new}.{kind}"] = state[f"{old}.{kind}"]
-
-    def copy_block(new: str, old: str) -> None:
-        copy(f"{new}.norm_attention", f"{old}.ln_1")
-        for kind in ("weight", "bias"):
-            ours[f"{new}.attention.qkv.{kind}"] = state[f"{old}.attn.in_proj_{kind}"]
-        copy(f"{new}.attention.out", f"{old}.attn.out_proj")
-
-    def copy_mlp(new: str, old: str, norm: str, mlp: str) -> None:
-        copy(f"{new}.{norm}", f"{old}.ln_2")
-        copy(f"{new}.{mlp}.up", f"{old}.mlp.c_fc")
-        copy(f"{new}.{mlp}.down", f"{old}.mlp.c_proj")
-
-    ours["image.class_token"] = state["visual.class_embedding"]
-    ours["image.positions"] = state["visual.positional_embedding"]
-    ours["image.patches.weight"] = state["visual.conv1.weight"]
-    copy("image.norm_pre", "visual.ln_pre")
-    copy("pooler.norm" if pooler else "image.norm", "visual.ln_post")
-    ours["image_projection.weight"] = state["visual.proj"].T
-    ours["text.embedding.weight"] = state["text.token_embedding.weight"]
-    ours["text.positions"] = state["text.positional_embedding"]
-    ours["text.cls_token"] = state["text.cls_emb"]
-    copy("text.norm_cls", "text.ln_final")
-    ours["text_projection.weight"] = state["text.text_projection"].T
-    copy("multimodal.norm", "text_decoder.ln_final")
-    ours["to_vocabulary.weight"] = state["text_decoder.text_projection"].T
-    if pooler:
-        ours["pooler.query"] = state["visual.attn_pool.query"]
-        copy("pooler.norm_query", "visual.attn_pool.ln_q")
-        copy("pooler.norm_source", "visual.attn_pool.ln_k")
-        attention = "visual.attn_pool.attn"
-        bias = state[f"{attention}.in_proj_bias"]
-        ours["pooler.attention.q.weight"] = state[f"{attention}.q_proj_weight"]
-        ours["pooler.attention.q.bias"] = bias[:EMBED]
-        ours["pooler.attention.kv.weight"] = torch.cat(
-            [state[f"{attention}.k_proj_weight"], state[f"{attention}.v_proj_weight"]]
-        )
-        ours["pooler.attention.kv.bias"] = bias[EMBED:]
-        copy("pooler.attention.out", f"{attention}.out_proj")
-    for i in range(VISION_LAYERS):
-        new, old = f"image.layers.{i}", f"visual.transformer.resblocks.{i}"
-        copy_block(new, old)
-        copy_mlp(new, old, "norm_mlp", "mlp")
-    for i in range(TEXT_LAYERS):
-        new, old = f"text.layers.{i}", f"text.transformer.resblocks.{i}"
-        copy_block(new, old)
-        copy_mlp(new, old, "norm_mlp", "mlp")
-        new, old = f"multimodal.layers.{i}", f"text_decoder.resblocks.{i}"
-        copy_block(new, old)
-        copy_mlp(new, old, "norm_self_mlp", "self_mlp")
-        old = f"text_decoder.cross_attn.{i}"
-        copy(f"{new}.norm_cross", f"{old}.ln_1")
-        copy(f"{new}.norm_image", f"{old}.ln_1_kv")
-        for kind in ("weight", "bias"):
-            packed = state[f"{old}.attn.in_proj_{kind}"]
-            ours[f"{new}.cross.q.{kind}"] = packed[:TEXT]
-            ours[f"{new}.cross.kv.{kind}"] = packed[TEXT:]
-        copy(f"{new}.cross.out", f"{old}.attn.out_proj")
-        copy_mlp(new, old, "norm_mlp", "mlp")
-    return ours
-
-
 class Reference:
     """open_clip's forward pass in plain matrix algebra, one head at a time."""
 
@@ -280,7 +212,7 @@ def inputs(seed: int) -> tuple[Tensor, Tensor]:
 
 def ours(state: dict[str, Tensor], pooler: bool) -> CoCa:
     model = CoCa(tiny(pooler))
-    model.load_state_dict(to_ours(state, pooler), strict=True)
+    model.load_state_dict(open_clip.from_open_clip(state, model.config), strict=True)
     return model.eval()
 
 
@@ -317,7 +249,7 @@ def test_correct_cls_mask_differs_in_padded_texts_only() -> None:
     state = open_clip_state(True, seed=5)
     images, ids = inputs(seed=6)
     correct = CoCa(replace(tiny(True), shifted_cls_mask=False))
-    correct.load_state_dict(to_ours(state, True))
+    correct.load_state_dict(open_clip.from_open_clip(state, tiny(True)))
     with torch.no_grad():
         shifted = ours(state, True)(images, ids, features=True)
         correct_out = correct.eval()(images, ids, features=True)
