@@ -34,6 +34,17 @@ _OPEN_CLIP_B32 = CoCaConfig(
     shifted_cls_mask=True,
 )
 
+_OPEN_CLIP_L14 = replace(
+    _OPEN_CLIP_B32,
+    patch_size=14,
+    image_width=1024,
+    image_layers=24,
+    image_heads=16,
+    text_width=768,
+    text_heads=12,
+    contrastive_width=768,
+)
+
 _DIGITS_TEACHER = CoCaConfig(
     image_size=24,
     image_channels=1,
@@ -71,16 +82,10 @@ PRESETS: dict[str, CoCaConfig] = {
     "coca_tiny12": replace(_BASE, image_layers=6, text_layers=3, multimodal_layers=3),
     "coca_tiny6": replace(_BASE, image_layers=3, text_layers=2, multimodal_layers=1),
     "open_clip_coca_ViT-B-32": _OPEN_CLIP_B32,
-    "open_clip_coca_ViT-L-14": replace(
-        _OPEN_CLIP_B32,
-        patch_size=14,
-        image_width=1024,
-        image_layers=24,
-        image_heads=16,
-        text_width=768,
-        text_heads=12,
-        contrastive_width=768,
-    ),
+    "open_clip_coca_ViT-L-14": _OPEN_CLIP_L14,
+    # open_clip's own names; its coca_base is not the paper's
+    "coca_ViT-B-32": _OPEN_CLIP_B32,
+    "coca_ViT-L-14": _OPEN_CLIP_L14,
     "open_clip_coca_base": replace(
         _OPEN_CLIP_B32,
         image_size=288,
