@@ -75,7 +75,8 @@ def test_the_wheel_from_the_sdist_holds_one_top_level_name_and_everything(wheel)
     sources = {str(p.relative_to(ROOT)) for p in (ROOT / "optima_fast").rglob("*.py")}
     sources |= {f"optima_fast/{p.relative_to(ROOT)}" for p in (ROOT / "kernels").rglob("*.py")}
     assert sources <= set(names)
-    assert "optima_fast/py.typed" in names
+    data = ("py.typed", "tasks/clip_merges.txt.gz", "tasks/clip_merges.LICENSE")
+    assert {f"optima_fast/{name}" for name in data} <= set(names)
     assert any(n.startswith("optima_fast/_bandit.") and n.endswith(".so") for n in names)
 
 

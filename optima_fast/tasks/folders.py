@@ -140,8 +140,7 @@ def load(task: str, path: Path | str, *, seed: int = 0, **options: Any) -> TaskD
     tokenizer = tokenizers.make(
         chosen.tokenizer, texts, min_count=chosen.min_count, max_size=chosen.max_words
     )
-    longest = max(map(tokenizer.length, texts))
-    length = chosen.text_length or max(3, min(longest, LONGEST_TEXT))
+    length = chosen.text_length or max(3, min(max(map(tokenizer.length, texts)), LONGEST_TEXT))
     made: dict[str, type[TaskData]] = {"snli_ve": SnliVe, "nlvr2": Nlvr2, "coco": Coco}
     classes: tuple[str, ...] = {"snli_ve": SNLI_VE_CLASSES, "nlvr2": NLVR2_CLASSES}.get(task, ())
     if task == "vqa":
@@ -154,7 +153,7 @@ def load(task: str, path: Path | str, *, seed: int = 0, **options: Any) -> TaskD
         channels=3,
         classes=classes,
         **{
-            name: _split(task, name, part, tokenizer.encode_all, length, chosen, classes)
+            name: _split(task, name, part, tokenizer, length, chosen, classes)
             for name, part in parts.items()
         },
     )
@@ -230,7 +229,7 @@ def _split(
     task: str,
     name: str,
     examples: list[Example],
-    encode: Any,
+    tokenizer: tokenizers.Tokenizer,
     length: int,
     options: Options,
     classes: Sequence[str],
@@ -240,7 +239,7 @@ def _split(
         for image in example.images:
             number.setdefault(image, len(number))
     images = FolderImages(list(number), options.image_size)
-    text = encode([example.text for example in examples], length)
+    text = tokenizers.encode(tokenizer, [e.text for e in examples], length, name)
     index = torch.tensor([[number[image] for image in e.images] for e in examples])
     if task == "coco":
         captions: list[list[str]] = [[] for _ in number]
