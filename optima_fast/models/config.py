@@ -158,6 +158,11 @@ class CoCaConfig:
             "multimodal": self.text_width,
         }
 
+    @staticmethod
+    def form_options() -> tuple[str, ...]:
+        """The options that lead from Google's form to open_clip's; weights fit one form only."""
+        return (*_CHOICES, "image_final_norm", "softmax_bias", "shifted_cls_mask")
+
     def to_dict(self) -> dict[str, Any]:
         """All options, ready for JSON."""
         return dataclasses.asdict(self)

@@ -26,6 +26,7 @@ from optima_fast.tasks.nlvr2 import CLASSES as NLVR2_CLASSES
 from optima_fast.tasks.nlvr2 import Nlvr2
 from optima_fast.tasks.snli_ve import CLASSES as SNLI_VE_CLASSES
 from optima_fast.tasks.snli_ve import SnliVe
+from optima_fast.tasks.tokenizers import Tokenizer
 from optima_fast.tasks.vqa import Vqa
 from optima_fast.tasks.vqa_answers import accepted, answer_set, normalise
 
@@ -34,7 +35,6 @@ __all__ = ["AnswerSplit", "FolderVqa", "Options", "load"]
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
-LONGEST_TEXT = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +43,9 @@ class Options:
 
     Attributes:
         image_size: Height and width of an image.
-        text_length: L; None for the longest training text and its two marks, at most 64.
-        tokenizer: A kind of `tokenizers.make`.
+        text_length: L; None for the longest training text, at most `max_text_length`.
+        max_text_length: Longest L.
+        tokenizer: A kind of `tokenizers.make`, or a tokenizer.
         min_count: A word that occurs less often in the training texts is unknown.
         max_words: Size of the vocabulary, special words included; None for no limit.
         answers: Size of the answer set (vqa).
@@ -54,7 +55,8 @@ class Options:
 
     image_size: int = 224
     text_length: int | None = None
-    tokenizer: str = "words"
+    max_text_length: int = 64
+    tokenizer: str | Tokenizer = "words"
     min_count: int = 1
     max_words: int | None = None
     answers: int = 3129
@@ -62,7 +64,8 @@ class Options:
     held_out_fraction: float = 0.2
 
     def __post_init__(self) -> None:
-        least = {"image_size": 1, "text_length": 3, "min_count": 1, "max_words": 5, "answers": 1}
+        least = {"image_size": 1, "text_length": 3, "max_text_length": 3, "min_count": 1}
+        least |= {"max_words": 5, "answers": 1}
         for name, low in least.items():
             value = getattr(self, name)
             if value is None and name in ("text_length", "max_words"):
@@ -137,10 +140,13 @@ def load(task: str, path: Path | str, *, seed: int = 0, **options: Any) -> TaskD
         raise UserError(f"no data folder {root}: give the folder that holds the {task} data set")
     parts = _parts(task, root, seed, chosen)
     texts = [example.text for example in parts["train"]]
-    tokenizer = tokenizers.make(
-        chosen.tokenizer, texts, min_count=chosen.min_count, max_size=chosen.max_words
-    )
-    length = chosen.text_length or max(3, min(max(map(tokenizer.length, texts)), LONGEST_TEXT))
+    tokenizer = chosen.tokenizer
+    if isinstance(tokenizer, str):
+        tokenizer = tokenizers.make(
+            tokenizer, texts, min_count=chosen.min_count, max_size=chosen.max_words
+        )
+    longest = max(map(tokenizer.length, texts))
+    length = chosen.text_length or max(3, min(longest, chosen.max_text_length))
     made: dict[str, type[TaskData]] = {"snli_ve": SnliVe, "nlvr2": Nlvr2, "coco": Coco}
     classes: tuple[str, ...] = {"snli_ve": SNLI_VE_CLASSES, "nlvr2": NLVR2_CLASSES}.get(task, ())
     if task == "vqa":

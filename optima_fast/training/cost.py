@@ -1,19 +1,24 @@
-"""What a step costs with each arm: matrix products, counted without computing them."""
+"""What a training step costs in arithmetic and memory, found without running it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from optima_fast.distill import Distiller
 from optima_fast.distill.arms import Arm
 from optima_fast.models import CoCaConfig
-from optima_fast.models.task_model import build
+from optima_fast.models.task_model import TaskModel, build
 from optima_fast.tasks import TaskData
 
 
@@ -45,18 +50,145 @@ def arm_costs(
     Returns:
         One positive number an arm; 1 for all modules.
     """
-    with torch.random.fork_rng(devices=[]), FakeTensorMode():
-        models = [build(config, data.head, data.num_classes) for config in (student, teacher)]
+    whole, *each = distilling_operations(student, teacher, data, batch, [None, *arms], **settings)
+    return [operations / whole for operations in each]
+
+
+def distilling_operations(
+    student: CoCaConfig,
+    teacher: CoCaConfig,
+    data: TaskData,
+    batch: Mapping[str, Tensor],
+    arms: Sequence[Arm | None],
+    **settings: Any,
+) -> list[int]:
+    """Operations of a step with each arm, ``None`` for all modules; see :func:`arm_costs`."""
+    with _pretended(data, batch, student, teacher) as (models, shapes):
         distiller = Distiller(*models, **{**settings, "backend": "reference"})
-        shapes = {
-            name: torch.empty(value.shape, dtype=value.dtype) for name, value in batch.items()
-        }
-        return _relative(distiller, shapes, arms)
+        return _by_arm(distiller, shapes, arms)
 
 
-def _relative(
-    distiller: Distiller, batch: Mapping[str, Tensor], arms: Sequence[Arm]
-) -> list[float]:
+def finetuning_operations(model: CoCaConfig, data: TaskData, batch: Mapping[str, Tensor]) -> int:
+    """Operations of a step without a teacher."""
+    with _pretended(data, batch, model) as ((student,), shapes):
+
+        def body() -> None:
+            _some_loss(student(shapes).logits, shapes).backward()  # type: ignore[no-untyped-call]
+
+        return _operations(body)
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes that a step holds, in eager mode and without what kernels and libraries keep for
+    themselves.
+
+    Attributes:
+        weights: of student, projections and teacher.
+        optimizer: Adafactor's first moment; its factored second moments are left out.
+        working: gradients and activations, where they are most.
+    """
+
+    weights: int
+    optimizer: int
+    working: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.optimizer + self.working
+
+
+def step_memory(
+    student: CoCaConfig,
+    teacher: CoCaConfig | None,
+    data: TaskData,
+    batch: Mapping[str, Tensor],
+    *,
+    bf16: bool,
+    **settings: Any,
+) -> StepMemory:
+    """What a step of all modules holds.
+
+    Args:
+        student: sizes of the model that is trained.
+        teacher: sizes of its teacher, ``None`` without one.
+        data: the task, for its head.
+        batch: a batch of it, of which only the shapes count.
+        bf16: whether the step runs under autocast.
+        settings: of the :class:`optima_fast.Distiller`.
+    """
+    configs = [student] if teacher is None else [student, teacher]
+    with _pretended(data, batch, *configs) as (models, shapes):
+        distiller = Distiller(*models, **settings) if teacher is not None else None
+        cast = torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext()
+        with LiveBytes() as live:
+            with cast:
+                if distiller is None:
+                    loss = _some_loss(models[0](shapes).logits, shapes)
+                else:
+                    everything = distiller.modules_matched
+                    losses = distiller(
+                        shapes, everything, predict=_some_loss, divergence=_some_divergence
+                    )
+                    loss = losses.total
+            loss.backward()  # type: ignore[no-untyped-call]
+        held = [*models, *([distiller] if distiller is not None else [])]
+        weights = {p for module in held for p in module.parameters()}
+        learnt = sum(p.nbytes for p in weights if p.grad is not None)
+        return StepMemory(sum(p.nbytes for p in weights), learnt, live.peak)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that operators make while they are alive.
+
+    Attributes:
+        now: bytes alive.
+        peak: the most there were.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if _tensor(t)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in filter(_tensor, tree_leaves(result)):
+            storage = tensor.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self._known and key not in given:
+                self._known.add(key)
+                self.now += size
+                weakref.finalize(storage, self._freed, key, size)
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _freed(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def _tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+@contextlib.contextmanager
+def _pretended(
+    data: TaskData, batch: Mapping[str, Tensor], *configs: CoCaConfig
+) -> Iterator[tuple[list[TaskModel], dict[str, Tensor]]]:
+    """Models and a batch that have shapes and no memory."""
+    with torch.random.fork_rng(devices=[]), FakeTensorMode():
+        models = [build(config, data.head, data.num_classes) for config in configs]
+        yield (
+            models,
+            {name: torch.empty(value.shape, dtype=value.dtype) for name, value in batch.items()},
+        )
+
+
+def _by_arm(
+    distiller: Distiller, batch: Mapping[str, Tensor], arms: Sequence[Arm | None]
+) -> list[int]:
     def step(arm: Arm) -> int:
         def body() -> None:
             losses = distiller(batch, arm, predict=_some_loss, divergence=_some_divergence)
@@ -85,7 +217,7 @@ def _relative(
     def total(arm: Arm) -> int:
         return base + teaching(arm) + sum(pairs[pair] for pair in distiller.selected(arm))
 
-    return [total(arm) / total(everything) for arm in arms]
+    return [total(everything if arm is None else arm) for arm in arms]
 
 
 def _operations(body: Callable[[], Any]) -> int:

@@ -46,6 +46,19 @@ class Interrupted(Exception):
     """Ctrl-C: the run was saved after the step it was in."""
 
 
+def distilled(config: TrainConfig) -> dict[str, Any]:
+    """Settings of the distiller that say what is computed in a step."""
+    names = ("kl_weight", "attention_target", "hidden_scale", "cross_attention")
+    return {name: getattr(config, name) for name in names}
+
+
+def uses_bf16(config: TrainConfig, device: torch.device) -> bool:
+    """Whether steps run in bfloat16, by autocast."""
+    if config.precision != "auto":
+        return config.precision == "bf16"
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 class Trainer:
     """Trains one student, with or without a teacher, and can stop and go on at any step.
 
@@ -106,15 +119,8 @@ class Trainer:
             hidden_weight=config.hidden_weight,
             attention_weight=config.attention_weight,
             reduction=config.reduction,
-            **self._distilled(),
+            **distilled(config),
         ).to(self.device)
-
-    def _distilled(self) -> dict[str, Any]:
-        """Settings of the distiller that say what is computed in a step."""
-        return {
-            name: getattr(self.config, name)
-            for name in ("kl_weight", "attention_target", "hidden_scale", "cross_attention")
-        }
 
     def _make_meter(self, teacher: TaskModel | None) -> RewardMeter | None:
         if self.distiller is None or teacher is None:
@@ -128,7 +134,7 @@ class Trainer:
                 self.data,
                 self.data.train.batch(batches[0]),
                 arms,
-                **self._distilled(),
+                **distilled(self.config),
             )
         return RewardMeter(self.config, self.data, self.distiller, batches, arms, costs)
 
@@ -238,14 +244,9 @@ class Trainer:
         return losses
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        bf16 = self.config.precision == "bf16" or (
-            self.config.precision == "auto"
-            and self.device.type == "cuda"
-            and torch.cuda.is_bf16_supported(including_emulation=False)
-        )
-        return (
-            torch.autocast(self.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
-        )
+        if uses_bf16(self.config, self.device):
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return contextlib.nullcontext()
 
     def _not_finite(self, losses: StepLosses, indices: Tensor) -> None:
         """Say which term, layer and batch; the weights are those of the step before."""
