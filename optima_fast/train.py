@@ -18,14 +18,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None) -> int:
-    from optima_fast.training import experiment, overview
+    from optima_fast.training import dry_run, experiment, overview
     from optima_fast.training.config import parse
     from optima_fast.training.display import Display
     from optima_fast.training.trainer import Interrupted
 
     given = parse(argv, prog="python -m optima_fast.train", description=__doc__ or "")
+    display, dry = Display(), given.pop("dry_run", False)
     config = experiment.settings(given)
-    display = Display()
+    if dry:
+        dry_run.show(config, display)
+        return 0
     try:
         run, summary = experiment.run(config, display)
     except Interrupted as error:

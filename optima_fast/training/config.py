@@ -31,12 +31,21 @@ REWARD_SPLITS = ("train", "held-out")
 
 _POSITIVE = (
     *("steps", "round_steps", "reward_examples", "train_images", "batch_size", "lr", "head_lr"),
-    *("clip", "teacher_steps", "teacher_lr", "teacher_head_lr", "teacher_batch_size"),
+    "image_size",
+    *("clip", "teacher_lr", "teacher_head_lr", "teacher_batch_size"),
     *("log_every", "eval_every", "checkpoint_every"),
 )
 _NOT_NEGATIVE = (
     *("init_rounds", "variance_scale", "warmup_steps", "weight_decay", "hidden_weight"),
-    *("attention_weight", "kl_weight", "seed", "teacher_seed", "data_seed", "threads"),
+    *(
+        "teacher_steps",
+        "attention_weight",
+        "kl_weight",
+        "seed",
+        "teacher_seed",
+        "data_seed",
+        "threads",
+    ),
 )
 
 
@@ -69,9 +78,17 @@ class TrainConfig:
         "train", "where its examples are from: held-out ones are not trained on", REWARD_SPLITS
     )
 
-    teacher: str | None = _field(None, "a preset (trained on the task first) or a run folder")
-    student: str | None = _field(None, "a preset")
-    student_init: str | None = _field(None, "teacher, random, or the run folder of another model")
+    teacher: str | None = _field(
+        None, "a preset or checkpoint (hf-hub:ORG/NAME, trained on the task first), or a run folder"
+    )
+    student: str | None = _field(None, "a preset, or a checkpoint or run folder to go on with")
+    student_init: str | None = _field(None, "teacher, random, a checkpoint or a run folder")
+    tokenizer: str | None = _field(
+        None,
+        "clip, sentencepiece, words or a FILE.model; default the teacher's or checkpoint's "
+        "own, else sentencepiece; the digits have words",
+    )
+    image_size: int | None = _field(None, "side of an image in pixels; default the teacher's")
     dropout: float = _field(0.0, "dropout before the task's classifier")
 
     steps: int | None = _field(None, "optimizer steps in all")
@@ -98,7 +115,9 @@ class TrainConfig:
     reduction: str = _field("sum", "over the layers of a loss", ("sum", "mean"))
     cross_attention: bool = _field(False, "match the decoder's cross-attention too")
 
-    teacher_steps: int | None = _field(None, "optimizer steps of the teacher's own training")
+    teacher_steps: int | None = _field(
+        None, "optimizer steps of the teacher's own training; 0: a checkpoint captions as it is"
+    )
     teacher_lr: float | None = _field(None, "its peak learning rate")
     teacher_head_lr: float | None = _field(None, "and of its task head; default --teacher-lr")
     teacher_batch_size: int | None = _field(None, "its images per step")
@@ -139,7 +158,7 @@ class TrainConfig:
         if self.method == "fixed":
             if self.arm is None:
                 raise UserError("--method fixed needs --arm, such as --arm image+text")
-            parse_arm(self.arm, presets.get(self.student).layer_counts if self.student else MODULES)
+            parse_arm(self.arm, MODULES)
         elif self.arm is not None:
             raise UserError(f"--arm {self.arm} is for --method fixed, not --method {self.method}")
         if self.device != "auto" and self.device.partition(":")[0] not in ("cpu", "cuda"):
@@ -154,8 +173,19 @@ class TrainConfig:
                 raise UserError(f"{flag(name)} must be below 2**63, got {getattr(self, name)}")
         if self.threads > MAX_THREADS:
             raise UserError(f"--threads must be at most {MAX_THREADS}, got {self.threads}")
-        if self.method == "optima" and None not in (self.steps, self.round_steps, self.student):
-            self._check_rounds()
+        if self.student in presets.PRESETS:
+            self.check_arms(presets.PRESETS[self.student].layer_counts)
+
+    def check_arms(self, layer_counts: Mapping[str, int]) -> None:
+        """Raise unless the arm or the bandit's first rounds go with a student of these layers.
+
+        Raises:
+            UserError: no such arm, or too few rounds.
+        """
+        if self.arm is not None:
+            parse_arm(self.arm, layer_counts)
+        if self.method == "optima" and None not in (self.steps, self.round_steps):
+            self._check_rounds(layer_counts)
 
     def _check_numbers(self) -> None:
         for name in _POSITIVE + _NOT_NEGATIVE:
@@ -175,10 +205,10 @@ class TrainConfig:
                 f"--warmup-steps {self.warmup_steps} must be below --steps {self.steps}"
             )
 
-    def _check_rounds(self) -> None:
+    def _check_rounds(self, layer_counts: Mapping[str, int]) -> None:
         """Refuse a bandit whose first pulls of each arm take more rounds than there are."""
-        assert self.steps and self.round_steps and self.student
-        policy = policies.make(self, arm_space(self.arms, presets.get(self.student).layer_counts))
+        assert self.steps and self.round_steps
+        policy = policies.make(self, arm_space(self.arms, layer_counts))
         rounds, first = self.steps // self.round_steps, getattr(policy, "warm_up", 0)
         if rounds < first:
             times = first // policy.arms
@@ -279,11 +309,19 @@ def flag(name: str) -> str:
 def parse(argv: Sequence[str] | None, *, prog: str, description: str) -> dict[str, Any]:
     """The settings that flags give, over those of ``--config FILE.yaml``; no defaults.
 
+    ``dry_run`` is among them where ``--dry-run`` was given.
+
     Raises:
         UserError: an unknown flag or key (with the nearest name), or a value of the wrong type.
     """
     parser = _Parser(prog=prog, description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE.yaml", help="read settings from a YAML file")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="check files and settings, print sizes, arithmetic and memory of a step, and stop",
+    )
     for field in dataclasses.fields(TrainConfig):
         parser.add_argument(
             flag(field.name),
@@ -296,10 +334,10 @@ def parse(argv: Sequence[str] | None, *, prog: str, description: str) -> dict[st
         names = [flag(f.name) for f in dataclasses.fields(TrainConfig)] + ["--config", "--help"]
         raise UserError(_no_choice("flag", rest[0].partition("=")[0], names, list_all=False))
     given = vars(known)
-    path = given.pop("config")
+    path, dry = given.pop("config"), given.pop("dry_run", None)
     values = read_yaml(Path(path)) if path else {}
     values |= {name: _convert(flag(name), name, text) for name, text in given.items()}
-    return values
+    return values if dry is None else {**values, "dry_run": dry}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

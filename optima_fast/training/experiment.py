@@ -16,14 +16,15 @@ import optima_fast
 from optima_fast import tasks
 from optima_fast.distill import Distiller
 from optima_fast.errors import UserError
-from optima_fast.models import MODULES, initialise, presets
+from optima_fast.models import MODULES, CoCa, CoCaConfig, initialise, presets
 from optima_fast.models.task_model import TaskModel, build
 from optima_fast.tasks import TaskData
-from optima_fast.training import checkpoints, policies, teachers
+from optima_fast.training import checkpoints, policies, sources, teachers
 from optima_fast.training.config import TrainConfig, resolve
 from optima_fast.training.display import Display
 from optima_fast.training.rewards import training_sampler
 from optima_fast.training.run import Run
+from optima_fast.training.sources import Models
 from optima_fast.training.trainer import Trainer
 
 Summary = dict[str, Any]
@@ -39,18 +40,21 @@ def run(config: TrainConfig, display: Display) -> tuple[Run, Summary]:
         UserError: a mistake in settings, data or files; nothing on disk was harmed.
         Interrupted: Ctrl-C; the run can be gone on with.
     """
-    config, folder = _place(config)
+    config, folder = place(config)
     if folder.finished():
         display.note(f"{folder.folder} is finished already; another --out starts another run")
         return folder, folder.summary()
     device = prepare(config)
-    data = load_data(config)
-    _rehearse(config, data)
+    models = sources.plan(config)
+    for note in models.notes:
+        display.note(f"student: {config.student}, {note}")
+    data = load_data(config, models)
+    rehearse(config, models, data)
     with folder.held():
         began = time.perf_counter()
-        teacher, teacher_metric = _teacher(config, data, display, device)
+        teacher, teacher_metric = _teacher(config, models, data, display, device)
         teacher_seconds = time.perf_counter() - began
-        summary = train(config, folder, data, display, teacher, device)
+        summary = train(config, models, folder, data, display, teacher, device)
         summary |= {
             "teacher_metric": teacher_metric,
             "teacher_params": count(teacher) if teacher else None,
@@ -74,7 +78,7 @@ def settings(given: Mapping[str, Any]) -> TrainConfig:
     return dataclasses.replace(Run(resume).config(), **{**given, "out": resume})
 
 
-def _place(config: TrainConfig) -> tuple[TrainConfig, Run]:
+def place(config: TrainConfig) -> tuple[TrainConfig, Run]:
     """Resolve the settings and find the folder: a new one, or one to go on with."""
     if config.resume not in ("auto", "never"):
         folder = Run(config.resume)
@@ -140,8 +144,8 @@ def _usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def load_data(config: TrainConfig) -> TaskData:
-    """The task's data, sized for the student preset."""
+def load_data(config: TrainConfig, models: Models | None = None) -> TaskData:
+    """The task's data, with images and texts as the models take them."""
     if config.data == "digits":
         images = config.train_images or 0
         return tasks.load(
@@ -152,39 +156,40 @@ def load_data(config: TrainConfig) -> TaskData:
             validation_images=max(1, images // 20),
             test_images=max(1, images // 10),
         )
-    shape = presets.get(config.student or "")
-    return tasks.load(
-        config.task,
-        config.data,
-        seed=config.data_seed,
-        image_size=shape.image_size,
-        text_length=shape.text_length,
-    )
+    return _load_folder(config, (models or sources.plan(config)).reading(config))
 
 
-def new_model(preset: str | None, data: TaskData, dropout: float = 0.0) -> TaskModel:
-    """A preset's model with the task's head, and the data's vocabulary, text length and images."""
-    config = dataclasses.replace(
-        presets.get(preset or ""),
-        vocab_size=len(data.tokenizer),
-        text_length=data.text_length,
-        image_size=data.image_size,
-        image_channels=data.channels,
-    )
-    return build(config, data.head, data.num_classes, dropout)
+def _load_folder(config: TrainConfig, reading: Mapping[str, Any]) -> TaskData:
+    return tasks.load(config.task, config.data, seed=config.data_seed, **reading)
 
 
-def _rehearse(config: TrainConfig, data: TaskData) -> None:
+def new_model(shape: str | CoCaConfig, data: TaskData, dropout: float = 0.0) -> TaskModel:
+    """A model of a preset's or any other shape for the data, with random weights."""
+    config = presets.get(shape) if isinstance(shape, str) else shape
+    return build(sources.sized(config, data), data.head, data.num_classes, dropout)
+
+
+def rehearse(config: TrainConfig, models: Models, data: TaskData) -> None:
     """Meet every mistake in sizes and names before any training, on models without memory.
 
     Raises:
         UserError: as the run itself would, but not after an hour.
     """
+    config.check_arms(models.student.layer_counts)
     if config.method == "optima":
         policies.check_options(config)
     training_sampler(config, data.train)
+    models.check(data)
     try:
-        _rehearse_models(config, data)
+        with torch.device("meta"):
+            student, teacher = models.make(data)
+            if teacher is not None:
+                Distiller(student, teacher, modules=MODULES)
+            if models.start is not None:
+                start = CoCa(models.start.config)
+                if teacher is not None and models.start is models.teacher:
+                    start = teacher.coca
+                initialise.from_layers(student.coca, start)
     except UserError:
         raise
     except ValueError as error:
@@ -193,58 +198,25 @@ def _rehearse(config: TrainConfig, data: TaskData) -> None:
         ) from error
 
 
-def _rehearse_models(config: TrainConfig, data: TaskData) -> None:
-    teacher = None
-    if config.method != "finetune":
-        folder = _finished_model(config.teacher, "--teacher")
-        teacher = folder.load_model(data) if folder else None
-    with torch.device("meta"):
-        student = new_model(config.student, data)
-        if config.method != "finetune":
-            teacher = teacher or new_model(config.teacher, data)
-            Distiller(student, teacher, modules=MODULES)
-        if config.student_init == "teacher":
-            if teacher is None:
-                raise UserError(f"--student-init teacher: --method {config.method} has no teacher")
-            initialise.from_layers(student.coca, teacher.coca)
-    if config.student_init not in (None, "teacher", "random"):
-        folder = _finished_model(config.student_init, "--student-init")
-        if folder is None:
-            raise UserError(
-                "--student-init must be teacher, random or the model of a run, got "
-                f"{config.student_init!r}"
-            )
-
-
-def _finished_model(name: str | None, flag: str) -> Run | None:
-    """The run whose folder or ``.safetensors`` file ``name`` is; None for the name of a preset."""
-    path = Path(name or "")
-    if name in presets.PRESETS:
-        return None
-    if path.is_file() and path == Run(path.parent).weights_path:
-        path = path.parent
-    if path.is_dir():
-        return Run(path)
-    try:
-        presets.get(name or "")
-    except UserError as error:
-        raise UserError(f"{flag} {name!r} is no run folder, and {error}") from None
-    return None
-
-
 def _teacher(
-    config: TrainConfig, data: TaskData, display: Display, device: torch.device
+    config: TrainConfig,
+    models: Models,
+    data: TaskData,
+    display: Display,
+    device: torch.device,
 ) -> tuple[TaskModel | None, float | None]:
     """The teacher on its device with its metric on the test split, or None for finetune."""
-    if config.method == "finetune":
+    if models.teacher is None:
         return None, None
-    folder = _finished_model(config.teacher, "--teacher")
-    if folder is not None:
-        display.note(f"teacher: the model of {folder.folder}")
-        teacher = folder.load_model(data).to(device)
+    folder = models.teacher.run
+    if folder is not None or config.teacher_steps == 0:
+        name = models.teacher.name if folder is None else f"the model of {folder.folder}"
+        display.note(f"teacher: {name}, as it is")
+        teacher = models.published_teacher(data) if folder is None else folder.load_model(data)
+        teacher = teacher.to(device)
         return teacher, data.evaluate(teacher, data.test, device=device)[data.metric_name]
     own = resolve(teachers.teacher_config(config))
-    folder = teachers.cached_run(own, data, device)
+    folder = teachers.cached_run(own, models.teacher, data, device)
     with folder.held(wait=True):
         if folder.finished():
             display.note(f"teacher: {config.teacher}, trained before, from {folder.folder}")
@@ -253,30 +225,14 @@ def _teacher(
                 f"teacher: {config.teacher}, training it on {config.task} first, kept for later"
             )
             own = dataclasses.replace(own, out=str(folder.folder))
-            summary = train(own, folder, data, display, None, device)
+            summary = train(own, sources.plan(own), folder, data, display, None, device)
             checkpoints.write_json(folder.summary_path, summary)
     return folder.load_model(data).to(device), float(folder.summary()["student_metric"])
 
 
-def _student(config: TrainConfig, data: TaskData, teacher: TaskModel | None) -> TaskModel:
-    """A fresh student, from layers of a model of the same widths where there is one."""
-    student = new_model(config.student, data, config.dropout)
-    source = config.student_init
-    if source is None:
-        same = teacher is not None and teacher.widths == student.widths
-        source = "teacher" if same else "random"
-    if source == "teacher":
-        assert teacher is not None
-        initialise.from_layers(student.coca, teacher.coca)
-    elif source != "random":
-        folder = _finished_model(source, "--student-init")
-        assert folder is not None
-        initialise.from_layers(student.coca, folder.load_model(data).coca)
-    return student
-
-
 def train(
     config: TrainConfig,
+    models: Models,
     folder: Run,
     data: TaskData,
     display: Display,
@@ -285,7 +241,7 @@ def train(
 ) -> Summary:
     """Train (or go on training) one model in its folder, measure it on the test split, save it."""
     torch.manual_seed(config.seed)
-    student = _student(config, data, teacher).to(device)
+    student = models.new_student(data, teacher, config.dropout).to(device)
     compile_modules(config, [student, *([teacher] if teacher else [])], device)
     trainer = Trainer(config, data, student, teacher, folder, display)
     began = time.perf_counter()
@@ -350,7 +306,10 @@ def evaluate(folder: str | Path, device: str | None = None) -> tuple[Run, dict[s
     if device is not None:
         config = dataclasses.replace(config, device=device)
     where = prepare(config)
-    data = load_data(config)
+    if config.data == "digits":
+        data = load_data(config)
+    else:
+        data = _load_folder(config, run.reading())
     model = run.load_model(data).to(where)
     return run, data.evaluate(model, data.test, device=where), recorded
 

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from optima_fast.errors import UserError
-from optima_fast.models import CoCaConfig
+from optima_fast.models import CoCa, CoCaConfig
 from optima_fast.models.task_model import TaskModel, build
 from optima_fast.tasks import TaskData, tokenizers
+from optima_fast.tasks.tokenizers import Tokenizer
 from optima_fast.training import checkpoints
 from optima_fast.training.config import TrainConfig, flag, read_yaml, to_yaml
 
@@ -181,41 +182,80 @@ class Run:
                 "classes": list(data.classes),
                 "coca": model.coca.config.to_dict(),
                 "tokenizer": data.tokenizer.to_dict(),
+                "text_length": data.text_length,
             },
         )
 
+    def model_config(self) -> CoCaConfig:
+        """The shape of the run's student."""
+        return CoCaConfig.from_dict(self._described("coca"))
+
+    def tokenizer(self) -> Tokenizer:
+        """What turned texts into the ids that the run's student knows."""
+        return tokenizers.from_dict(self._described("tokenizer"))
+
+    def reading(self) -> dict[str, Any]:
+        """Options of a data folder's reader: images and texts as the run's student knows them."""
+        return {
+            "image_size": self.model_config().image_size,
+            "text_length": self._described("text_length"),
+            "tokenizer": self.tokenizer(),
+        }
+
+    def load_coca(self) -> CoCa:
+        """The run's student without its head."""
+        head, classes = self._described("head"), self._described("num_classes")
+        model = build(self.model_config(), head, classes)
+        checkpoints.load_weights(self.weights_path, model)
+        return model.coca
+
+    def _described(self, key: str) -> Any:
+        described = checkpoints.read_json(self.model_path)
+        if not isinstance(described, dict) or key not in described:
+            raise UserError(f"{self.model_path} does not describe a model: no {key!r}")
+        return described[key]
+
     def load_model(self, data: TaskData) -> TaskModel:
-        """The run's model, checked against the task and tokenizer of ``data``.
+        """The run's model for ``data``.
 
         Raises:
-            UserError: no or damaged files, or a model of another task or tokenizer.
+            UserError: as :meth:`check_fits`, or its weights are missing or damaged.
         """
-        described = checkpoints.read_json(self.model_path)
-        try:
-            task, head, classes = (described[k] for k in ("task", "head", "num_classes"))
-            coca = CoCaConfig.from_dict(described["coca"])
-            tokenizer = tokenizers.from_dict(described["tokenizer"])
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{self.model_path} does not describe a model: no {error}") from error
+        self.check_fits(data)
+        model = build(self.model_config(), data.head, data.num_classes)
+        checkpoints.load_weights(self.weights_path, model)
+        return model
+
+    def check_fits(self, data: TaskData) -> None:
+        """Raise unless the run's student was trained for this task, tokenizer and images.
+
+        Raises:
+            UserError: it was not, or the file that describes it is missing or damaged.
+        """
+        task, head, classes = map(self._described, ("task", "head", "num_classes"))
+        coca, tokenizer = self.model_config(), self.tokenizer()
         if (task, head, classes) != (data.task, data.head, data.num_classes):
             raise UserError(
                 f"{self.folder} holds a model for {task} ({head} head, {classes} classes), not "
                 f"for {data.task} ({data.head} head, {data.num_classes} classes)"
             )
-        shape = (coca.image_size, coca.image_channels, coca.text_length)
-        if shape != (data.image_size, data.channels, data.text_length):
+        if tuple(self._described("classes")) != data.classes:
             raise UserError(
-                f"{self.folder} holds a model for (image size, channels, text length) {shape}, "
-                f"not {(data.image_size, data.channels, data.text_length)}"
+                f"{self.folder} was trained on other classes or answers than those of the data: "
+                "use the same --data and --data-seed"
+            )
+        shape = (coca.image_size, coca.image_channels)
+        if shape != (data.image_size, data.channels) or coca.text_length < data.text_length:
+            raise UserError(
+                f"{self.folder} holds a model for (image size, channels, text length) "
+                f"{(*shape, coca.text_length)}, not for the data's "
+                f"{(data.image_size, data.channels, data.text_length)}"
             )
         if tokenizer.to_dict() != data.tokenizer.to_dict():
             raise UserError(
                 f"{self.folder} was trained with another tokenizer ({len(tokenizer)} ids "
                 f"against {len(data.tokenizer)}): use the same --data and --data-seed"
             )
-        model = build(coca, data.head, data.num_classes)
-        checkpoints.load_weights(self.weights_path, model)
-        return model
 
 
 def _plain(value: Any) -> Any:

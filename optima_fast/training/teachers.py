@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ import optima_fast
 from optima_fast.tasks import TaskData
 from optima_fast.training.config import TrainConfig
 from optima_fast.training.run import Run
+from optima_fast.training.sources import Source
 
 _ROOMS = ("models", "tasks", "training")
 
@@ -32,7 +34,8 @@ def teacher_config(config: TrainConfig) -> TrainConfig:
         data=config.data,
         method="finetune",
         student=config.teacher,
-        student_init="random",
+        tokenizer=config.tokenizer,
+        image_size=config.image_size,
         steps=config.teacher_steps,
         train_images=config.train_images,
         lr=config.teacher_lr,
@@ -51,12 +54,12 @@ def teacher_config(config: TrainConfig) -> TrainConfig:
     )
 
 
-def cached_run(config: TrainConfig, data: TaskData, device: torch.device) -> Run:
+def cached_run(config: TrainConfig, source: Source, data: TaskData, device: torch.device) -> Run:
     """The folder that holds the trained teacher of these (its own, resolved) settings.
 
-    Its name is a digest of the settings, the kind of device, the data (what was read of it and the
-    annotation files), this package's models, tasks and training code and the version of torch:
-    when one of them changes, so does the folder.
+    Its name is a digest of the settings, the checkpoint it starts from, the kind of device,
+    the data (what was read of it and the annotation files), this package's models, tasks and
+    training code and the version of torch: when one of them changes, so does the folder.
     """
     digest = hashlib.sha256()
     digest.update(json.dumps(Run.computed_by(dataclasses.asdict(config))).encode())
@@ -69,8 +72,12 @@ def cached_run(config: TrainConfig, data: TaskData, device: torch.device) -> Run
     for room in _ROOMS:
         for path in sorted((package / room).rglob("*.py")):
             digest.update(path.read_bytes())
+    if source.checkpoint is not None:
+        file = source.checkpoint.path.resolve()
+        digest.update(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
     if config.data != "digits":
         for path in sorted(Path(config.data).rglob("*.json*")):
             digest.update(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
-    name = f"{config.task}-{config.student}-{digest.hexdigest()[:12]}"
+    kind = re.sub(r"[^\w.]+", "-", Path(str(config.student)).name)
+    name = f"{config.task}-{kind}-{digest.hexdigest()[:12]}"
     return Run(cache_folder(config) / "teachers" / name)

@@ -290,3 +290,20 @@ def test_greedy_rejects_a_length_without_positions(length: int) -> None:
         generate.greedy(
             build("caption"), torch.rand(1, 1, 24, 24), bos_id=1, eos_id=2, max_length=length
         )
+
+
+def test_the_papers_smallest_student_takes_a_step_at_its_real_size() -> None:
+    torch.manual_seed(0)
+    model = task_model.build(presets.get("coca_tiny6"), "caption", 0)
+    text = torch.randint(1, 64_000, (1, 64))
+    logits = model({"images": torch.randn(1, 3, 288, 288), "text": text}).logits
+    assert logits.shape == (1, 63, 64_000)
+    loss = torch.nn.functional.cross_entropy(logits[0], text[0, 1:])
+    loss.backward()
+    assert abs(loss.item() - math.log(64_000)) < 1
+    # all but what only contrastive features need
+    idle = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()}
+    assert {name.partition(".")[2].partition(".")[0] for name in idle} <= {
+        "contrastive_pooler", "logit_scale", "text",
+    }, idle  # fmt: skip
+    assert not any("layers" in name for name in idle)

@@ -12,7 +12,7 @@ import torch
 from small_run import hold, small
 
 from optima_fast.errors import UserError
-from optima_fast.training import checkpoints, experiment, overview, teachers
+from optima_fast.training import checkpoints, experiment, overview, sources, teachers
 from optima_fast.training.config import resolve
 from optima_fast.training.display import Display
 from optima_fast.training.run import Run
@@ -81,7 +81,8 @@ def test_a_teacher_is_trained_once_and_again_when_something_it_depends_on_change
         config = small(tmp_path, **settings)
         own = resolve(teachers.teacher_config(config))
         data = experiment.load_data(config)
-        return teachers.cached_run(own, data, torch.device("cpu")).folder.name
+        source = sources.find(own.student, "--teacher")
+        return teachers.cached_run(own, source, data, torch.device("cpu")).folder.name
 
     before = name()
     assert before == first.name
@@ -111,7 +112,7 @@ def test_a_finished_run_can_teach_the_next_and_start_it(tmp_path):
     # same widths: the student starts from the teacher's layers unless told otherwise
     data = experiment.load_data(run.config())
     teacher = first.load_model(data)
-    start = experiment._student(run.config(), data, teacher)
+    start = sources.plan(run.config()).new_student(data, teacher)
     source = teacher.coca
     assert start.coca.image.layers[0].attention.qkv.weight.equal(
         source.image.layers[1].attention.qkv.weight
@@ -167,14 +168,17 @@ def test_resuming_by_folder_takes_its_settings(tmp_path):
     ("settings", "message"),
     [
         ({"data": "/no/such/folder"}, "no data folder '/no/such/folder'"),
-        ({"teacher": "coca_lage"}, "no run folder, and there is no model preset 'coca_lage'; did"),
+        (
+            {"teacher": "coca_lage"},
+            "and no checkpoint, and there is no model preset 'coca_lage'; did",
+        ),
         ({"student": "digits_studnt"}, "no model preset 'digits_studnt'; did you mean"),
         ({"student": "digits_teacher", "teacher": "digits_student"}, "deeper than its teacher"),
         ({"student_init": "teacher"}, "can start only from layers of its own shape"),
-        ({"student_init": "/no/run"}, "'/no/run' is no run folder, and there is no model preset"),
+        ({"student_init": "/no/run"}, "'/no/run' is no run folder and no checkpoint"),
         (
             {"student_init": "digits_base"},
-            "teacher, random or the model of a run, got 'digits_base",
+            "teacher, random, a run or a checkpoint, got 'digits_base",
         ),
         ({"student_init": "teacher", "method": "finetune"}, "--method finetune has no teacher"),
         (
@@ -182,8 +186,11 @@ def test_resuming_by_folder_takes_its_settings(tmp_path):
             "--policy must be one of paper, .*got 'papr'; did you mean paper",
         ),
         ({"device": "cuda:99"}, "--device cuda:99: this torch sees"),
-        ({"student": "coca_tiny6"}, "coca_tiny6 and --teacher .*image_size must be a multiple of"),
-        ({"teacher": "/no/model.safetensors"}, "no run folder, and there is no model preset"),
+        (
+            {"student": "coca_tiny6", "method": "finetune"},
+            "coca_tiny6 and --teacher .*image_size must be a multiple of",
+        ),
+        ({"teacher": "/no/such_model"}, "no run folder and no checkpoint"),
         ({"batch_size": 61}, "--batch-size 61 is more than the 60 images"),
     ],
 )
@@ -238,7 +245,7 @@ def test_a_folder_belongs_to_one_process_at_a_time(tmp_path):
 def test_a_model_of_other_sizes_is_refused(tmp_path):
     run, _ = go(tmp_path, method="finetune", steps=2)
     described = json.loads(run.model_path.read_text())
-    described["coca"]["text_length"] += 1
+    described["coca"]["text_length"] -= 1
     checkpoints.write_json(run.model_path, described)
     with pytest.raises(UserError, match=r"\(image size, channels, text length\) \(24, 1, "):
         experiment.evaluate(run.folder)

@@ -76,7 +76,7 @@ def test_a_teacher_is_trained_by_its_own_settings():
         )
     )  # fmt: skip
     own = resolve(teachers.teacher_config(config))
-    assert (own.method, own.student, own.student_init) == ("finetune", "digits_teacher", "random")
+    assert (own.method, own.student, own.student_init) == ("finetune", "digits_teacher", None)
     assert (own.steps, own.lr, own.head_lr, own.batch_size) == (7, 0.1, 0.2, 3)
     assert (own.seed, own.data_seed, own.train_images) == (4, 5, 70)
     assert (own.weight_decay, own.clip, own.cell_stage) == (0.3, 0.4, 0.3)

@@ -1,0 +1,259 @@
+"""Models by name: presets, runs, published checkpoints, and whole runs that start from these."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from small_run import small
+
+from optima_fast.errors import UserError
+from optima_fast.models import CoCa, initialise, open_clip, presets
+from optima_fast.training import dry_run, experiment, sources
+from optima_fast.training.config import TrainConfig, resolve
+from optima_fast.training.display import Display
+
+QUIET = Display(quiet=True)
+LARGE = dataclasses.replace(
+    presets.get("open_clip_coca_ViT-L-14"),
+    image_size=32,
+    patch_size=8,
+    image_width=64,
+    image_layers=6,
+    image_heads=1,
+    text_width=64,
+    text_layers=3,
+    multimodal_layers=3,
+    text_heads=1,
+    pooler_queries=5,
+    contrastive_width=64,
+    text_length=20,
+)
+SMALL_ONE = dataclasses.replace(LARGE, patch_size=16, image_width=128, image_heads=2)
+
+
+def checkpoint(folder: Path, name: str, config: presets.CoCaConfig, seed: int) -> str:
+    """An open_clip folder with random weights."""
+    torch.manual_seed(seed)
+    where = folder / name
+    where.mkdir(parents=True)
+    state = {k: v.contiguous() for k, v in open_clip.to_open_clip(CoCa(config)).items()}
+    save_file(state, where / "open_clip_model.safetensors")
+    described = {"model_cfg": open_clip.model_cfg(config)}
+    (where / "open_clip_config.json").write_text(json.dumps(described))
+    return str(where)
+
+
+def captions(folder: Path, images: int = 6) -> str:
+    """COCO's layout with a few coloured squares."""
+    rng = np.random.default_rng(0)
+    for part in ("train2017", "val2017"):
+        (folder / part).mkdir(parents=True)
+        listed, said = [], []
+        for number in range(images):
+            levels = rng.integers(0, 255, (40, 48, 3), dtype=np.uint8)
+            Image.fromarray(levels).save(folder / part / f"{number:012d}.jpg")
+            listed.append({"id": number, "file_name": f"{number:012d}.jpg"})
+            for i in range(2):
+                text = f"a square number {number} seen {i} times"
+                said.append({"id": 2 * number + i, "image_id": number, "caption": text})
+        file = folder / "annotations" / f"captions_{part}.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps({"images": listed, "annotations": said}))
+    return str(folder)
+
+
+def config(tmp_path: Path, **settings: object) -> TrainConfig:
+    given = {"task": "coco", "policy": "greedy", "init_rounds": None, "train_images": None}
+    given |= {"steps": 4, "teacher_steps": 2, "reward_examples": 4}
+    return small(tmp_path, **{**given, **settings})
+
+
+def test_a_name_is_a_preset_a_run_or_a_checkpoint(tmp_path):
+    assert sources.find("digits_base", "--teacher").config == presets.get("digits_base")
+    settings = small(tmp_path, method="finetune", steps=2)
+    run, _ = experiment.run(settings, QUIET)
+    for name in (run.folder, run.weights_path):
+        found = sources.find(str(name), "--teacher")
+        assert found.run is not None
+        assert found.run.folder == run.folder
+        assert found.config == run.model_config()
+        assert found.trained
+    name = checkpoint(tmp_path, "large", LARGE, 0)
+    found = sources.find(name, "--teacher")
+    assert found.checkpoint is not None
+    assert found.config == LARGE
+    assert not sources.find("coca_base", "--student").trained
+    with pytest.raises(UserError, match=r"--student 'coca_tiny13' is no run folder and no check"):
+        sources.find("coca_tiny13", "--student")
+
+
+def test_a_preset_takes_the_form_of_its_start_and_the_patches_of_its_teacher(tmp_path):
+    teacher = checkpoint(tmp_path, "large", LARGE, 0)
+    start = checkpoint(tmp_path, "small", SMALL_ONE, 1)
+    planned = sources.plan(
+        config(tmp_path, data="x", teacher=teacher, student="coca_tiny6", student_init=start)
+    )
+    expected = dataclasses.replace(
+        SMALL_ONE, image_layers=3, text_layers=2, multimodal_layers=1, patch_size=8
+    )
+    assert planned.student == expected
+    assert planned.start is not None
+    assert planned.start.name == start
+    assert len(planned.notes) == 2
+    assert "3/2/1 layers in the form of" in planned.notes[0]
+    assert "32 pixels in patches of 8" in planned.notes[1]
+
+
+def test_a_preset_of_its_own_form_and_patches_stays_as_it_is(tmp_path):
+    planned = sources.plan(config(tmp_path, data="x", teacher="coca_large", student="coca_tiny12"))
+    assert planned.student == presets.get("coca_tiny12")
+    assert planned.start is None
+    assert planned.notes == ()
+    same = sources.plan(config(tmp_path, data="x", teacher="coca_base", student="coca_tiny12"))
+    assert same.start is same.teacher
+
+
+def test_a_checkpoint_distils_captions_from_an_official_folder(tmp_path):
+    data = captions(tmp_path / "data")
+    teacher = checkpoint(tmp_path, "large", LARGE, 0)
+    start = checkpoint(tmp_path, "small", SMALL_ONE, 1)
+    settings = config(
+        tmp_path, data=data, teacher=teacher, student="coca_tiny6", student_init=start, lr=1e-4
+    )
+    run, summary = experiment.run(settings, QUIET)
+    assert summary["arms"]
+    shape = run.model_config()
+    assert (shape.vocab_size, shape.text_length) == (49408, 20)
+    assert shape.layer_counts == {"image": 3, "text": 2, "multimodal": 1}
+    # from its files alone: neither checkpoint is there any more
+    for name in (teacher, start):
+        Path(name).rename(name + "-gone")
+    _, metrics, recorded = experiment.evaluate(run.folder)
+    assert metrics["cider"] == recorded
+
+
+def test_a_student_starts_from_the_layers_of_its_checkpoint(tmp_path):
+    data = captions(tmp_path / "data")
+    start = checkpoint(tmp_path, "small", SMALL_ONE, 1)
+    settings = config(
+        tmp_path, data=data, method="finetune", student="coca_tiny6", student_init=start
+    )
+    models = sources.plan(settings)
+    loaded = experiment.load_data(settings, models)
+    student = models.new_student(loaded, None)
+    source = sources.find(start, "--student-init").load()
+    for index in range(3):
+        sampled = initialise.sampled_layer(index, 3, 6)
+        assert torch.equal(
+            student.coca.image.layers[index].mlp.up.weight,
+            source.image.layers[sampled].mlp.up.weight,
+        )
+    assert torch.equal(student.coca.text.embedding.weight, source.text.embedding.weight)
+
+
+def test_a_checkpoint_alone_is_a_student_that_goes_on(tmp_path):
+    data = captions(tmp_path / "data")
+    name = checkpoint(tmp_path, "large", LARGE, 0)
+    settings = config(tmp_path, data=data, method="finetune", student=name, image_size=48)
+    models = sources.plan(settings)
+    assert models.student == dataclasses.replace(LARGE, image_size=48)
+    loaded = experiment.load_data(settings, models)
+    student = models.new_student(loaded, None)
+    assert student.coca.image.positions.shape == (37, 64)
+    source = sources.find(name, "--student").load()
+    assert torch.equal(student.coca.to_vocabulary.weight, source.to_vocabulary.weight)
+    assert loaded.image_size == 48
+
+
+def test_a_teacher_that_captions_is_taken_as_it_is(tmp_path):
+    data = captions(tmp_path / "data")
+    teacher = checkpoint(tmp_path, "large", LARGE, 0)
+    settings = config(
+        tmp_path, data=data, teacher=teacher, student="coca_tiny6", student_init="teacher",
+        teacher_steps=0, steps=2,
+    )  # fmt: skip
+    _, summary = experiment.run(settings, QUIET)
+    assert summary["seconds"]["teacher"] >= 0
+    assert not (tmp_path / "cache").exists()
+    models = sources.plan(settings)
+    loaded = experiment.load_data(settings, models)
+    published = models.published_teacher(loaded)
+    source = sources.find(teacher, "--teacher").load()
+    assert torch.equal(published.coca.text.positions, source.text.positions)
+
+
+def test_another_checkpoint_under_the_same_name_is_another_teacher(tmp_path):
+    data = captions(tmp_path / "data")
+    teacher = checkpoint(tmp_path, "large", LARGE, 0)
+    settings = config(
+        tmp_path, data=data, teacher=teacher, student="coca_tiny6", student_init="teacher",
+        method="kd", steps=2,
+    )  # fmt: skip
+    experiment.run(settings, QUIET)
+    kept = tmp_path / "cache" / "teachers"
+    assert len(list(kept.iterdir())) == 1
+    experiment.run(dataclasses.replace(settings, out=str(tmp_path / "two")), QUIET)
+    assert len(list(kept.iterdir())) == 1
+    Path(teacher).rename(teacher + "-old")
+    checkpoint(tmp_path, "large", LARGE, 7)
+    experiment.run(dataclasses.replace(settings, out=str(tmp_path / "three")), QUIET)
+    assert len(list(kept.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data": "digits"}, "reads photographs and --data digits is the built-in data"),
+        ({"tokenizer": "words"}, r"knows 49408 token ids, the tokenizer of the data has \d+"),
+        ({"image_size": 33}, "--image-size 33: image_size must be a multiple of patch_size"),
+        ({"student": "coca_base", "student_init": "teacher"}, "cannot be deeper than the model"),
+        ({"student_init": "coca_base"}, "must be teacher, random, a run or a checkpoint"),
+        ({"task": "vqa", "teacher_steps": 0}, "on vqa has to be trained first"),
+        ({"method": "fixed", "arm": "image[9]"}, "image"),
+    ],
+)
+def test_mistakes_with_checkpoints_are_told_before_any_work(tmp_path, settings, message):
+    given = {
+        "data": captions(tmp_path / "data"),
+        "teacher": checkpoint(tmp_path, "large", LARGE, 0),
+        "student": "coca_tiny6",
+        "student_init": "teacher",
+        **settings,
+    }
+    with pytest.raises(UserError, match=message) as caught:
+        experiment.run(config(tmp_path, **given), QUIET)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_tells_sizes_and_writes_nothing(tmp_path, capsys):
+    given = {
+        "data": captions(tmp_path / "data"),
+        "teacher": checkpoint(tmp_path, "large", LARGE, 0),
+        "student": "coca_tiny6",
+        "student_init": checkpoint(tmp_path, "small", SMALL_ONE, 1),
+    }
+    before = sorted(tmp_path.rglob("*"))
+    dry_run.show(config(tmp_path, **given), Display())
+    assert sorted(tmp_path.rglob("*")) == before
+    said = " ".join(capsys.readouterr().out.split())
+    large = sum(p.numel() for p in CoCa(LARGE).parameters())
+    assert f"{large:,} parameters" in said
+    for part in ("12 examples of 6 images", "49,408 ids", "17 image tokens (4 for the decoder)"):
+        assert part in said, part
+    for part in ("GFLOP", "MiB in eager mode", "the teacher's own training", "from its published"):
+        assert part in said, part
+
+
+def test_the_papers_settings_are_the_defaults_on_a_folder():
+    for task in ("vqa", "snli_ve", "nlvr2", "coco"):
+        settings = resolve(TrainConfig(task=task, data="folder"))
+        assert (settings.teacher, settings.student) == ("coca_large", "coca_tiny12")
