@@ -21,7 +21,8 @@ def load(task: str, data: str = "digits", *, seed: int = 0, **options: Any) -> T
 
     Args:
         task: "vqa", "snli_ve", "nlvr2" or "coco".
-        data: "digits", the built-in data, or a folder that holds the task's data set.
+        data: "digits", the built-in data, or a folder that holds the task's data set, or, for
+            captioning, tar shards such as "shards/train-{000..010}.tar".
         seed: Of whatever is drawn.
         options: Of the reader: `tasks.digits.Options` or those of `tasks.folders.load`.
 
@@ -34,11 +35,12 @@ def load(task: str, data: str = "digits", *, seed: int = 0, **options: Any) -> T
         from optima_fast.tasks import digits
 
         return digits.load(task, seed=seed, **options)
-    if not Path(data).is_dir():
+    from optima_fast.tasks import folders, shards
+
+    if not Path(data).is_dir() and not shards.is_shards(data):
         raise UserError(
             f"no data folder {data!r}: give an existing folder, or 'digits' for the built-in data"
         )
-    from optima_fast.tasks import folders
 
     read: TaskData = folders.load(task, Path(data), seed=seed, **options)
     return read

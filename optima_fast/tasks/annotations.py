@@ -1,295 +1,369 @@
-"""Official annotation files of the four tasks, read into examples and checked line by line.
+"""Official annotation files of the four tasks, read into examples and checked entry by entry.
 
-vqa      v2_OpenEnded_mscoco_{train,val}2014_questions.json,
+vqa      v2_OpenEnded_mscoco_{train2014,val2014,test-dev2015,test2015}_questions.json,
          v2_mscoco_{train,val}2014_annotations.json,
-         {train,val}2014/COCO_{train,val}2014_000000000009.jpg
-coco     annotations/captions_{train,val}2017.json, {train,val}2017/<file_name>
+         {train2014,val2014,test2015}/COCO_train2014_000000000009.jpg
+coco     dataset_coco.json (Karpathy's splits) with {train,val}2014/ or {train,val}2017/; else
+         captions_{train,val}2017.json or captions_{train,val}2014.json with {train,val}2017/ or
+         2014/; else tar shards (see `shards`)
 snli_ve  snli_ve_{train,dev,test}.jsonl, flickr30k-images/<Flickr30K_ID>.jpg
-nlvr2    {train,dev,test1}.json (a JSON object a line); images/ holds train-10171-0-img0.png
-         and so on, flat, in {train,dev,test1}/, or for training in train/<directory>/
+nlvr2    {train,dev,test1,test2}.json (a JSON object a line), images/train/<directory>/,
+         dev/ and test1/ with dev-850-0-img0.png and so on
+
+Annotation files lie in the folder or in its `annotations/`, `questions/` or `data/`; folders of
+images in the folder or in its `images/`.
 """
 
-import json
+import functools
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from optima_fast.errors import UserError
+from optima_fast.tasks import shards
 from optima_fast.tasks.nlvr2 import CLASSES as NLVR2_CLASSES
+from optima_fast.tasks.records import an_object, choice, document, entries, get, lines, named, once
+from optima_fast.tasks.shards import Member
 from optima_fast.tasks.snli_ve import CLASSES as SNLI_VE_CLASSES
 
 log = logging.getLogger(__name__)
 
+ImageFile = Path | Member
 
-@dataclass(frozen=True)
+_ANNOTATIONS = ("", "annotations", "Annotations", "questions", "Questions", "data")
+_IMAGES = ("", "images", "Images", "Images/mscoco")
+
+
+@dataclass(frozen=True, slots=True)
 class Example:
     """A text, the files of the images it is about, and what is known of it.
 
     Attributes:
+        id: The data set's own: question_id, pairID, identifier; for a caption, its image's.
         text: Question, statement, sentence or caption.
         images: One file, or two for NLVR2.
         group: Examples of one group must not be divided between splits.
         label: Class, for SNLI-VE and NLVR2.
-        answers: What each annotator answered, for VQA.
+        answers: What each annotator answered, for VQA; () where that is kept secret.
         kind: VQA's answer type.
     """
 
+    id: str | int
     text: str
-    images: tuple[Path, ...]
+    images: tuple[ImageFile, ...]
     group: str
     label: int = -1
     answers: tuple[str, ...] = ()
     kind: str | None = None
 
 
+@dataclass(frozen=True)
+class Reading:
+    """A split as its files have it.
+
+    Attributes:
+        examples: In the order of the files, whether their images are there or not.
+        files: What was read.
+        left_out: How many entries are no examples, by what they are.
+    """
+
+    examples: list[Example]
+    files: tuple[Path, ...]
+    left_out: Mapping[str, int] = field(default_factory=dict)
+
+
+Readings = dict[str, Callable[[], Reading]]
+
+
 class Listing:
-    """Whether files exist, by reading each folder once."""
+    """Whether files exist, by reading each folder once; members of a tar file do."""
 
     def __init__(self) -> None:
-        self._names: dict[Path, frozenset[str]] = {}
+        self._names: dict[str, frozenset[str]] = {}
 
-    def __contains__(self, path: Path) -> bool:
-        folder = path.parent
+    def __contains__(self, file: ImageFile) -> bool:
+        return isinstance(file, Member) or self.has(str(file.parent), file.name)
+
+    def has(self, folder: str, name: str) -> bool:
+        """Whether `folder` holds a file `name`."""
         if folder not in self._names:
-            names = os.listdir(folder) if folder.is_dir() else []
+            names = os.listdir(folder) if os.path.isdir(folder) else []
             self._names[folder] = frozenset(names)
-        return path.name in self._names[folder]
+        return name in self._names[folder]
 
 
-def vqa(root: Path, split: str, _: Listing) -> list[Example] | None:
-    """VQA v2; None where the folder has no such split."""
-    part = {"train": "train2014", "validation": "val2014"}.get(split)
-    asked = root / f"v2_OpenEnded_mscoco_{part}_questions.json"
-    answered = root / f"v2_mscoco_{part}_annotations.json"
-    if part is None or not (asked.exists() or answered.exists()):
-        return None
-    folder = _folder(root / part)
-    questions: dict[int, tuple[str, int]] = {}
-    for entry, where in _entries(asked, "questions"):
-        number = _get(entry, "question_id", int, where)
-        _once(number, questions, "question_id", where)
-        questions[number] = (
-            _get(entry, "question", str, where),
-            _get(entry, "image_id", int, where),
-        )
+def vqa(root: Path, _: Listing) -> Readings:
+    """VQA v2; the answers of test-dev and test-std are the server's secret."""
+    parts = {
+        "train": "train2014",
+        "validation": "val2014",
+        "test-dev": "test-dev2015",
+        "test-std": "test2015",
+    }
+    found: Readings = {}
+    for split, part in parts.items():
+        asked = _file(root, f"v2_OpenEnded_mscoco_{part}_questions.json")
+        answered = _file(root, f"v2_mscoco_{part}_annotations.json")
+        if part.startswith("test"):
+            if asked.exists():
+                found[split] = functools.partial(_vqa_asked, root, asked)
+        elif asked.exists() or answered.exists():
+            found[split] = functools.partial(_vqa, root, part, asked, answered)
+    return found
+
+
+def _vqa(root: Path, part: str, asked: Path, answered: Path) -> Reading:
+    questions = _questions(asked)
+    shown = _Photos(root, part)
     examples: dict[int, Example] = {}
-    for entry, where in _entries(answered, "annotations"):
-        number = _get(entry, "question_id", int, where)
-        _once(number, examples, "question_id", where)
+    for entry, where in entries(answered, "annotations"):
+        number = get(entry, "question_id", int, where)
+        once(number, examples, "question_id", where)
         if number not in questions:
             raise UserError(f"{where} answers question_id {number}, which is not in {asked}")
-        given = _get(entry, "answers", list, where)
-        answers = tuple(
-            _get(_object(answer, f"{where}, answer {i}"), "answer", str, f"{where}, answer {i}")
-            for i, answer in enumerate(given)
-        )
-        if not answers:
+        given = get(entry, "answers", list, where)
+        if not given:
             raise UserError(f"{where} must hold at least one answer, got none")
+        answers = tuple(_answer(answer, i, where) for i, answer in enumerate(given))
         text, image = questions[number]
-        file = folder / f"COCO_{part}_{image:012d}.jpg"
         kind = entry.get("answer_type")
-        examples[number] = Example(text, (file,), str(image), answers=answers, kind=kind)
-    for number in questions:
-        if number not in examples:
-            raise UserError(f"question_id {number} of {asked} has no annotation in {answered}")
-    return list(examples.values())
+        examples[number] = Example(
+            number, text, *shown[image], answers=answers, kind=kind and sys.intern(str(kind))
+        )
+    if len(examples) < len(questions):
+        number = next(number for number in questions if number not in examples)
+        raise UserError(f"question_id {number} of {asked} has no annotation in {answered}")
+    return Reading(list(examples.values()), (asked, answered))
 
 
-def coco(root: Path, split: str, _: Listing) -> list[Example] | None:
-    """COCO captions; None where the folder has no such split."""
-    part = {"train": "train2017", "validation": "val2017"}.get(split)
-    file = root / "annotations" / f"captions_{part}.json"
-    if part is None or not file.exists():
-        return None
-    folder = _folder(root / part)
-    images: dict[int, Path] = {}
-    for entry, where in _entries(file, "images"):
-        number = _get(entry, "id", int, where)
-        _once(number, images, "image id", where)
-        images[number] = folder / _get(entry, "file_name", str, where)
+def _vqa_asked(root: Path, asked: Path) -> Reading:
+    shown = _Photos(root, "test2015")
+    questions = _questions(asked)
+    examples = [Example(n, text, *shown[image]) for n, (text, image) in questions.items()]
+    return Reading(examples, (asked,))
+
+
+def _questions(asked: Path) -> dict[int, tuple[str, int]]:
+    questions: dict[int, tuple[str, int]] = {}
+    for entry, where in entries(asked, "questions"):
+        number = get(entry, "question_id", int, where)
+        once(number, questions, "question_id", where)
+        questions[number] = (get(entry, "question", str, where), get(entry, "image_id", int, where))
+    return questions
+
+
+def _answer(answer: Any, number: int, where: str) -> str:
+    if type(answer) is dict and type(answer.get("answer")) is str:
+        return sys.intern(answer["answer"])
+    where = f"{where}, answer {number}"
+    return str(get(an_object(answer, where), "answer", str, where))
+
+
+class _Photos(dict[int, tuple[tuple[Path, ...], str]]):
+    """The file of each COCO image of 2014 and 2015, and its group, made once an image."""
+
+    def __init__(self, root: Path, part: str) -> None:
+        self._folder, self._part = _folder(root, part), part
+
+    def __missing__(self, image: int) -> tuple[tuple[Path, ...], str]:
+        file = self._folder / f"COCO_{self._part}_{image:012d}.jpg"
+        self[image] = ((file,), str(image))
+        return self[image]
+
+
+def coco(root: Path, listing: Listing) -> Readings:
+    """COCO captions, of the first source that is there: Karpathy's, 2017, 2014, tar shards."""
+    karpathy = _file(root, "dataset_coco.json")
+    sources: dict[str, Readings] = {}
+    if karpathy.exists():
+        read = functools.cache(functools.partial(_karpathy, root, karpathy, listing))
+        names = ("train", "validation", "test")
+        sources[karpathy.name] = {n: functools.partial(lambda n: read()[n], n) for n in names}
+    for year in (2017, 2014):
+        parts = {"train": f"train{year}", "validation": f"val{year}"}
+        files = {split: _file(root, f"captions_{part}.json") for split, part in parts.items()}
+        sources[f"captions_*{year}.json"] = {
+            split: functools.partial(_captions, _folder(root, parts[split]), file)
+            for split, file in files.items()
+            if file.exists()
+        }
+    packed = shards.by_split(root)
+    sources["*.tar"] = {s: functools.partial(_shards, files) for s, files in packed.items()}
+    there = [name for name, readings in sources.items() if readings]
+    if len(there) > 1:
+        log.warning("%s: read %s, not %s", root, there[0], " nor ".join(there[1:]))
+    return sources[there[0]] if there else {}
+
+
+def _captions(folder: Path, file: Path) -> Reading:
+    content = document(file)
+    images: dict[int, tuple[Path]] = {}
+    for entry, where in named(content, "images", file):
+        number = get(entry, "id", int, where)
+        once(number, images, "image id", where)
+        images[number] = (folder / get(entry, "file_name", str, where),)
     examples: dict[int, Example] = {}
-    for entry, where in _entries(file, "annotations"):
-        number = _get(entry, "id", int, where)
-        _once(number, examples, "annotation id", where)
-        image = _get(entry, "image_id", int, where)
+    for entry, where in named(content, "annotations", file):
+        number = get(entry, "id", int, where)
+        once(number, examples, "annotation id", where)
+        image = get(entry, "image_id", int, where)
         if image not in images:
             raise UserError(f"{where} has image_id {image}, which is not among the file's images")
-        text = " ".join(_get(entry, "caption", str, where).split())
-        examples[number] = Example(text, (images[image],), str(image))
-    return list(examples.values())
+        text = _line(get(entry, "caption", str, where))
+        examples[number] = Example(image, text, images[image], str(image))
+    return Reading(list(examples.values()), (file,))
 
 
-def snli_ve(root: Path, split: str, _: Listing) -> list[Example] | None:
-    """SNLI-VE; pairs without a gold label are left out. None where there is no such split."""
-    file = root / f"snli_ve_{'dev' if split == 'validation' else split}.jsonl"
-    if not file.exists():
-        return None
-    folder = _folder(root / "flickr30k-images")
-    examples: dict[str, Example] = {}
+def _karpathy(root: Path, file: Path, listing: Listing) -> dict[str, Reading]:
+    """Every split of dataset_coco.json; `restval` is training data, as is the custom."""
+    parts = {"train": "train", "restval": "train", "val": "validation", "test": "test"}
+    split: dict[str, list[Example]] = {part: [] for part in parts.values()}
+    folders = {name: _folder(root, name) for name in ("train2014", "val2014")}
+    later = [_folder(root, name) for name in ("train2017", "val2017")]
+    seen: set[int] = set()
+    for entry, where in entries(file, "images"):
+        number = get(entry, "cocoid", int, where)
+        once(number, seen, "cocoid", where)
+        seen.add(number)
+        part = tuple(parts)[choice(get(entry, "split", str, where), tuple(parts), "split", where)]
+        place = tuple(folders)[
+            choice(get(entry, "filepath", str, where), tuple(folders), "filepath", where)
+        ]
+        own = folders[place] / get(entry, "filename", str, where)
+        others = [folder / f"{number:012d}.jpg" for folder in later] if own not in listing else []
+        image = (next((other for other in others if other in listing), own),)
+        sentences = get(entry, "sentences", list, where)
+        if not sentences:
+            raise UserError(f"{where} must hold at least one sentence, got none")
+        for i, sentence in enumerate(sentences):
+            at = f"{where}, sentences[{i}]"
+            text = _line(get(an_object(sentence, at), "raw", str, at))
+            split[parts[part]].append(Example(number, text, image, str(number)))
+    return {name: Reading(examples, (file,)) for name, examples in split.items()}
+
+
+def _shards(files: list[Path]) -> Reading:
+    examples = []
     seen: set[str] = set()
-    for entry, where in _lines(file):
-        pair = _get(entry, "pairID", str, where)
-        _once(pair, seen, "pairID", where)
+    bare = 0
+    for sample in shards.samples(files):
+        once(sample.key, seen, "key", str(sample.tar))
+        seen.add(sample.key)
+        if sample.image is None or not sample.captions:
+            bare += 1
+            continue
+        number = int(sample.key) if sample.key.isdecimal() else sample.key
+        image = (sample.image,)
+        examples += [Example(number, _line(c), image, sample.key) for c in sample.captions]
+    left_out = {"samples without an image or a caption": bare} if bare else {}
+    return Reading(examples, tuple(files), left_out)
+
+
+def snli_ve(root: Path, _: Listing) -> Readings:
+    """SNLI-VE; pairs without a gold label are left out."""
+    parts = {"train": "train", "validation": "dev", "test": "test"}
+    files = {split: _file(root, f"snli_ve_{part}.jsonl") for split, part in parts.items()}
+    folder = _folder(root, "flickr30k-images", "flickr30k_images")
+    return {
+        split: functools.partial(_snli_ve, folder, file)
+        for split, file in files.items()
+        if file.exists()
+    }
+
+
+def _snli_ve(folder: Path, file: Path) -> Reading:
+    examples = []
+    seen: set[str] = set()
+    shown: dict[str, tuple[Path]] = {}
+    for entry, where in lines(file):
+        pair = get(entry, "pairID", str, where)
+        once(pair, seen, "pairID", where)
         seen.add(pair)
-        label = _get(entry, "gold_label", str, where)
+        label = get(entry, "gold_label", str, where)
         if label == "-":
             continue
-        image = str(_get(entry, "Flickr30K_ID", (str, int), where)).removesuffix(".jpg")
-        examples[pair] = Example(
-            _get(entry, "sentence2", str, where),
-            (folder / f"{image}.jpg",),
-            image,
-            _label(label, SNLI_VE_CLASSES, "gold_label", where),
-        )
-    if len(seen) > len(examples):
-        dropped = len(seen) - len(examples)
-        log.warning("%s: left out %d of %d pairs without gold label", file, dropped, len(seen))
-    return list(examples.values())
+        image = str(get(entry, "Flickr30K_ID", (str, int), where)).removesuffix(".jpg")
+        files = shown.setdefault(image, (folder / f"{image}.jpg",))
+        text = get(entry, "sentence2", str, where)
+        gold = choice(label, SNLI_VE_CLASSES, "gold_label", where)
+        examples.append(Example(pair, text, files, image, gold))
+    unlabelled = len(seen) - len(examples)
+    left_out = {"pairs without gold label": unlabelled} if unlabelled else {}
+    return Reading(examples, (file,), left_out)
 
 
-def nlvr2(root: Path, split: str, listing: Listing) -> list[Example] | None:
-    """NLVR2, the left image first; None where the folder has no such split."""
-    part = {"validation": "dev", "test": "test1"}.get(split, split)
-    file = root / f"{part}.json"
-    if not file.exists():
-        return None
-    folder = _folder(root / "images")
+def nlvr2(root: Path, listing: Listing) -> Readings:
+    """NLVR2, the left image first; test is test1."""
+    parts = {"train": "train", "validation": "dev", "test": "test1", "test2": "test2"}
+    files = {split: _file(root, f"{part}.json") for split, part in parts.items()}
+    return {
+        split: functools.partial(_nlvr2, root, parts[split], file, listing)
+        for split, file in files.items()
+        if file.exists()
+    }
+
+
+def _nlvr2(root: Path, part: str, file: Path, listing: Listing) -> Reading:
+    places = [root / "images" / part, root / part, root / "images"]
     examples: dict[str, Example] = {}
-    for entry, where in _lines(file):
-        identifier = _get(entry, "identifier", str, where)
-        _once(identifier, examples, "identifier", where)
+    for entry, where in lines(file):
+        identifier = get(entry, "identifier", str, where)
+        once(identifier, examples, "identifier", where)
         parts = identifier.split("-")
         if len(parts) != 4:
             raise UserError(
                 f"{where}: identifier must be split-set-pair-sentence, got {identifier!r}"
             )
-        places = [folder, folder / part]
-        if "directory" in entry:
-            directory = str(_get(entry, "directory", (int, str), where))
-            places += [folder / directory, folder / part / directory]
         names = [f"{'-'.join(parts[:3])}-img{side}.png" for side in (0, 1)]
-        there = next((p for p in places if p / names[0] in listing), places[-1])
-        label = _get(entry, "label", (str, bool), where)
+        there = _nlvr2_place(places, entry, names[0], listing, where)
+        label = get(entry, "label", (str, bool), where)
         examples[identifier] = Example(
-            _get(entry, "sentence", str, where),
+            identifier,
+            get(entry, "sentence", str, where),
             (there / names[0], there / names[1]),
             "-".join(parts[:2]),
-            _label(str(label).lower(), NLVR2_CLASSES, "label", where),
+            choice(str(label).lower(), NLVR2_CLASSES, "label", where),
         )
-    return list(examples.values())
+    return Reading(list(examples.values()), (file,))
 
 
-Reader = Callable[[Path, str, Listing], list[Example] | None]
+def _nlvr2_place(
+    places: list[Path], entry: dict[str, Any], name: str, listing: Listing, where: str
+) -> Path:
+    """The folder that holds an example's left image, or the one that should."""
+    if "directory" in entry:
+        directory = str(get(entry, "directory", (int, str), where))
+        places = [place / directory for place in places] + places
+    return next((place for place in places if listing.has(str(place), name)), places[0])
+
+
+Reader = Callable[[Path, Listing], Readings]
 READERS: Mapping[str, Reader] = {"vqa": vqa, "coco": coco, "snli_ve": snli_ve, "nlvr2": nlvr2}
 TRAINING_FILES = {
     "vqa": "v2_OpenEnded_mscoco_train2014_questions.json and v2_mscoco_train2014_annotations.json",
-    "coco": "annotations/captions_train2017.json",
+    "coco": "dataset_coco.json, annotations/captions_train2017.json or train-*.tar shards",
     "snli_ve": "snli_ve_train.jsonl",
     "nlvr2": "train.json",
 }
 
 
-def nlvr2_consistency(identifiers: Sequence[str], correct: Sequence[bool]) -> float:
-    """Part of the sentences that are judged rightly for every pair of images they are asked of.
-
-    Args:
-        identifiers: split-set-pair-sentence of each example.
-        correct: Whether each example was answered rightly.
-
-    Raises:
-        ValueError: The two lengths differ, there is no example, or an identifier has another form.
-
-    Source: the evaluation script of https://github.com/lil-lab/nlvr.
-
-    Example:
-        >>> nlvr2_consistency(["dev-8-0-0", "dev-8-1-0", "dev-8-0-1"], [True, False, True])
-        0.5
-    """
-    if len(identifiers) != len(correct) or not identifiers:
-        raise ValueError(
-            "identifiers and correct must have one entry an example and at least one, "
-            f"got {len(identifiers)} and {len(correct)}"
-        )
-    right: dict[tuple[str, str, str], bool] = {}
-    for identifier, hit in zip(identifiers, correct, strict=True):
-        parts = identifier.split("-")
-        if len(parts) != 4:
-            raise ValueError(f"identifier must be split-set-pair-sentence, got {identifier!r}")
-        sentence = (parts[0], parts[1], parts[3])
-        right[sentence] = right.get(sentence, True) and bool(hit)
-    return sum(right.values()) / len(right)
+def _file(root: Path, name: str) -> Path:
+    """The annotation file `name`, where it is, or where it should be."""
+    return next(_existing(root, _ANNOTATIONS, (name,)), root / name)
 
 
-def _folder(path: Path) -> Path:
-    if not path.is_dir():
-        raise UserError(f"no image folder {path}: put the images of the data set there")
-    return path
+def _folder(root: Path, *names: str) -> Path:
+    """The folder of images with one of the names, where it is, or where it should be."""
+    return next(_existing(root, _IMAGES, names), root / names[0])
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise UserError(f"no file {path}: the data set is not complete") from error
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 text: {error.reason} at byte {error.start}"
-        ) from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+def _existing(root: Path, places: tuple[str, ...], names: tuple[str, ...]) -> Iterator[Path]:
+    return (p for place in places for name in names if (p := root / place / name).exists())
 
 
-def _entries(path: Path, key: str) -> Iterator[tuple[dict[str, Any], str]]:
-    """The objects of a list in a JSON file, each with a name for messages."""
-    try:
-        content = json.loads(_read(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
-    if not isinstance(content, dict) or not isinstance(content.get(key), list):
-        raise UserError(f"{path} must be a JSON object with a list {key!r}")
-    for number, entry in enumerate(content[key]):
-        where = f"{path}, {key}[{number}]"
-        yield _object(entry, where), where
-
-
-def _lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """The objects of a file of JSON lines, each with a name for messages."""
-    for number, line in enumerate(_read(path).split("\n"), start=1):
-        where = f"{path}, line {number}"
-        if line.strip():
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{where}: not valid JSON ({error.msg})") from error
-            yield _object(entry, where), where
-
-
-def _object(entry: Any, where: str) -> dict[str, Any]:
-    if not isinstance(entry, dict):
-        raise UserError(f"{where} must be a JSON object, got {type(entry).__name__}")
-    return entry
-
-
-def _get(entry: dict[str, Any], key: str, kind: type | tuple[type, ...], where: str) -> Any:
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    wanted = " or ".join(k.__name__ for k in kinds)
-    if key not in entry:
-        raise UserError(f"{where}: {key!r} is missing, it must be of type {wanted}")
-    value = entry[key]
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        raise UserError(f"{where}: {key!r} must be of type {wanted}, got {value!r:.40}")
-    return value
-
-
-def _once(value: object, seen: Any, what: str, where: str) -> None:
-    if value in seen:
-        raise UserError(f"{where}: {what} {value} is there a second time")
-
-
-def _label(label: str, classes: Sequence[str], key: str, where: str) -> int:
-    if label not in classes:
-        raise UserError(f"{where}: {key!r} must be one of {', '.join(classes)}, got {label!r}")
-    return classes.index(label)
+def _line(caption: str) -> str:
+    return " ".join(caption.split())

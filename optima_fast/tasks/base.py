@@ -3,16 +3,16 @@
 import abc
 import contextlib
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from optima_fast.errors import UserError
+from optima_fast.tasks import blind
 from optima_fast.tasks.tokenizers import Tokenizer
 
 Batch = dict[str, Tensor]
@@ -70,6 +70,7 @@ class Split:
         image_labels: Further tensors `[images, ...]` that go into each batch by image, by name.
         kinds: A name for each example's kind of text; `evaluate` then reports each kind too.
         references: Captions of each image, for captioning.
+        ids: The data set's own id of each example; of each image, for captioning.
         group: Examples come in runs of `group` that show the same images; a sampler that keeps
             runs together has each image encoded once.
         name: For messages.
@@ -89,6 +90,7 @@ class Split:
         image_labels: Mapping[str, Tensor] | None = None,
         kinds: Sequence[str] | None = None,
         references: Sequence[Sequence[str]] | None = None,
+        ids: Sequence[str | int] | None = None,
         group: int = 1,
         name: str = "split",
     ) -> None:
@@ -105,6 +107,7 @@ class Split:
             "target": target is None or len(target) == n,
             "kinds": kinds is None or len(kinds) == n,
             "references": references is None or len(references) == len(images),
+            "ids": ids is None or len(ids) == (n if references is None else len(images)),
             "group": group >= 1 and n % group == 0,
             **{key: len(v) == len(images) for key, v in (image_labels or {}).items()},
         }
@@ -124,11 +127,17 @@ class Split:
         self.image_labels = dict(image_labels or {})
         self.kinds = None if kinds is None else tuple(kinds)
         self.references = references
+        self.ids = ids
         self.group = group
         self.name = name
 
     def __len__(self) -> int:
         return len(self.text)
+
+    @property
+    def measurable(self) -> bool:
+        """Whether it is known what is right; of some official test splits it is not."""
+        return self.target is not None or self.references is not None
 
     def batch(self, indices: Sequence[int] | Tensor) -> Batch:
         """The examples `indices`; an image that several of them show is in the batch once.
@@ -209,6 +218,19 @@ def mean_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Predictions:
+    """What a model says of a split.
+
+    Attributes:
+        texts: A class or answer an example; for captioning, a caption an image.
+        loss: Mean loss, where it was computed.
+    """
+
+    texts: Sequence[str]
+    loss: float | None = None
+
+
+@dataclass(frozen=True)
 class TaskData(abc.ABC):
     """A task with its data: what the trainer needs to know about either.
 
@@ -219,6 +241,7 @@ class TaskData(abc.ABC):
         channels: 1 or 3.
         train, validation, test: The splits.
         classes: Names of the classes or answers, in the order of the logits; () for captions.
+        further: Other splits by name, such as VQA's test-dev, which has no targets.
     """
 
     task: ClassVar[str]
@@ -233,6 +256,7 @@ class TaskData(abc.ABC):
     validation: Split
     test: Split
     classes: tuple[str, ...] = field(default=())
+    further: Mapping[str, Split] = field(default_factory=dict)
 
     @property
     def num_classes(self) -> int:
@@ -250,6 +274,24 @@ class TaskData(abc.ABC):
         """KL(teacher || student) at temperature 1 (Eq. 1), the same mean as `loss`."""
 
     @abc.abstractmethod
+    def predict(
+        self,
+        model: nn.Module,
+        split: Split,
+        *,
+        batch_size: int = 256,
+        device: torch.device | str = "cpu",
+    ) -> Predictions:
+        """What `model` says of each example, or image, of `split`."""
+
+    @abc.abstractmethod
+    def metrics(self, split: Split, predictions: Predictions) -> dict[str, float]:
+        """Metrics of predictions of a measurable split, `metric_name` among them.
+
+        Raises:
+            ValueError: Another number of predictions.
+        """
+
     def evaluate(
         self,
         model: nn.Module,
@@ -258,7 +300,26 @@ class TaskData(abc.ABC):
         batch_size: int = 256,
         device: torch.device | str = "cpu",
     ) -> dict[str, float]:
-        """Metrics of `model` on `split`, `metric_name` among them."""
+        """`metrics` of what `model` predicts on `split`.
+
+        Raises:
+            ValueError: It is not known what is right there.
+        """
+        if not split.measurable:
+            raise ValueError(f"the {split.name} split has no targets: it can be predicted only")
+        return self.metrics(split, self.predict(model, split, batch_size=batch_size, device=device))
+
+    def split(self, name: str) -> Split:
+        """A split by name: train, validation, test or one of `further`.
+
+        Raises:
+            UserError: There is none of that name.
+        """
+        splits = {"train": self.train, "validation": self.validation, "test": self.test}
+        splits |= self.further
+        if name not in splits:
+            raise unknown("split", name, splits)
+        return splits[name]
 
     @abc.abstractmethod
     def baselines(self) -> dict[str, float]:
@@ -271,8 +332,13 @@ class Classification(TaskData):
     metric_name: ClassVar[str] = "accuracy"
 
     @abc.abstractmethod
-    def scores(self, split: Split) -> Tensor:
-        """What predicting each class is worth: float32 `[examples, classes]` in 0 .. 1."""
+    def worth(self, split: Split) -> tuple[Tensor, Tensor]:
+        """What predicting a class is worth, kept by the k classes that are worth something.
+
+        Returns:
+            int64 `[examples, k]`, the classes, and float32 `[examples, k]`, the worth of each in
+            0 .. 1; 0 fills rows up.
+        """
 
     def divergence(
         self, student_logits: Tensor, teacher_logits: Tensor, batch: Mapping[str, Tensor]
@@ -280,52 +346,67 @@ class Classification(TaskData):
         """KL(teacher || student) over the classes at temperature 1, mean over examples (Eq. 1)."""
         return mean_kl(student_logits, teacher_logits)
 
-    def evaluate(
+    def predict(
         self,
         model: nn.Module,
         split: Split,
         *,
         batch_size: int = 256,
         device: torch.device | str = "cpu",
-    ) -> dict[str, float]:
-        """Mean score of the class with the largest logit, and the mean loss.
-
-        Returns:
-            `accuracy`, `loss`, and `accuracy/<kind>` where the split names kinds.
-        """
+    ) -> Predictions:
+        """The class with the largest logit of each example; the loss where there are targets."""
         loss, predicted = 0.0, torch.empty(len(split), dtype=torch.int64)
         with evaluating(model):
             for index, batch in split.batches(batch_size):
                 batch = to_device(batch, device)
                 logits = model(batch).logits
-                loss += float(self.loss(logits, batch)) * len(index)
+                if "target" in batch:
+                    loss += float(self.loss(logits, batch)) * len(index)
                 predicted[index] = logits.argmax(-1).cpu()
-        gained = self.scores(split).gather(1, predicted[:, None])[:, 0].double()
-        result = {"accuracy": float(gained.mean()), "loss": loss / len(split)}
+        texts = [self.classes[i] for i in predicted.tolist()]
+        return Predictions(texts, loss / len(split) if "target" in batch else None)
+
+    def metrics(self, split: Split, predictions: Predictions) -> dict[str, float]:
+        """Mean worth of the predicted classes.
+
+        Returns:
+            `accuracy`, `loss` where it is known, and `accuracy/<kind>` where the split names kinds.
+        """
+        gained = self.gained(split, predictions).double()
+        result = {"accuracy": float(gained.mean())}
+        if predictions.loss is not None:
+            result["loss"] = predictions.loss
         for kind in sorted(set(split.kinds or ())):
             chosen = torch.tensor([k == kind for k in split.kinds or ()])
             result[f"accuracy/{kind}"] = float(gained[chosen].mean())
         return result
 
+    def gained(self, split: Split, predictions: Predictions) -> Tensor:
+        """What each prediction is worth, float32 `[examples]`; 0 for what is none of the classes.
+
+        Raises:
+            ValueError: Another number of examples.
+        """
+        number = {name: i for i, name in enumerate(self.classes)}
+        predicted = torch.tensor([number.get(text, -1) for text in predictions.texts])
+        return _gained(predicted, *self.worth(split))
+
     def baselines(self) -> dict[str, float]:
-        """Accuracies on the test split of two predictors that never see an image.
+        """Mean score on the test split of two ways to answer without seeing an image.
 
         `majority` always gives the class that scores most in training. `text_only` is the stronger
         of the class that scores most with the same text in training, and a logistic regression on
-        the words of at most 20,000 training texts (scikit-learn).
+        the words of at most 20,000 training texts, to at most 100 classes (scikit-learn).
         """
-        train, test = self.scores(self.train), self.scores(self.test)
-        majority = int(train.sum(0).argmax())
-        by_text = _best_by_text(self.train.text, train, self.test.text, majority)
-        by_words = _best_by_words(self.train.text, train, self.test.text, len(self.tokenizer))
-
-        def accuracy(predicted: Tensor) -> float:
-            return float(test.gather(1, predicted[:, None]).double().mean())
-
-        return {
-            "majority": float(test[:, majority].double().mean()),
-            "text_only": max(accuracy(by_text), accuracy(by_words)),
+        train, test = self.worth(self.train), self.worth(self.test)
+        majority = int(_by_class(*train, self.num_classes).argmax())
+        said = {
+            "majority": torch.full((len(self.test),), majority),
+            "text": blind.best_by_text(self.train.text, *train, self.test.text, majority),
+            "words": blind.best_by_words(self.train.text, *train, self.test.text),
         }
+        mean = {name: float(_gained(s, *test).double().mean()) for name, s in said.items()}
+        return {"majority": mean["majority"], "text_only": max(mean["text"], mean["words"])}
 
 
 class SingleLabel(Classification):
@@ -336,36 +417,22 @@ class SingleLabel(Classification):
         wide = torch.promote_types(logits.dtype, torch.float32)
         return F.cross_entropy(logits.to(wide), batch["target"])
 
-    def scores(self, split: Split) -> Tensor:
-        """1 for the right class, 0 for the others."""
+    def worth(self, split: Split) -> tuple[Tensor, Tensor]:
+        """1 for the right class."""
         assert split.target is not None
-        return F.one_hot(split.target, self.num_classes).float()
+        return split.target[:, None], torch.ones(len(split), 1)
 
 
-def _best_by_text(text: Tensor, scores: Tensor, asked: Tensor, otherwise: int) -> Tensor:
-    """Class with the largest sum of scores for the very same text, `otherwise` if it is new."""
-    known, where = torch.unique(text, dim=0, return_inverse=True)
-    total = torch.zeros(len(known), scores.shape[1]).index_add_(0, where, scores)
-    best = {tuple(t): int(c) for t, c in zip(known.tolist(), total.argmax(1), strict=True)}
-    return torch.tensor([best.get(tuple(t), otherwise) for t in asked.tolist()])
+def _gained(predicted: Tensor, classes: Tensor, worth: Tensor) -> Tensor:
+    """What `predicted` (int64 `[n]`) is worth, by classes `[n, k]` and the worth of each."""
+    if len(predicted) != len(classes):
+        raise ValueError(
+            f"predictions must be one an example, {len(classes)}, got {len(predicted)}"
+        )
+    return torch.where(classes == predicted[:, None], worth, 0).sum(1)
 
 
-def _best_by_words(
-    text: Tensor, scores: Tensor, asked: Tensor, words: int, limit: int = 20_000
-) -> Tensor:
-    """Logistic regression from word counts to the class with the largest score."""
-    from scipy.sparse import csr_matrix
-    from sklearn.linear_model import LogisticRegression
-
-    def counts(rows: Tensor) -> Any:
-        n, length = rows.shape
-        where = np.repeat(np.arange(n), length)
-        ones = np.ones(n * length, dtype=np.float64)
-        return csr_matrix((ones, (where, rows.reshape(-1).numpy())), shape=(n, words))
-
-    stride = -(-len(text) // limit)
-    text, label = text[::stride], scores[::stride].argmax(1).numpy()
-    if len(np.unique(label)) == 1:
-        return torch.full((len(asked),), int(label[0]))
-    fit: Callable[..., Any] = LogisticRegression(max_iter=200).fit
-    return torch.from_numpy(fit(counts(text), label).predict(counts(asked)).astype(np.int64))
+def _by_class(classes: Tensor, worth: Tensor, size: int) -> Tensor:
+    """Sum of the worth of each of `size` classes."""
+    total = torch.zeros(size, dtype=torch.float64)
+    return total.index_add_(0, classes.reshape(-1), worth.reshape(-1).double())

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from optima_fast.tasks.base import Split, TaskData, evaluating, mean_kl
+from optima_fast.tasks.base import Predictions, Split, TaskData, evaluating, mean_kl
 
 if TYPE_CHECKING:
     from optima_fast.models.task_model import TaskModel
@@ -38,38 +38,19 @@ class Coco(TaskData):
         counts = batch["text"][:, 1:] != self.tokenizer.pad_id
         return mean_kl(student_logits[counts], teacher_logits[counts])
 
-    def evaluate(
+    def predict(
         self,
         model: nn.Module,
         split: Split,
         *,
         batch_size: int = 256,
         device: torch.device | str = "cpu",
-    ) -> dict[str, float]:
-        """CIDEr-D of one greedy caption an image against all its references.
-
-        Returns:
-            `cider`, on the scale where the references of people reach about 1.
-        """
-        from optima_fast.tasks.caption_metrics import cider
-
-        known = references(split)
-        captions = self.captions(model, split, batch_size=batch_size, device=device)
-        return {"cider": cider(captions, known)[0]}
-
-    def captions(
-        self,
-        model: nn.Module,
-        split: Split,
-        *,
-        batch_size: int = 256,
-        device: torch.device | str = "cpu",
-    ) -> list[str]:
+    ) -> Predictions:
         """A greedy caption of each image of the split, in order."""
         from optima_fast.models.generate import greedy
 
         words = self.tokenizer
-        result: list[str] = []
+        captions: list[str] = []
         with evaluating(model):
             for ids in torch.split(torch.arange(len(split.images)), batch_size):
                 written = greedy(
@@ -79,8 +60,23 @@ class Coco(TaskData):
                     eos_id=words.eos_id,
                     max_length=self.text_length,
                 )
-                result += [words.decode(row) for row in written.cpu()]
-        return result
+                captions += [words.decode(row) for row in written.cpu()]
+        return Predictions(captions)
+
+    def metrics(self, split: Split, predictions: Predictions) -> dict[str, float]:
+        """One caption an image against all its references.
+
+        Returns:
+            `cider` (CIDEr-D, on the scale where the references of people reach about 1), `bleu1`
+            to `bleu4` and `rouge_l`.
+        """
+        from optima_fast.tasks.caption_metrics import bleu, cider, rouge_l
+
+        said = [_words(caption) for caption in predictions.texts]
+        known = [list(map(_words, group)) for group in references(split)]
+        result = {"cider": cider(said, known, tokenized=True)[0]}
+        result |= {f"bleu{k + 1}": b for k, b in enumerate(bleu(said, known, tokenized=True)[0])}
+        return result | {"rouge_l": rouge_l(said, known, tokenized=True)[0]}
 
     def baselines(self) -> dict[str, float]:
         """CIDEr-D on the test split of two captions that are the same for every image.
@@ -89,18 +85,15 @@ class Coco(TaskData):
         captions and 75 more spread over the training split, the one with the largest CIDEr-D on
         the references of at most 100 training images.
         """
-        from optima_fast.tasks.caption_metrics import cider, tokenize
-
-        def words(caption: str) -> str:
-            return " ".join(tokenize(caption))
+        from optima_fast.tasks.caption_metrics import cider
 
         known, asked = references(self.train), references(self.test)
         counts = Counter(caption for group in known for caption in group)
         ranked = sorted(counts, key=lambda caption: (-counts[caption], caption))
         spread = [group[0] for group in known[:: -(-len(known) // 75)]]
-        sample = [list(map(words, group)) for group in known[:: -(-len(known) // 100)]]
+        sample = [list(map(_words, group)) for group in known[:: -(-len(known) // 100)]]
         blind = max(
-            map(words, [*ranked[:25], *spread]),
+            map(_words, [*ranked[:25], *spread]),
             key=lambda caption: cider([caption] * len(sample), sample, tokenized=True)[0],
         )
         return {
@@ -111,6 +104,11 @@ class Coco(TaskData):
 
 def references(split: Split) -> Sequence[Sequence[str]]:
     """The captions of each image of a captioning split."""
-    if split.references is None:
-        raise ValueError(f"the {split.name} split must have references to be captioned")
+    assert split.references is not None
     return split.references
+
+
+def _words(caption: str) -> str:
+    from optima_fast.tasks.caption_metrics import tokenize
+
+    return " ".join(tokenize(caption))

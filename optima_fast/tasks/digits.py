@@ -173,7 +173,9 @@ def load(task: str, *, seed: int = 0, **options: Any) -> TaskData:
         image_size=CANVAS,
         channels=1,
         classes=classes,
-        **splits,
+        train=splits["train"],
+        validation=splits["validation"],
+        test=splits["test"],
     )
 
 

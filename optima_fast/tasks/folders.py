@@ -4,6 +4,8 @@ Official splits are used where there are any. A single held-out split is divided
 and test, and a lone training split into all three, by image (NLVR2: by set of images), in an order
 hashed from the seed: no image is in two splits. What was divided, left out or is missing is logged
 in one line each. Annotations are held in memory; images are decoded when a batch asks for them.
+Answers to VQA v2's own test questions are secret: its splits test-dev and test-std can be read as
+`further` ones, to be predicted only.
 """
 
 import dataclasses
@@ -17,8 +19,16 @@ import torch
 from torch import Tensor
 
 from optima_fast.errors import UserError
-from optima_fast.tasks import tokenizers
-from optima_fast.tasks.annotations import READERS, TRAINING_FILES, Example, Listing
+from optima_fast.tasks import shards, tokenizers
+from optima_fast.tasks.annotations import (
+    READERS,
+    TRAINING_FILES,
+    Example,
+    ImageFile,
+    Listing,
+    Reading,
+    Readings,
+)
 from optima_fast.tasks.base import Batch, Split, TaskData, unknown
 from optima_fast.tasks.coco import Coco
 from optima_fast.tasks.images import FolderImages
@@ -35,6 +45,7 @@ __all__ = ["AnswerSplit", "FolderVqa", "Options", "load"]
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
+FURTHER = {"vqa": ("test-dev", "test-std"), "nlvr2": ("test2",)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +62,7 @@ class Options:
         answers: Size of the answer set (vqa).
         validation_fraction: Part of the held-out images that validates, where they are divided.
         held_out_fraction: Part of the training images to hold out where no other split is there.
+        further: Splits of `FURTHER` to read too.
     """
 
     image_size: int = 224
@@ -62,6 +74,7 @@ class Options:
     answers: int = 3129
     validation_fraction: float = 0.5
     held_out_fraction: float = 0.2
+    further: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         least = {"image_size": 1, "text_length": 3, "max_text_length": 3, "min_count": 1}
@@ -93,25 +106,27 @@ class AnswerSplit(Split):
         super().__init__(*parts, **options)
         self.answer, self.worth, self.classes = answer, worth, classes
 
-    def scores(self, index: Tensor) -> Tensor:
-        """Soft scores of the examples `index`: float32 `[len(index), classes]`."""
-        dense = torch.zeros(len(index), self.classes)
-        return dense.scatter_add_(1, self.answer[index], self.worth[index])
+    @property
+    def measurable(self) -> bool:
+        """True: the answers are known."""
+        return True
 
     def batch(self, indices: Sequence[int] | Tensor) -> Batch:
-        """As `Split.batch`, with the soft scores as `target`."""
+        """As `Split.batch`, with the soft scores as `target`, float32 `[T, classes]`."""
         batch = super().batch(indices)
-        batch["target"] = self.scores(torch.as_tensor(indices).to("cpu", torch.int64))
+        index = torch.as_tensor(indices).to("cpu", torch.int64)
+        dense = torch.zeros(len(index), self.classes)
+        batch["target"] = dense.scatter_add_(1, self.answer[index], self.worth[index])
         return batch
 
 
 class FolderVqa(Vqa):
     """VQA with the official score: the mean over the ten leave-one-out sets of annotators."""
 
-    def scores(self, split: Split) -> Tensor:
-        """Soft scores of the split's examples, float32 `[examples, answers]`."""
+    def worth(self, split: Split) -> tuple[Tensor, Tensor]:
+        """The soft scores, by the answers that have one."""
         assert isinstance(split, AnswerSplit)
-        return split.scores(torch.arange(len(split)))
+        return split.answer, split.worth
 
 
 def load(task: str, path: Path | str, *, seed: int = 0, **options: Any) -> TaskData:
@@ -119,7 +134,7 @@ def load(task: str, path: Path | str, *, seed: int = 0, **options: Any) -> TaskD
 
     Args:
         task: "vqa", "snli_ve", "nlvr2" or "coco".
-        path: The folder.
+        path: The folder; for "coco" also tar shards (see `shards.by_split`).
         seed: Of the division of splits that are not there.
         options: Fields of `Options`.
 
@@ -135,10 +150,22 @@ def load(task: str, path: Path | str, *, seed: int = 0, **options: Any) -> TaskD
         if name not in names:
             raise unknown("option of a data folder", name, names)
     chosen = Options(**options)
+    for name in chosen.further:
+        if name not in FURTHER.get(task, ()):
+            raise unknown(f"further split of {task}", name, FURTHER.get(task, ()))
     root = Path(path)
-    if not root.is_dir():
-        raise UserError(f"no data folder {root}: give the folder that holds the {task} data set")
-    parts = _parts(task, root, seed, chosen)
+    listing = Listing()
+    read = readings(task, root, listing)
+    parts = {
+        name: present(read[name](), name, root, listing)
+        for name in (*SPLITS, *chosen.further)
+        if name in read
+    }
+    for name in chosen.further:
+        if name not in parts:
+            raise UserError(f"{root} has no {name} split of {task}: its question file is not there")
+    further = {name: parts.pop(name) for name in chosen.further}
+    parts = arrange(parts, task, root, seed, chosen)
     texts = [example.text for example in parts["train"]]
     tokenizer = chosen.tokenizer
     if isinstance(tokenizer, str):
@@ -152,33 +179,78 @@ def load(task: str, path: Path | str, *, seed: int = 0, **options: Any) -> TaskD
     if task == "vqa":
         made["vqa"] = FolderVqa
         classes = answer_set((example.answers for example in parts["train"]), chosen.answers)
+    splits = {
+        name: _split(task, name, part, tokenizer, length, chosen, classes)
+        for name, part in (parts | further).items()
+    }
     return made[task](
         tokenizer=tokenizer,
         text_length=length,
         image_size=chosen.image_size,
         channels=3,
         classes=classes,
-        **{
-            name: _split(task, name, part, tokenizer, length, chosen, classes)
-            for name, part in parts.items()
-        },
+        train=splits["train"],
+        validation=splits["validation"],
+        test=splits["test"],
+        further={name: splits[name] for name in further},
     )
 
 
-def _parts(task: str, root: Path, seed: int, options: Options) -> dict[str, list[Example]]:
-    """The examples of each split, all of whose images are there."""
-    listing = Listing()
-    parts: dict[str, list[Example]] = {}
-    for name in SPLITS:
-        read = READERS[task](root, name, listing)
-        if read is not None:
-            parts[name] = _with_images(read, name, root, listing)
-    if "train" not in parts:
+def readings(task: str, root: Path, listing: Listing) -> Readings:
+    """The splits that a folder has, none of them read yet.
+
+    Raises:
+        UserError: There is no such folder, or no training annotations in it.
+    """
+    if not root.is_dir() and not (task == "coco" and shards.is_shards(str(root))):
+        raise UserError(f"no data folder {root}: give the folder that holds the {task} data set")
+    found = READERS[task](root, listing)
+    if "train" not in found:
         raise UserError(f"no training annotations in {root}: {TRAINING_FILES[task]} must be there")
+    return found
+
+
+def present(reading: Reading, name: str, root: Path, listing: Listing) -> list[Example]:
+    """The examples of a split all of whose images are there; what is left out is logged.
+
+    Raises:
+        UserError: The split is empty, or none of its images is there.
+    """
+    examples = reading.examples
+    for what, count in reading.left_out.items():
+        total = count + len({e.id for e in examples})
+        log.warning("%s: left out %d of %d %s", reading.files[0], count, total, what)
+    if not examples:
+        raise UserError(f"the {name} split of {root} is empty: its files hold no example")
+    there = [e for e in examples if all(image in listing for image in e.images)]
+    if len(there) < len(examples):
+        absent = next(image for e in examples for image in e.images if image not in listing)
+        if not there:
+            assert isinstance(absent, Path)
+            if not absent.parent.is_dir():
+                raise UserError(
+                    f"no image folder {absent.parent}: put the images of the data set there"
+                )
+            raise UserError(f"no image of the {name} split is there, the first is {absent}")
+        log.warning(
+            "%s: left out %d of %d %s examples whose image is not there, the first %s",
+            root, len(examples) - len(there), len(examples), name, absent,
+        )  # fmt: skip
+    return there
+
+
+def arrange(
+    parts: dict[str, list[Example]], task: str, root: Path, seed: int, options: Options
+) -> dict[str, list[Example]]:
+    """Train, validation and test, divided from what is there; `parts` holds train at least.
+
+    Raises:
+        UserError: There are too few images to divide.
+    """
     held_out = [name for name in ("validation", "test") if name in parts]
     if len(held_out) == 1:
         divided = _divide(parts[held_out[0]], (options.validation_fraction,), seed, root)
-        parts.update(zip(("validation", "test"), divided, strict=True))
+        parts = {"train": parts["train"], "validation": divided[0], "test": divided[1]}
         log.warning("%s: divided its held-out split by image into %s", root, _sizes(parts))
     elif not held_out:
         cuts = (1 - options.held_out_fraction, options.validation_fraction)
@@ -190,21 +262,6 @@ def _parts(task: str, root: Path, seed: int, options: Options) -> dict[str, list
 
 def _sizes(parts: dict[str, list[Example]]) -> str:
     return ", ".join(f"{len(parts[name])} {name}" for name in SPLITS)
-
-
-def _with_images(examples: list[Example], name: str, root: Path, listing: Listing) -> list[Example]:
-    if not examples:
-        raise UserError(f"the {name} split of {root} is empty: its files hold no example")
-    there = [e for e in examples if all(image in listing for image in e.images)]
-    if len(there) < len(examples):
-        absent = next(image for e in examples for image in e.images if image not in listing)
-        if not there:
-            raise UserError(f"no image of the {name} split is there, the first is {absent}")
-        log.warning(
-            "%s: left out %d of %d %s examples whose image is not there, the first %s",
-            root, len(examples) - len(there), len(examples), name, absent,
-        )  # fmt: skip
-    return there
 
 
 def _divide(
@@ -240,7 +297,7 @@ def _split(
     options: Options,
     classes: Sequence[str],
 ) -> Split:
-    number: dict[Path, int] = {}
+    number: dict[ImageFile, int] = {}
     for example in examples:
         for image in example.images:
             number.setdefault(image, len(number))
@@ -251,7 +308,11 @@ def _split(
         captions: list[list[str]] = [[] for _ in number]
         for example in examples:
             captions[number[example.images[0]]].append(example.text)
-        return Split(images, text, index, references=captions, name=name)
+        ids = {number[example.images[0]]: example.id for example in examples}
+        return Split(images, text, index, references=captions, ids=list(ids.values()), name=name)
+    names = [example.id for example in examples]
+    if task == "vqa" and not examples[0].answers:
+        return Split(images, text, index, ids=names, name=name)
     if task == "vqa":
         answer, worth = _worth([example.answers for example in examples], classes)
         kinds = [example.kind for example in examples]
@@ -263,9 +324,11 @@ def _split(
             worth=worth,
             classes=len(classes),
             kinds=[str(kind) for kind in kinds] if all(kinds) else None,
+            ids=names,
             name=name,
         )
-    return Split(images, text, index, torch.tensor([e.label for e in examples]), name=name)
+    labels = torch.tensor([example.label for example in examples])
+    return Split(images, text, index, labels, ids=names, name=name)
 
 
 def _worth(questions: Sequence[Sequence[str]], classes: Sequence[str]) -> tuple[Tensor, Tensor]:

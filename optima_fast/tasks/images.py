@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from optima_fast.errors import UserError
+from optima_fast.tasks.shards import Member
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -24,14 +25,14 @@ class FolderImages:
     """The images of a split: `images[index]` decodes just the files that `index` names.
 
     Args:
-        paths: One file an image.
+        paths: One file, or member of a tar file, an image.
         size: Height and width that each image is brought to, at least 1.
 
     Raises:
         ValueError: `size` is below 1.
     """
 
-    def __init__(self, paths: Sequence[Path], size: int) -> None:
+    def __init__(self, paths: Sequence[Path | Member], size: int) -> None:
         if size < 1:
             raise ValueError(f"size must be at least 1, got {size}")
         self.paths = tuple(paths)
@@ -50,7 +51,7 @@ class FolderImages:
         return torch.stack(images) if images else torch.empty(0, 3, self.size, self.size)
 
 
-def load_image(path: Path, size: int) -> Tensor:
+def load_image(path: Path | Member, size: int) -> Tensor:
     """One image: bicubic to `size` on its shortest side, centre crop, (x / 255 - MEAN) / STD.
 
     Grey, palette, 16-bit and CMYK images become RGB; transparency is dropped. The steps and their
@@ -65,7 +66,7 @@ def load_image(path: Path, size: int) -> Tensor:
     Source: Radford et al., 2021, https://github.com/openai/CLIP.
     """
     try:
-        with Image.open(path) as image:
+        with path.open("rb") as file, Image.open(file) as image:
             levels = _square(_rgb(image), size)
     except FileNotFoundError as error:
         raise UserError(f"no image file {path}") from error

@@ -45,7 +45,7 @@ class Vqa(Classification):
         each = -(q * F.log_softmax(logits, dim=-1, dtype=q.dtype)).sum(1)
         return each.sum() / (total > 0).sum().clamp(min=1)
 
-    def scores(self, split: Split) -> Tensor:
-        """The soft scores of the split's examples."""
+    def worth(self, split: Split) -> tuple[Tensor, Tensor]:
+        """The soft scores of every answer."""
         assert split.target is not None
-        return split.target
+        return torch.arange(self.num_classes).expand(len(split), -1), split.target

@@ -14,8 +14,8 @@ from PIL import Image
 from optima_fast import tasks
 from optima_fast.errors import UserError
 from optima_fast.tasks import annotations, folders
-from optima_fast.tasks.annotations import nlvr2_consistency
 from optima_fast.tasks.images import MEAN, STD, load_image
+from optima_fast.tasks.nlvr2 import consistency
 from optima_fast.tasks.vqa_answers import score
 
 SIZE = 6
@@ -219,7 +219,9 @@ def test_vqa_targets_are_official_scores_of_each_answer(tmp_path):
         [[score(c, [a["answer"] for a in given]) for c in data.classes] for given in raw.values()]
     )
     torch.testing.assert_close(target, expected)
-    torch.testing.assert_close(data.scores(data.train), expected)
+    classes, worth = data.worth(data.train)
+    dense = torch.zeros(expected.shape).scatter_add_(1, classes, worth)
+    torch.testing.assert_close(dense, expected)
     assert expected[0, data.classes.index("none")] == 1
     assert expected[0, data.classes.index("0")] == 0
     assert expected[3, data.classes.index("none")] == expected[3, data.classes.index("0")] > 0
@@ -538,13 +540,13 @@ def test_options_out_of_range(tmp_path, options, message):
 
 def test_consistency_by_hand_and_bad_input():
     names = ["dev-1-0-0", "dev-1-1-0", "dev-1-0-1", "dev-2-0-0"]
-    assert nlvr2_consistency(names, [True, True, False, True]) == pytest.approx(2 / 3)
-    assert nlvr2_consistency(names, [False, True, True, False]) == pytest.approx(1 / 3)
-    assert nlvr2_consistency(names, [False, True, False, True]) == pytest.approx(1 / 3)
+    assert consistency(names, [True, True, False, True]) == pytest.approx(2 / 3)
+    assert consistency(names, [False, True, True, False]) == pytest.approx(1 / 3)
+    assert consistency(names, [False, True, False, True]) == pytest.approx(1 / 3)
     with pytest.raises(ValueError, match="got 4 and 1"):
-        nlvr2_consistency(names, [True])
+        consistency(names, [True])
     with pytest.raises(ValueError, match="split-set-pair-sentence, got 'dev-1'"):
-        nlvr2_consistency(["dev-1"], [True])
+        consistency(["dev-1"], [True])
 
 
 def test_golden_accuracy_and_consistency():
@@ -561,13 +563,13 @@ def test_golden_accuracy_and_consistency():
     for name, expected in golden.items():
         hits = [said[name][e["identifier"]].lower() == e["label"].lower() for e in entries]
         assert sum(hits) / len(hits) == pytest.approx(expected["accuracy"], abs=1e-12)
-        assert nlvr2_consistency(names, hits) == pytest.approx(expected["consistency"], abs=1e-12)
+        assert consistency(names, hits) == pytest.approx(expected["consistency"], abs=1e-12)
 
 
 def test_real_nlvr2_lines(tmp_path):
     (tmp_path / "images").mkdir()
     shutil.copy(shared("nlvr2", "dev.json"), tmp_path / "dev.json")
-    examples = annotations.nlvr2(tmp_path, "validation", annotations.Listing())
+    examples = annotations.nlvr2(tmp_path, annotations.Listing())["validation"]().examples
     assert len(examples) == 6982
     assert sum(e.label for e in examples) / 6982 == pytest.approx(0.5085935262102549)
     assert examples[0].images[1].name == "dev-850-0-img1.png"
@@ -577,7 +579,7 @@ def test_real_snli_ve_lines(tmp_path):
     shutil.copy(shared("snli_ve", "sample_pairs.jsonl"), tmp_path / "snli_ve_train.jsonl")
     picture(tmp_path / "flickr30k-images" / "2248275918.jpg")
     picture(tmp_path / "flickr30k-images" / "402978771.jpg")
-    examples = annotations.snli_ve(tmp_path, "train", annotations.Listing())
+    examples = annotations.snli_ve(tmp_path, annotations.Listing())["train"]().examples
     assert len(examples) == 16
     assert [examples[i].label for i in range(3)] == [2, 1, 0]
     assert {e.images[0].name for e in examples} == {"2248275918.jpg", "402978771.jpg"}

@@ -1,0 +1,121 @@
+"""JSON files and files of JSON lines, each entry checked and named in messages."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from optima_fast.errors import UserError
+
+Entry = dict[str, Any]
+
+
+def entries(path: Path, key: str) -> Iterator[tuple[Entry, str]]:
+    """The objects of the list `key` in a JSON file, each with its name for messages.
+
+    Raises:
+        UserError: No such file, or not a JSON object with such a list.
+    """
+    return named(document(path), key, path)
+
+
+def document(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        UserError: No such file, not UTF-8, not JSON.
+    """
+    try:
+        return json.loads(_read(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
+
+
+def named(content: Any, key: str, path: Path) -> Iterator[tuple[Entry, str]]:
+    """The objects of the list `key` of a document, each with its name for messages.
+
+    Raises:
+        UserError: The document is not an object with such a list, or an entry is no object.
+    """
+    if not isinstance(content, dict) or not isinstance(content.get(key), list):
+        raise UserError(f"{path} must be a JSON object with a list {key!r}")
+    for number, entry in enumerate(content[key]):
+        where = f"{path}, {key}[{number}]"
+        yield an_object(entry, where), where
+
+
+def lines(path: Path) -> Iterator[tuple[Entry, str]]:
+    """The objects of a file of JSON lines, each with its name for messages.
+
+    Raises:
+        UserError: No such file, or a line that is not a JSON object.
+    """
+    for number, line in enumerate(_read(path).split("\n"), start=1):
+        where = f"{path}, line {number}"
+        if line.strip():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{where}: not valid JSON ({error.msg})") from error
+            yield an_object(entry, where), where
+
+
+def an_object(entry: Any, where: str) -> Entry:
+    """`entry`, which must be a JSON object.
+
+    Raises:
+        UserError: It is none.
+    """
+    if not isinstance(entry, dict):
+        raise UserError(f"{where} must be a JSON object, got {type(entry).__name__}")
+    return entry
+
+
+def get(entry: Entry, key: str, kind: type | tuple[type, ...], where: str) -> Any:
+    """The value of `key`, which must be there and of one of the types `kind`.
+
+    Raises:
+        UserError: It is missing or of another type; true and false are no numbers.
+    """
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    wanted = " or ".join(k.__name__ for k in kinds)
+    if key not in entry:
+        raise UserError(f"{where}: {key!r} is missing, it must be of type {wanted}")
+    value = entry[key]
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise UserError(f"{where}: {key!r} must be of type {wanted}, got {value!r:.40}")
+    return value
+
+
+def once(value: object, seen: Any, what: str, where: str) -> None:
+    """Refuse an id that was seen before.
+
+    Raises:
+        UserError: `value` is in `seen`.
+    """
+    if value in seen:
+        raise UserError(f"{where}: {what} {value} is there a second time")
+
+
+def choice(name: str, names: Sequence[str], key: str, where: str) -> int:
+    """The place of `name` among `names`.
+
+    Raises:
+        UserError: It is none of them.
+    """
+    if name not in names:
+        raise UserError(f"{where}: {key!r} must be one of {', '.join(names)}, got {name!r}")
+    return names.index(name)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(f"no file {path}: the data set is not complete") from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 text: {error.reason} at byte {error.start}"
+        ) from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
