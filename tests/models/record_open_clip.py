@@ -20,6 +20,7 @@ from torch import Tensor
 
 PUBLISHED = ("coca_ViT-B-32", "coca_ViT-L-14", "coca_base")
 _TEXT = {"context_length": 12, "vocab_size": 100, "width": 64, "heads": 4}
+_VISION = {"image_size": 32, "patch_size": 8, "layers": 2, "head_width": 32, "output_tokens": True}
 _POOL = {"attentional_pool": True, "attn_pooler_heads": 4, "attn_pooler_queries": 16}
 
 
@@ -27,11 +28,7 @@ def small(vision_width: int, embed_dim: int, **vision: Any) -> dict[str, Any]:
     """A ``model_cfg`` of few weights."""
     return {
         "embed_dim": embed_dim,
-        "vision_cfg": {
-            **{"image_size": 32, "patch_size": 8, "layers": 2, "width": vision_width},
-            **{"head_width": 32, "output_tokens": True},
-            **vision,
-        },
+        "vision_cfg": {**_VISION, "width": vision_width, **vision},
         "text_cfg": {**_TEXT, "layers": 3, "embed_cls": True, "output_tokens": True},
         "multimodal_cfg": {**_TEXT, "layers": 2},
         "custom_text": True,
