@@ -99,7 +99,7 @@ def digest(model: nn.Module) -> str:
     total = hashlib.sha256()
     for name, value in model.state_dict().items():
         total.update(name.encode())
-        total.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        total.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
     return total.hexdigest()
 
 
