@@ -39,6 +39,25 @@ def sampled_layer(index: int, student_layers: int, source_layers: int) -> int:
     return -(-(index + 1) * source_layers // student_layers) - 1
 
 
+def obstacle(student: CoCaConfig, source: CoCaConfig) -> str | None:
+    """Why a student of this shape cannot start from layers of ``source``; ``None`` if it can."""
+    mine, theirs = student.to_dict(), source.to_dict()
+    for name in (field.name for field in fields(student)):
+        ours, other = mine[name], theirs[name]
+        if name in _LAYERS and ours > other:
+            return (
+                f"a student cannot be deeper than the model it starts from: {name} is {ours} in "
+                f"the student and {other} in the source"
+            )
+        if name not in _LAYERS + _ADAPTED and ours != other:
+            return (
+                "a student can start only from layers of its own shape: "
+                f"{name} is {ours} in the student and {other} in the source; "
+                "start it at random or from another source"
+            )
+    return None
+
+
 @torch.no_grad()
 def from_layers(student: CoCa, source: CoCa) -> None:
     """Copy uniformly sampled layers of ``source``, and all that is not a layer, into ``student``.
@@ -54,20 +73,9 @@ def from_layers(student: CoCa, source: CoCa) -> None:
     Raises:
         UserError: The models differ otherwise, or the student has more layers.
     """
-    mine, theirs = student.config.to_dict(), source.config.to_dict()
-    for name in (field.name for field in fields(student.config)):
-        ours, other = mine[name], theirs[name]
-        if name in _LAYERS and ours > other:
-            raise UserError(
-                f"a student cannot be deeper than the model it starts from: {name} is {ours} in "
-                f"the student and {other} in the source"
-            )
-        if name not in _LAYERS + _ADAPTED and ours != other:
-            raise UserError(
-                "a student can start only from layers of its own shape: "
-                f"{name} is {ours} in the student and {other} in the source; "
-                "start it at random or from another source"
-            )
+    reason = obstacle(student.config, source.config)
+    if reason is not None:
+        raise UserError(reason)
     state = source.state_dict()
     for name, value in student.state_dict().items():
         module, _, rest = name.partition(".layers.")

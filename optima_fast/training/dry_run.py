@@ -45,7 +45,7 @@ def _data(config: TrainConfig, data: TaskData) -> list[list[str]]:
         *rows,
         *classes,
         ["tokenizer", f"{len(data.tokenizer):,} ids, texts of at most {data.text_length}"],
-        ["training", f"{config.steps:,} steps of {config.batch_size}, {epochs:.1f} epochs"],
+        ["training", f"{config.steps:,} steps of {config.batch_size}, {epochs:,.1f} epochs"],
     ]
 
 

@@ -19,13 +19,13 @@ from optima_fast.errors import UserError
 from optima_fast.models import MODULES, CoCa, CoCaConfig, initialise, presets
 from optima_fast.models.task_model import TaskModel, build
 from optima_fast.tasks import TaskData
-from optima_fast.training import checkpoints, policies, sources, teachers
+from optima_fast.training import checkpoints, cost, policies, sources, teachers
 from optima_fast.training.config import TrainConfig, resolve
 from optima_fast.training.display import Display
 from optima_fast.training.rewards import training_sampler
 from optima_fast.training.run import Run
 from optima_fast.training.sources import Models
-from optima_fast.training.trainer import Trainer
+from optima_fast.training.trainer import Trainer, distilled
 
 Summary = dict[str, Any]
 
@@ -190,6 +190,9 @@ def rehearse(config: TrainConfig, models: Models, data: TaskData) -> None:
                 if teacher is not None and models.start is models.teacher:
                     start = teacher.coca
                 initialise.from_layers(student.coca, start)
+        # a step without memory, or sizes that do not go together show after the teacher's training
+        batch = data.train.batch([0])
+        cost.step_memory(*models.shapes(data), data, batch, bf16=False, **distilled(config))
     except UserError:
         raise
     except ValueError as error:

@@ -193,8 +193,8 @@ def plan(config: TrainConfig) -> Models:
     """Find the models of a run, and settle the student's shape.
 
     A preset that starts from weights of another form keeps its numbers of layers and takes form and
-    widths of these. A student has the patches of its teacher, or their image tokens would
-    not correspond.
+    widths of these; one that starts at random keeps its widths too and takes its teacher's form. A
+    student has the patches of its teacher. Otherwise their image tokens would not correspond.
 
     Raises:
         UserError: a name that is nothing, or a student that cannot start as asked for.
@@ -208,10 +208,11 @@ def plan(config: TrainConfig) -> Models:
     student = find(config.student, "--student")
     start = _start(config, student, teacher)
     shape, notes = student.config, []
-    if start is not None and not student.trained and _other_form(shape, start.config):
-        shape = initialise.like(start.config, layers=shape, grid=None)
+    model = start or teacher
+    if model is not None and not student.trained and _other_form(shape, model.config):
+        shape = initialise.like(start.config, layers=shape) if start else _formed(shape, model)
         notes.append(
-            f"{_depths(shape)} layers in the form of {start.name}, widths "
+            f"{_depths(shape)} layers in the form of {model.name}, widths "
             f"{shape.image_width}/{shape.text_width}"
         )
     if teacher is not None and _patches(shape) != _patches(teacher.config):
@@ -255,9 +256,13 @@ def _start(config: TrainConfig, student: Source, teacher: Source | None) -> Sour
         return start
     if student.trained:
         return student
-    if teacher is not None and teacher.config.widths == student.config.widths:
-        return None if _other_form(teacher.config, student.config) else teacher
-    return None
+    if teacher is None:
+        return None
+    # what the data decides is the same for both
+    known = teacher.config
+    given: dict[str, Any] = dict(vocab_size=known.vocab_size, image_channels=known.image_channels)
+    fits = initialise.obstacle(dataclasses.replace(student.config, **given), known) is None
+    return teacher if fits else None
 
 
 def _resized(source: Source, image_size: int) -> CoCaConfig:
@@ -270,6 +275,12 @@ def _resized(source: Source, image_size: int) -> CoCaConfig:
         return dataclasses.replace(source.config, image_size=image_size)
     except ValueError as error:
         raise UserError(f"--image-size {image_size}: {error}") from error
+
+
+def _formed(config: CoCaConfig, model: Source) -> CoCaConfig:
+    """The shape in the form of another model, with a pooler like its."""
+    names = (*CoCaConfig.form_options(), "pooler_queries", "pooler_ratio")
+    return dataclasses.replace(config, **{name: getattr(model.config, name) for name in names})
 
 
 def _depths(config: CoCaConfig) -> str:

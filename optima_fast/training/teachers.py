@@ -76,7 +76,8 @@ def cached_run(config: TrainConfig, source: Source, data: TaskData, device: torc
         file = source.checkpoint.path.resolve()
         digest.update(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
     if config.data != "digits":
-        for path in sorted(Path(config.data).rglob("*.json*")):
+        files = Path(config.data).rglob("*")
+        for path in sorted(p for p in files if p.suffix in (".json", ".jsonl", ".tar")):
             digest.update(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
     kind = re.sub(r"[^\w.]+", "-", Path(str(config.student)).name)
     name = f"{config.task}-{kind}-{digest.hexdigest()[:12]}"

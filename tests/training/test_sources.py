@@ -120,6 +120,34 @@ def test_a_preset_of_its_own_form_and_patches_stays_as_it_is(tmp_path):
     assert same.start is same.teacher
 
 
+def test_a_preset_that_starts_at_random_takes_its_teachers_form(tmp_path):
+    data = captions(tmp_path / "data")
+    teacher = checkpoint(tmp_path, "large", LARGE, 0)
+    settings = config(tmp_path, data=data, teacher=teacher, student="digits_student", steps=2)
+    planned = sources.plan(settings)
+    assert planned.start is None
+    assert "2/1/1 layers in the form of" in planned.notes[0]
+    own = presets.get("digits_student")
+    assert (planned.student.image_stem, planned.student.pooler) == ("clip", "normed")
+    assert planned.student.widths == own.widths
+    assert planned.student.layer_counts == own.layer_counts
+    _, summary = experiment.run(settings, QUIET)
+    assert summary["student_params"] > 0
+
+
+def test_sizes_that_do_not_go_together_are_told_before_the_teacher_trains(tmp_path, monkeypatch):
+    data = captions(tmp_path / "data")
+    # a class token more than the student has, the same for any other reason
+    monkeypatch.setattr(sources, "_other_form", lambda one, other: False)
+    settings = config(
+        tmp_path, data=data, teacher=checkpoint(tmp_path, "large", LARGE, 0),
+        student="digits_student",
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"--student digits_student and --teacher .* on "):
+        experiment.run(settings, QUIET)
+    assert not (tmp_path / "cache").exists()
+
+
 def test_a_checkpoint_distils_captions_from_an_official_folder(tmp_path):
     data = captions(tmp_path / "data")
     teacher = checkpoint(tmp_path, "large", LARGE, 0)
