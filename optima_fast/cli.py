@@ -1,11 +1,11 @@
-"""``optima-fast train|evaluate|report|doctor``."""
+"""``optima-fast train|evaluate|report|export|doctor``."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 
-COMMANDS = ("train", "evaluate", "report", "doctor")
+COMMANDS = ("train", "evaluate", "report", "export", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,6 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from optima_fast.evaluate import main as run
     elif command == "report":
         from optima_fast.report import main as run
+    elif command == "export":
+        from optima_fast.export import main as run
     elif command == "doctor":
         from optima_fast.doctor import main as run
     else:

@@ -115,7 +115,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
         ("optima_fast.report", ["/no/run"], "error: /no/run holds no run"),
         ("optima_fast.cli", ["train", "--setps", "3"], "error: unknown flag --setps"),
         ("optima_fast.cli", ["evaluate", "/no/run"], "error: /no/run holds no run"),
-        ("optima_fast.cli", [], "usage: optima-fast {train,evaluate,report,doctor}"),
+        ("optima_fast.cli", [], "usage: optima-fast {train,evaluate,report,export,doctor}"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_two(module, argv, message, tmp_path):

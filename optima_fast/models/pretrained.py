@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +99,7 @@ def find(name: str) -> Checkpoint | None:
             if found is None and not (path / CONFIG_FILE).is_file():
                 return None
             if found is None:
-                raise UserError(f"{path} has a {CONFIG_FILE} but none of {', '.join(WEIGHT_FILES)}")
+                raise UserError(f"{path} has {CONFIG_FILE} but none of {', '.join(WEIGHT_FILES)}")
             path = found
         elif path.suffix not in _SUFFIXES or _is_of_a_run(path):
             return None
@@ -154,12 +155,12 @@ def _read(path: Path, device: str) -> dict[str, Tensor]:
     except UserError:
         raise
     except pickle.UnpicklingError as error:
-        text = str(error)
-        if "Unsupported" not in text and "GLOBAL" not in text:
-            raise UserError(_damaged(path, error)) from error
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code is None:
+            raise UserError(_damaged(path, "not what torch.save writes")) from error
         raise UserError(
-            f"{path} holds more than tensors and plain values, and reading that could run code "
-            f"from it; if you trust it, save its weights alone: "
+            f"{path} holds {code[1]} besides tensors and plain values, and reading that could run "
+            "code from it; if you trust it, save its weights alone: "
             "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)"
         ) from error
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, AssertionError) as error:
@@ -173,7 +174,7 @@ def _read(path: Path, device: str) -> dict[str, Tensor]:
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
 
-def _damaged(path: Path, error: Exception) -> str:
+def _damaged(path: Path, error: object) -> str:
     reason = (str(error).splitlines() or ["it ends too early"])[0][:160]
     return f"{path} is damaged or no checkpoint ({reason}): copy or download it again"
 

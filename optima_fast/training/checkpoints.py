@@ -72,10 +72,13 @@ def read_json(path: Path) -> Any:
 
 def save_weights(path: Path, model: nn.Module) -> None:
     """The model's parameters and buffers as safetensors."""
-    state = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
-    }
-    data = safetensors.torch.save(state)
+    save_state(path, model.state_dict())
+
+
+def save_state(path: Path, state: Mapping[str, Tensor]) -> None:
+    """A state dict as safetensors, in the flavour that other readers take for PyTorch's."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    data = safetensors.torch.save(plain, {"format": "pt"})
     write_atomically(path, lambda file: file.write(data))
 
 

@@ -1,0 +1,397 @@
+"""Checkpoints by name: every layout and file format, and every way in which one can be wrong."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import safetensors.torch
+import torch
+from models.record_open_clip import MODELS, draw
+from torch import Tensor
+
+from optima_fast.errors import UserError
+from optima_fast.models import open_clip, presets, pretrained
+from optima_fast.models.config import CoCaConfig
+
+CFG = MODELS["pooler"]
+SAFE, BIN = "open_clip_model.safetensors", "open_clip_pytorch_model.bin"
+
+
+@functools.cache
+def config() -> CoCaConfig:
+    names = {"text_decoder.": torch.empty(0)}
+    return open_clip.config_of(CFG, names)
+
+
+@functools.cache
+def weights() -> dict[str, Tensor]:
+    drawn = draw(open_clip.shapes(config()), 5)
+    return {name: value.float() for name, value in drawn.items()}
+
+
+def save(path: Path, value: object = None) -> Path:
+    value = weights() if value is None else value
+    if path.suffix == ".safetensors":
+        safetensors.torch.save_file(value, path)
+    else:
+        torch.save(value, path)
+    return path
+
+
+def describe(folder: Path, cfg: object = CFG, **preprocess: object) -> None:
+    described = {"model_cfg": cfg, "preprocess_cfg": preprocess}
+    (folder / "open_clip_config.json").write_text(json.dumps(described))
+
+
+def found(name: str | Path) -> pretrained.Checkpoint:
+    checkpoint = pretrained.find(str(name))
+    assert checkpoint is not None
+    return checkpoint
+
+
+def assert_weights(checkpoint: pretrained.Checkpoint, atol: float = 0.0) -> None:
+    assert checkpoint.config == config()
+    got = open_clip.to_open_clip(checkpoint.load())
+    for name, value in weights().items():
+        assert got[name].dtype == torch.float32
+        torch.testing.assert_close(got[name], value, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("file", [*pretrained.WEIGHT_FILES, "mine.pt", "mine.pth"])
+def test_a_file_with_its_description_beside(file: str, tmp_path: Path) -> None:
+    describe(tmp_path)
+    checkpoint = found(save(tmp_path / file))
+    assert checkpoint.name == str(checkpoint.path) == str(tmp_path / file)
+    assert (checkpoint.mean, checkpoint.std) == (pretrained.MEAN, pretrained.STD)
+    assert checkpoint.tokenizer == ""
+    assert_weights(checkpoint)
+
+
+@pytest.mark.parametrize("file", pretrained.WEIGHT_FILES)
+def test_a_folder(file: str, tmp_path: Path) -> None:
+    describe(tmp_path, mean=[0.5, 0.4, 0.3], std=[0.2, 0.1, 0.3], interpolation="bicubic")
+    save(tmp_path / file)
+    checkpoint = found(tmp_path)
+    assert checkpoint.path == tmp_path / file
+    assert (checkpoint.mean, checkpoint.std) == ((0.5, 0.4, 0.3), (0.2, 0.1, 0.3))
+    assert_weights(checkpoint)
+
+
+def test_safetensors_come_before_pickles(tmp_path: Path) -> None:
+    describe(tmp_path)
+    save(tmp_path / BIN)
+    save(tmp_path / SAFE)
+    assert found(tmp_path).path.name == SAFE
+
+
+def test_training_checkpoints_prefixes_and_other_dtypes(tmp_path: Path) -> None:
+    describe(tmp_path)
+    wrapped = {f"module.{name}": value for name, value in weights().items()}
+    optimizer = {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 1e-3}]}
+    training = {"epoch": 3, "name": "run", "state_dict": wrapped, "optimizer": optimizer}
+    assert_weights(found(save(tmp_path / "epoch_3.pt", training)))
+    assert_weights(found(save(tmp_path / "wrapped.safetensors", wrapped)))
+    half = {name: value.bfloat16() for name, value in weights().items()}
+    assert_weights(found(save(tmp_path / "half.safetensors", half)), atol=0.01)
+    old = tmp_path / "old.pt"
+    torch.save(weights(), old, _use_new_zipfile_serialization=False)
+    assert_weights(found(old))
+
+
+def test_published_sizes_are_told_from_shapes(tmp_path: Path) -> None:
+    """No description beside, no weights read: tensors that take no room in the file."""
+    small = presets.get("coca_ViT-B-32")
+    state = {n: torch.zeros(()).expand(s) for n, s in open_clip.shapes(small).items()}
+    checkpoint = found(save(tmp_path / "b32.pt", state))
+    assert checkpoint.config == small
+    assert checkpoint.tokenizer == "clip"
+
+
+def test_finding_does_not_read_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    describe(tmp_path)
+    devices = set()
+
+    def spy(cfg: dict[str, Any], state: dict[str, Tensor]) -> CoCaConfig:
+        devices.update(value.device.type for value in state.values())
+        return config()
+
+    monkeypatch.setattr(open_clip, "config_of", spy)
+    for file in (SAFE, BIN):
+        assert found(save(tmp_path / file)).config == config()
+    assert devices == {"meta"}
+
+
+@pytest.mark.parametrize("name", ["coca_tiny6", "coca_ViT-B-32", "laion/CoCa", "teacher", ""])
+def test_what_is_no_checkpoints_name(name: str, tmp_path: Path) -> None:
+    assert pretrained.find(name) is None
+    assert pretrained.find(str(tmp_path)) is None
+
+
+def test_a_run_folder_is_not_a_checkpoint(tmp_path: Path) -> None:
+    student = save(tmp_path / "student.safetensors", {"coca.x": torch.zeros(1)})
+    (tmp_path / "model.json").write_text("{}")
+    assert pretrained.find(str(tmp_path)) is None
+    assert pretrained.find(str(student)) is None
+    (tmp_path / "model.json").unlink()
+    with pytest.raises(UserError, match="a run's student: give its run folder"):
+        pretrained.find(str(student))
+
+
+class Payload:
+    """Unpickling this would run code."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("executed",)
+
+
+def test_pickles_with_code_are_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for extra, held in ((Payload(), f"{os.name}.mkdir"), (argparse.Namespace(), "argparse.Name")):
+        value = {"state_dict": weights(), "extra": extra}
+        what = f"holds {held}.* besides tensors .* if you trust it, save"
+        for zipped in (True, False):
+            torch.save(value, tmp_path / "evil.pt", _use_new_zipfile_serialization=zipped)
+            with pytest.raises(UserError, match=what):
+                pretrained.find("evil.pt")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "value", "message"),
+    [
+        ("list.pt", [1, 2], "no state dict, nor does it have one .it holds list"),
+        ("metrics.pt", {"loss": 1.0, "step": 2}, r"no state dict.*\['loss', 'step'\]"),
+        ("nested.pt", {"state_dict": {"a": 1}}, "no state dict"),
+        ("resnet.pt", {"layer1.0.weight": torch.zeros(1)}, "no CoCa of open_clip but a ResNet"),
+        ("clip.safetensors", {"visual.proj": torch.zeros(1)}, "a plain CLIP without a text_dec"),
+        ("empty.pt", {}, "something else, whose weights are called nothing"),
+    ],
+)
+def test_files_that_hold_something_else(
+    file: str, value: object, message: str, tmp_path: Path
+) -> None:
+    path = save(tmp_path / file, value)
+    with pytest.raises(UserError, match=message) as error:
+        pretrained.find(str(path))
+    assert str(error.value).startswith(str(path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("file", [SAFE, BIN])
+@pytest.mark.parametrize("keep", [0, 3, 100, 0.5, 0.999])
+def test_truncated_files(file: str, keep: float, tmp_path: Path) -> None:
+    describe(tmp_path)
+    path = save(tmp_path / file)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep if keep > 1 else keep * len(content))])
+    with pytest.raises(UserError, match="is damaged or no checkpoint .*: copy or download it"):
+        pretrained.find(str(tmp_path))
+
+
+@pytest.mark.parametrize("file", ["photo.pt", "photo.bin", "photo.safetensors"])
+def test_files_that_are_no_checkpoints(file: str, tmp_path: Path) -> None:
+    path = tmp_path / file
+    for content in (b"\x89PNG\r\n\x1a\n" + bytes(500), b"<!DOCTYPE html><html>", b"PK\x03\x04xx"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="is damaged or no checkpoint") as error:
+            pretrained.find(str(path))
+        assert "\n" not in str(error.value)
+
+
+def test_files_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"there is no checkpoint .*missing\.pt"):
+        pretrained.find(str(tmp_path / "missing.pt"))
+    describe(tmp_path)
+    with pytest.raises(UserError, match="has open_clip_config.json but none of open_clip_model"):
+        pretrained.find(str(tmp_path))
+    path = save(tmp_path / SAFE)
+    checkpoint = found(tmp_path)
+    path.unlink()
+    with pytest.raises(UserError, match="there is no checkpoint"):
+        checkpoint.load()
+
+
+def test_a_description_of_another_model(tmp_path: Path) -> None:
+    save(tmp_path / SAFE)
+    describe(tmp_path, MODELS["no pooler"])
+    with pytest.raises(UserError, match=r"model\.safetensors: .* unexpected \(visual\.attn_pool"):
+        pretrained.find(str(tmp_path))
+    describe(tmp_path, {"embed_dim": 64, "vision_cfg": {}, "text_cfg": {}})
+    with pytest.raises(UserError, match="model_cfg lacks 'multimodal_cfg'"):
+        pretrained.find(str(tmp_path))
+    for text in ("{", "[]", "{}", '{"model_cfg": 3}'):
+        (tmp_path / "open_clip_config.json").write_text(text)
+        with pytest.raises(UserError, match=r"open_clip_config\.json"):
+            pretrained.find(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("preprocess", "message"),
+    [
+        ({"interpolation": "bilinear"}, "interpolation 'bilinear'; only 'bicubic'"),
+        ({"resize_mode": "squash"}, "resize_mode 'squash'; only 'shortest'"),
+        ({"mean": [0.5]}, "mean and std must be 3 numbers each"),
+        ({"std": "abc"}, "mean and std must be 3 numbers each"),
+    ],
+)
+def test_a_preprocessing_that_is_not_ours(
+    preprocess: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    save(tmp_path / SAFE)
+    describe(tmp_path, **preprocess)
+    with pytest.raises(UserError, match=message):
+        pretrained.find(str(tmp_path))
+
+
+def test_weights_of_a_file_that_changed(tmp_path: Path) -> None:
+    describe(tmp_path)
+    path = save(tmp_path / SAFE)
+    checkpoint = found(tmp_path)
+    save(path, {name: value for name, value in weights().items() if name != "visual.proj"})
+    with pytest.raises(UserError, match=r"1 missing \(visual\.proj\)"):
+        checkpoint.load()
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The part of the Hugging Face hub that a download needs."""
+
+    files: dict[str, bytes]  # "org/name/resolve/revision/file"
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.path.strip("/").partition("?")[0]
+        repository = path.partition("/resolve/")[0]
+        revision = path.rpartition("/")[0]
+        body, code = self.files.get(path, b""), 200
+        if path not in self.files:
+            code = 404
+        self.send_response(code)
+        if code == 404:
+            error = "EntryNotFound"
+            if not any(name.startswith(f"{repository}/") for name in self.files):
+                error = "RepoNotFound"
+            elif not any(name.startswith(f"{revision}/") for name in self.files):
+                error = "RevisionNotFound"
+            self.send_header("X-Error-Code", error)
+        self.send_header("X-Repo-Commit", hashlib.sha1(revision.encode()).hexdigest())
+        self.send_header("ETag", f'"{hash(body):x}"')
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+
+@pytest.fixture
+def endpoint(tmp_path: Path) -> Iterator[str]:
+    describe(tmp_path, mean=[0.5, 0.5, 0.5])
+    description = (tmp_path / "open_clip_config.json").read_bytes()
+    pickled, safe = (save(tmp_path / file).read_bytes() for file in (BIN, SAFE))
+    files = {
+        "some/coca/resolve/main/open_clip_config.json": description,
+        f"some/coca/resolve/main/{BIN}": pickled,
+        "some/coca/resolve/v2/open_clip_config.json": description,
+        f"some/coca/resolve/v2/{SAFE}": safe,
+        "some/text/resolve/main/README.md": b"",
+        f"some/cut/resolve/main/{SAFE}": safe[:5000],
+    }
+    handler = type("Files", (Hub,), {"files": files})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+CLIENT = """
+import json, sys
+from optima_fast.errors import UserError
+from optima_fast.models import pretrained
+for name in sys.argv[1:]:
+    try:
+        found = pretrained.find(name)
+        model = found.load()
+        print(json.dumps([found.path.name, found.mean, model.logit_scale.item()]))
+    except UserError as error:
+        print(json.dumps(str(error)))
+"""
+
+
+def ask(home: Path, endpoint: str, names: list[str], offline: bool = False) -> list[Any]:
+    """What a fresh process finds, with the hub at ``endpoint``."""
+    env = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1"}
+    env |= {"HF_HUB_OFFLINE": str(int(offline)), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    for line in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        env.pop(line, None)
+    done = subprocess.run(
+        [sys.executable, "-c", CLIENT, *names], env=env, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_the_hub(endpoint: str, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    scale = weights()["logit_scale"].item()
+    main, tagged, revision, repository, empty, bad, cut = ask(
+        home,
+        endpoint,
+        [
+            *("hf-hub:some/coca", "hf-hub:some/coca@v2", "hf-hub:some/coca@v3"),
+            *("hf-hub:some/other", "hf-hub:some/text", "hf-hub:a b/c", "hf-hub:some/cut"),
+        ],
+    )
+    assert main == [BIN, [0.5, 0.5, 0.5], scale]
+    assert tagged == [SAFE, [0.5, 0.5, 0.5], scale]
+    assert "some/coca has no revision 'v3'" in revision
+    assert "the Hugging Face hub has no such model" in repository
+    assert f"hf-hub:some/text is no open_clip checkpoint: none of {SAFE}" in empty
+    assert "it must be hf-hub:ORG/NAME" in bad
+    assert "is damaged or no checkpoint" in cut
+    cached, absent = ask(home, endpoint, ["hf-hub:some/coca", "hf-hub:some/new"], offline=True)
+    assert cached == main
+    assert "the hub cannot be reached and its cache here does not have the checkpoint" in absent
+
+
+def test_no_network_is_noticed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client tries again for long before it gives up; the other files are not tried."""
+    calls = []
+
+    def download(
+        repository: str, file: str, *, revision: str | None, local_files_only: bool
+    ) -> str:
+        calls.append((repository, file, revision, local_files_only))
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(UserError, match="HF_ENDPOINT to a mirror, or give a folder"):
+        pretrained.find("hf-hub:org/name@rev")
+    assert calls[0] == ("org/name", "open_clip_config.json", "rev", False)
+    assert [call[3] for call in calls[1:]] == [True] * 3
+
+
+def test_a_download_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*_: object, **__: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(UserError, match="hf-hub:org/name: cannot download it .*No space left"):
+        pretrained.find("hf-hub:org/name")
