@@ -18,7 +18,9 @@ from optima_fast.distill import Distiller
 from optima_fast.errors import UserError
 from optima_fast.models import MODULES, initialise, presets
 from optima_fast.models.task_model import TaskModel, build
-from optima_fast.tasks import TaskData
+from optima_fast.tasks import TaskData, submissions
+from optima_fast.tasks.base import unknown
+from optima_fast.tasks.folders import FURTHER, SPLITS
 from optima_fast.training import checkpoints, policies, teachers
 from optima_fast.training.config import TrainConfig, resolve
 from optima_fast.training.display import Display
@@ -27,6 +29,9 @@ from optima_fast.training.run import Run
 from optima_fast.training.trainer import Trainer
 
 Summary = dict[str, Any]
+
+# where a summary has the main metric of a split
+_RECORDED = {"test": "student_metric", "validation": "validation_metric"}
 
 
 def run(config: TrainConfig, display: Display) -> tuple[Run, Summary]:
@@ -140,8 +145,8 @@ def _usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def load_data(config: TrainConfig) -> TaskData:
-    """The task's data, sized for the student preset."""
+def load_data(config: TrainConfig, further: tuple[str, ...] = ()) -> TaskData:
+    """The task's data, sized for the student preset, with ``further`` splits of a folder."""
     if config.data == "digits":
         images = config.train_images or 0
         return tasks.load(
@@ -159,6 +164,7 @@ def load_data(config: TrainConfig) -> TaskData:
         seed=config.data_seed,
         image_size=shape.image_size,
         text_length=shape.text_length,
+        further=further,
     )
 
 
@@ -338,21 +344,45 @@ def train(
     }
 
 
-def evaluate(folder: str | Path, device: str | None = None) -> tuple[Run, dict[str, float], float]:
+def evaluate(
+    folder: str | Path,
+    device: str | None = None,
+    *,
+    split: str = "test",
+    predictions: str | Path | None = None,
+) -> tuple[Run, dict[str, float], float | None]:
     """Measure a finished run's student again, from its files alone.
 
+    Args:
+        folder: the run's.
+        device: instead of the run's.
+        split: train, validation, test or one of ``tasks.folders.FURTHER``.
+        predictions: a new file to write what the student says into (``tasks.submissions``).
+
     Returns:
-        The run, all metrics on the test split, and the main one as the run recorded it.
+        The run, all metrics on the split (none where it is secret what is right), and the main
+        one as the run recorded it, if it did.
+
+    Raises:
+        UserError: no finished run, an unknown split, or a file that is there or cannot be written.
     """
     run = Run(folder)
     config = run.config()
-    recorded = run.summary()["student_metric"]
+    recorded = {name: run.summary().get(key) for name, key in _RECORDED.items()}.get(split)
     if device is not None:
         config = dataclasses.replace(config, device=device)
+    further = FURTHER.get(config.task, ()) if config.data != "digits" else ()
+    if split not in (*SPLITS, *further):
+        raise unknown("split", split, (*SPLITS, *further))
+    file = submissions.new_file(predictions, config.data) if predictions is not None else None
     where = prepare(config)
-    data = load_data(config)
+    data = load_data(config, further=() if split in SPLITS else (split,))
     model = run.load_model(data).to(where)
-    return run, data.evaluate(model, data.test, device=where), recorded
+    part = data.split(split)
+    said = data.predict(model, part, device=where)
+    if file is not None:
+        checkpoints.write_text(file, submissions.render(data, part, said))
+    return run, data.metrics(part, said) if part.measurable else {}, recorded
 
 
 def compile_modules(
