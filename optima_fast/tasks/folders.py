@@ -153,6 +153,8 @@ def load(task: str, path: Path | str, *, seed: int = 0, **options: Any) -> TaskD
     root = Path(path)
     listing = Listing()
     found = readings(task, root, listing)
+    if "train" not in found:
+        raise UserError(f"no training annotations in {root}: {TRAINING_FILES[task]} must be there")
     parts: dict[str, list[Example]] = {}
     for name in (*SPLITS, *chosen.further):
         if name in found:
@@ -197,14 +199,11 @@ def readings(task: str, root: Path, listing: Listing) -> Readings:
     """The splits that a folder has, none of them read yet.
 
     Raises:
-        UserError: There is no such folder, or no training annotations in it.
+        UserError: There is no such folder, or not all shards of a pattern.
     """
     if not root.is_dir() and not (task == "coco" and shards.is_shards(str(root))):
         raise UserError(f"no data folder {root}: give the folder that holds the {task} data set")
-    found = READERS[task](root, listing)
-    if "train" not in found:
-        raise UserError(f"no training annotations in {root}: {TRAINING_FILES[task]} must be there")
-    return found
+    return READERS[task](root, listing)
 
 
 def present(reading: Reading, name: str, root: Path, listing: Listing) -> list[Example]:
