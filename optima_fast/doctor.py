@@ -1,4 +1,8 @@
-"""``python -m optima_fast.doctor``: versions and what works on this machine, for a bug report."""
+"""``python -m optima_fast.doctor``: versions and what works on this machine, for a bug report.
+
+With ``--task T --data FOLDER`` it looks at a data set instead, before anything trains: what is
+there of each split, what is missing, and where to download it.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +19,51 @@ PACKAGES = ("torch", "triton", "xformers", "numpy", "scikit-learn", "safetensors
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 1 if the losses do not work here."""
+    """Entry point; returns the exit code: 1 if the losses do not work, or no run could start."""
     return guarded(lambda: _main(argv))
 
 
 def _main(argv: Sequence[str] | None) -> int:
-    argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog="python -m optima_fast.doctor", description=(__doc__ or "").partition(": ")[2]
-    ).parse_args(argv)
+    )
+    parser.add_argument("--task", help="vqa, snli_ve, nlvr2 or coco")
+    parser.add_argument("--data", metavar="FOLDER", help="the folder of the data set to look at")
+    parser.add_argument(
+        "--images",
+        type=_count,
+        default=0,
+        metavar="N|all",
+        help="try to decode N images of each split, or all of them (default 0)",
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.task is None and arguments.data is None:
+        return _machine()
+    if arguments.task is None or arguments.data is None:
+        parser.error("--task and --data go together")
+    return _data(arguments.task, arguments.data, arguments.images)
+
+
+def _count(text: str) -> int:
+    if text == "all":
+        return -1
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a number or all, got {text!r}")
+    return int(text)
+
+
+def _data(task: str, folder: str, decode: int) -> int:
+    from pathlib import Path
+
+    from optima_fast.tasks import inspection
+
+    report = inspection.inspect(task, Path(folder), decode=decode)
+    for line in inspection.lines(report):
+        print(line)
+    return 1 if report.problems else 0
+
+
+def _machine() -> int:
     import torch
 
     import optima_fast

@@ -308,7 +308,9 @@ def nlvr2(root: Path, listing: Listing) -> Readings:
 
 
 def _nlvr2(root: Path, part: str, file: Path, listing: Listing) -> Reading:
-    places = [root / "images" / part, root / part, root / "images"]
+    places = [root / part, root / "images" / part, root / "images"]
+    if part == "train":
+        places[:2] = places[1::-1]
     examples: dict[str, Example] = {}
     for entry, where in lines(file):
         identifier = get(entry, "identifier", str, where)

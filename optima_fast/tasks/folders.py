@@ -11,7 +11,7 @@ Answers to VQA v2's own test questions are secret: its splits test-dev and test-
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,17 +155,21 @@ def load(task: str, path: Path | str, *, seed: int = 0, **options: Any) -> TaskD
             raise unknown(f"further split of {task}", name, FURTHER.get(task, ()))
     root = Path(path)
     listing = Listing()
-    read = readings(task, root, listing)
-    parts = {
-        name: present(read[name](), name, root, listing)
-        for name in (*SPLITS, *chosen.further)
-        if name in read
-    }
-    for name in chosen.further:
-        if name not in parts:
-            raise UserError(f"{root} has no {name} split of {task}: its question file is not there")
+    found = readings(task, root, listing)
+    if "train" not in found:
+        raise UserError(f"no training annotations in {root}: {TRAINING_FILES[task]} must be there")
+    parts: dict[str, list[Example]] = {}
+    for name in (*SPLITS, *chosen.further):
+        if name in found:
+            reading = found[name]()
+            parts[name] = present(reading, name, root, listing)
+            _log_left_out(reading, parts[name], name, root, listing)
+        elif name in chosen.further:
+            raise UserError(f"{root} has no {name} split of {task}: its file is not there")
     further = {name: parts.pop(name) for name in chosen.further}
-    parts = arrange(parts, task, root, seed, chosen)
+    parts, divided = arrange(parts, root, seed, chosen)
+    if divided:
+        log.warning("%s: %s", root, divided)
     texts = [example.text for example in parts["train"]]
     tokenizer = chosen.tokenizer
     if isinstance(tokenizer, str):
@@ -200,64 +204,68 @@ def readings(task: str, root: Path, listing: Listing) -> Readings:
     """The splits that a folder has, none of them read yet.
 
     Raises:
-        UserError: There is no such folder, or no training annotations in it.
+        UserError: There is no such folder, or not all shards of a pattern.
     """
     if not root.is_dir() and not (task == "coco" and shards.is_shards(str(root))):
         raise UserError(f"no data folder {root}: give the folder that holds the {task} data set")
-    found = READERS[task](root, listing)
-    if "train" not in found:
-        raise UserError(f"no training annotations in {root}: {TRAINING_FILES[task]} must be there")
-    return found
+    return READERS[task](root, listing)
 
 
 def present(reading: Reading, name: str, root: Path, listing: Listing) -> list[Example]:
-    """The examples of a split all of whose images are there; what is left out is logged.
+    """The examples of a split all of whose images are there.
 
     Raises:
         UserError: The split is empty, or none of its images is there.
     """
-    examples = reading.examples
-    for what, count in reading.left_out.items():
-        total = count + len({e.id for e in examples})
-        log.warning("%s: left out %d of %d %s", reading.files[0], count, total, what)
-    if not examples:
+    if not reading.examples:
         raise UserError(f"the {name} split of {root} is empty: its files hold no example")
-    there = [e for e in examples if all(image in listing for image in e.images)]
-    if len(there) < len(examples):
-        absent = next(image for e in examples for image in e.images if image not in listing)
-        if not there:
-            assert isinstance(absent, Path)
-            if not absent.parent.is_dir():
-                raise UserError(
-                    f"no image folder {absent.parent}: put the images of the data set there"
-                )
-            raise UserError(f"no image of the {name} split is there, the first is {absent}")
-        log.warning(
-            "%s: left out %d of %d %s examples whose image is not there, the first %s",
-            root, len(examples) - len(there), len(examples), name, absent,
-        )  # fmt: skip
+    there = [e for e in reading.examples if all(image in listing for image in e.images)]
+    if not there:
+        absent = _first_absent(reading.examples, listing)
+        if isinstance(absent, Path) and not absent.parent.is_dir():
+            raise UserError(
+                f"no image folder {absent.parent}: put the images of the data set there"
+            )
+        raise UserError(f"no image of the {name} split is there, the first is {absent}")
     return there
 
 
 def arrange(
-    parts: dict[str, list[Example]], task: str, root: Path, seed: int, options: Options
-) -> dict[str, list[Example]]:
-    """Train, validation and test, divided from what is there; `parts` holds train at least.
+    parts: Mapping[str, list[Example]], root: Path, seed: int, options: Options
+) -> tuple[dict[str, list[Example]], str]:
+    """Train, validation and test from what is there, train at least; and what was divided.
 
     Raises:
         UserError: There are too few images to divide.
     """
     held_out = [name for name in ("validation", "test") if name in parts]
-    if len(held_out) == 1:
+    if len(held_out) == 2:
+        return dict(parts), ""
+    if held_out:
         divided = _divide(parts[held_out[0]], (options.validation_fraction,), seed, root)
-        parts = {"train": parts["train"], "validation": divided[0], "test": divided[1]}
-        log.warning("%s: divided its held-out split by image into %s", root, _sizes(parts))
-    elif not held_out:
-        cuts = (1 - options.held_out_fraction, options.validation_fraction)
-        divided = _divide(parts["train"], cuts, seed, root)
-        parts = dict(zip(SPLITS, divided, strict=True))
-        log.warning("%s: only a training split; divided it by image into %s", root, _sizes(parts))
-    return parts
+        made = dict(zip(SPLITS, [parts["train"], *divided], strict=True))
+        return made, f"divided its held-out split by image into {_sizes(made)}"
+    cuts = (1 - options.held_out_fraction, options.validation_fraction)
+    made = dict(zip(SPLITS, _divide(parts["train"], cuts, seed, root), strict=True))
+    return made, f"only a training split; divided it by image into {_sizes(made)}"
+
+
+def _log_left_out(
+    reading: Reading, there: list[Example], name: str, root: Path, listing: Listing
+) -> None:
+    for what, count in reading.left_out.items():
+        total = count + len({example.id for example in reading.examples})
+        log.warning("%s: left out %d of %d %s", reading.files[0], count, total, what)
+    if len(there) < len(reading.examples):
+        log.warning(
+            "%s: left out %d of %d %s examples whose image is not there, the first %s",
+            root, len(reading.examples) - len(there), len(reading.examples), name,
+            _first_absent(reading.examples, listing),
+        )  # fmt: skip
+
+
+def _first_absent(examples: list[Example], listing: Listing) -> ImageFile:
+    return next(image for e in examples for image in e.images if image not in listing)
 
 
 def _sizes(parts: dict[str, list[Example]]) -> str:

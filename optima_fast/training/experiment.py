@@ -18,7 +18,9 @@ from optima_fast.distill import Distiller
 from optima_fast.errors import UserError
 from optima_fast.models import MODULES, CoCa, CoCaConfig, initialise, presets
 from optima_fast.models.task_model import TaskModel, build
-from optima_fast.tasks import TaskData
+from optima_fast.tasks import TaskData, submissions
+from optima_fast.tasks.base import unknown
+from optima_fast.tasks.folders import FURTHER, SPLITS
 from optima_fast.training import checkpoints, cost, policies, sources, teachers
 from optima_fast.training.config import TrainConfig, resolve
 from optima_fast.training.display import Display
@@ -28,6 +30,9 @@ from optima_fast.training.sources import Models
 from optima_fast.training.trainer import Trainer, distilled
 
 Summary = dict[str, Any]
+
+# where a summary has the main metric of a split
+_RECORDED = {"test": "student_metric", "validation": "validation_metric"}
 
 
 def run(config: TrainConfig, display: Display) -> tuple[Run, Summary]:
@@ -159,8 +164,10 @@ def load_data(config: TrainConfig, models: Models | None = None) -> TaskData:
     return _load_folder(config, (models or sources.plan(config)).reading(config))
 
 
-def _load_folder(config: TrainConfig, reading: Mapping[str, Any]) -> TaskData:
-    return tasks.load(config.task, config.data, seed=config.data_seed, **reading)
+def _load_folder(
+    config: TrainConfig, reading: Mapping[str, Any], further: tuple[str, ...] = ()
+) -> TaskData:
+    return tasks.load(config.task, config.data, seed=config.data_seed, further=further, **reading)
 
 
 def new_model(shape: str | CoCaConfig, data: TaskData, dropout: float = 0.0) -> TaskModel:
@@ -297,24 +304,48 @@ def train(
     }
 
 
-def evaluate(folder: str | Path, device: str | None = None) -> tuple[Run, dict[str, float], float]:
+def evaluate(
+    folder: str | Path,
+    device: str | None = None,
+    *,
+    split: str = "test",
+    predictions: str | Path | None = None,
+) -> tuple[Run, dict[str, float], float | None]:
     """Measure a finished run's student again, from its files alone.
 
+    Args:
+        folder: the run's.
+        device: instead of the run's.
+        split: train, validation, test or one of ``tasks.folders.FURTHER``.
+        predictions: a new file to write what the student says into (``tasks.submissions``).
+
     Returns:
-        The run, all metrics on the test split, and the main one as the run recorded it.
+        The run, all metrics on the split (none where it is secret what is right), and the main
+        one as the run recorded it, if it did.
+
+    Raises:
+        UserError: no finished run, an unknown split, or a file that is there or cannot be written.
     """
     run = Run(folder)
     config = run.config()
-    recorded = run.summary()["student_metric"]
+    recorded = {name: run.summary().get(key) for name, key in _RECORDED.items()}.get(split)
     if device is not None:
         config = dataclasses.replace(config, device=device)
+    further = FURTHER.get(config.task, ()) if config.data != "digits" else ()
+    if split not in (*SPLITS, *further):
+        raise unknown("split", split, (*SPLITS, *further))
+    file = submissions.new_file(predictions, config.data) if predictions is not None else None
     where = prepare(config)
     if config.data == "digits":
         data = load_data(config)
     else:
-        data = _load_folder(config, run.reading())
+        data = _load_folder(config, run.reading(), further=() if split in SPLITS else (split,))
     model = run.load_model(data).to(where)
-    return run, data.evaluate(model, data.test, device=where), recorded
+    part = data.split(split)
+    said = data.predict(model, part, device=where)
+    if file is not None:
+        checkpoints.write_text(file, submissions.render(data, part, said))
+    return run, data.metrics(part, said) if part.measurable else {}, recorded
 
 
 def compile_modules(

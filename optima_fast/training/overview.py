@@ -55,14 +55,22 @@ def show(run: Run, summary: Mapping[str, Any], display: Display) -> None:
 
 
 def show_evaluation(
-    run: Run, metrics: Mapping[str, float], recorded: float, display: Display
+    run: Run,
+    metrics: Mapping[str, float],
+    recorded: float | None,
+    display: Display,
+    split: str = "test",
 ) -> None:
     """Metrics measured now, the main one beside what the run recorded."""
+    if not metrics:
+        display.note(f"{run.folder}, {split} split: no metrics, its answers are not public")
+        return
     name = run.metric_name()
     rows = [[key, number(value)] for key, value in metrics.items()]
-    display.table(f"{run.folder}, test split", rows, ["", "value"])
-    same = "the same as" if metrics[name] == recorded else f"was {number(recorded)} in"
-    display.note(f"{name} {number(metrics[name])}: {same} {run.summary_path}")
+    display.table(f"{run.folder}, {split} split", rows, ["", "value"])
+    if recorded is not None:
+        same = "the same as" if metrics[name] == recorded else f"was {number(recorded)} in"
+        display.note(f"{name} {number(metrics[name])}: {same} {run.summary_path}")
 
 
 def compare(runs: Sequence[Run], display: Display) -> None:

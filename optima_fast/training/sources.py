@@ -260,8 +260,10 @@ def _start(config: TrainConfig, student: Source, teacher: Source | None) -> Sour
         return None
     # what the data decides is the same for both
     known = teacher.config
-    given: dict[str, Any] = dict(vocab_size=known.vocab_size, image_channels=known.image_channels)
-    fits = initialise.obstacle(dataclasses.replace(student.config, **given), known) is None
+    shape = dataclasses.replace(
+        student.config, vocab_size=known.vocab_size, image_channels=known.image_channels
+    )
+    fits = initialise.obstacle(shape, known) is None
     return teacher if fits else None
 
 
