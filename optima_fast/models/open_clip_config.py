@@ -72,12 +72,12 @@ def config_of(model_cfg: Mapping[str, Any] | None, state: Mapping[str, Tensor]) 
         raise UserError(f"no CoCa of open_clip but {_what_it_is(state)}")
     try:
         return _read_cfg(_infer_cfg(state) if model_cfg is None else model_cfg)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except UserError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         what = f"lacks {error}" if isinstance(error, KeyError) else f"does not fit: {error}"
         source = "the state dict" if model_cfg is None else "model_cfg"
         raise UserError(f"no CoCa of open_clip: {source} {what}") from error
-    except ValueError as error:
-        raise error if isinstance(error, UserError) else UserError(str(error)) from error
 
 
 def _what_it_is(state: Mapping[str, Tensor]) -> str:
@@ -176,7 +176,10 @@ def _read_cfg(model_cfg: Mapping[str, Any]) -> CoCaConfig:
     for name, value in unread.items():
         field = name.rpartition(".")[2]
         if value != _STANDARD[field] if field in _STANDARD else value and field not in _IDLE:
-            raise UserError(f"{name} = {value!r} is not supported")
+            raise UserError(
+                f"{name} = {value!r} is not supported: only what coca_ViT-B-32, coca_ViT-L-14 and "
+                "coca_base are made of is"
+            )
     return config
 
 

@@ -87,7 +87,9 @@ def test_description_there_and_back(name: str) -> None:
     described = {**DESCRIBED["published"], **DESCRIBED["models"]}[name]
     state = meta(described["shapes"])
     config = open_clip.config_of(described["model_cfg"], state)
-    assert open_clip.config_of(json.loads(json.dumps(open_clip.model_cfg(config))), state) == config
+    for form in (config, replace(config, pad_id=3)):
+        cfg = json.loads(json.dumps(open_clip.model_cfg(form)))
+        assert open_clip.config_of(cfg, state) == form
 
 
 def test_open_clip_names_are_presets() -> None:
@@ -192,6 +194,20 @@ def test_heads_that_shapes_do_not_tell() -> None:
     assert open_clip.config_of(None, state).image_heads == 1
     state["text.token_embedding.weight"] = torch.empty(100, 48, device="meta")
     with pytest.raises(UserError, match="width of 48, which is no multiple of 64"):
+        open_clip.config_of(None, state)
+
+
+def test_shapes_of_no_model() -> None:
+    state = meta(DESCRIBED["published"]["coca_ViT-B-32"]["shapes"])
+    for name, value, message in (
+        ("visual.conv1.weight", torch.zeros(3), "the state dict does not fit: not enough values"),
+        ("visual.proj", torch.zeros(3), "the state dict does not fit: tuple index out of range"),
+        ("text.positional_embedding", torch.zeros(0, 2), "text_length must be an integer of at"),
+    ):
+        with pytest.raises(UserError, match=f"^no CoCa of open_clip: .*{message}"):
+            open_clip.config_of(None, {**state, name: value})
+    del state["text.token_embedding.weight"]
+    with pytest.raises(UserError, match=r"the state dict lacks 'text\.token_embedding\.weight'"):
         open_clip.config_of(None, state)
 
 

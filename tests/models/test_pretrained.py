@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import hashlib
 import http.server
@@ -263,6 +264,50 @@ def test_weights_of_a_file_that_changed(tmp_path: Path) -> None:
     save(path, {name: value for name, value in weights().items() if name != "visual.proj"})
     with pytest.raises(UserError, match=r"1 missing \(visual\.proj\)"):
         checkpoint.load()
+
+
+LOAD = """
+import sys, threading, time
+from pathlib import Path
+from optima_fast.models import pretrained
+
+def held():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
+
+found = pretrained.find(sys.argv[1])
+start = peak = held()
+done = threading.Event()
+
+def watch():
+    global peak
+    while not done.wait(0.001):
+        peak = max(peak, held())
+
+thread = threading.Thread(target=watch)
+thread.start()
+model = found.load()
+done.set()
+thread.join()
+print(peak - start, sum(4 * p.numel() for p in model.parameters()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+@pytest.mark.parametrize("file", [SAFE, BIN])
+def test_loading_holds_the_weights_once(file: str, tmp_path: Path) -> None:
+    layers = {"image_layers": 3, "text_layers": 3, "multimodal_layers": 3}
+    large = dataclasses.replace(presets.get("coca_ViT-B-32"), **layers)
+    describe(tmp_path, open_clip.model_cfg(large))
+    state = {name: torch.zeros(shape) for name, shape in open_clip.shapes(large).items()}
+    save(tmp_path / file, state)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", LOAD, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    peak, size = map(int, done.stdout.split())
+    assert size > 300e6
+    assert peak < 1.15 * size
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
