@@ -3,6 +3,7 @@
 import abc
 import contextlib
 import difflib
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
@@ -13,7 +14,11 @@ from torch import Tensor, nn
 
 from optima_fast.errors import UserError
 from optima_fast.tasks import blind
+from optima_fast.tasks.images import Augment, FolderImages, UnreadableImages
 from optima_fast.tasks.tokenizers import Tokenizer
+from optima_fast.tasks.workers import in_order
+
+log = logging.getLogger(__name__)
 
 Batch = dict[str, Tensor]
 
@@ -74,6 +79,11 @@ class Split:
         group: Examples come in runs of `group` that show the same images; a sampler that keeps
             runs together has each image encoded once.
         name: For messages.
+        workers: Processes that `batches` and `image_batches` read images with; 0 for none.
+        image_errors: "fail" where an image cannot be read, or "skip" the examples that show it.
+
+    Attributes:
+        unreadable: What is wrong with images that could not be read so far, by their number.
 
     Raises:
         UserError: There is no example.
@@ -93,6 +103,8 @@ class Split:
         ids: Sequence[str | int] | None = None,
         group: int = 1,
         name: str = "split",
+        workers: int = 0,
+        image_errors: str = "fail",
     ) -> None:
         n = len(text)
         if n == 0 or len(images) == 0:
@@ -130,6 +142,9 @@ class Split:
         self.ids = ids
         self.group = group
         self.name = name
+        self.workers = workers
+        self.image_errors = image_errors
+        self.unreadable: dict[int, str] = {}
 
     def __len__(self) -> int:
         return len(self.text)
@@ -139,8 +154,12 @@ class Split:
         """Whether it is known what is right; of some official test splits it is not."""
         return self.target is not None or self.references is not None
 
-    def batch(self, indices: Sequence[int] | Tensor) -> Batch:
+    def batch(self, indices: Sequence[int] | Tensor, augment: Augment | None = None) -> Batch:
         """The examples `indices`; an image that several of them show is in the batch once.
+
+        Args:
+            indices: Of the examples.
+            augment: What is done to each image before it is normalised; for `FolderImages` alone.
 
         Returns:
             `images` float32 `[I, C, H, W]`, `text` int64 `[T, L]`, `pair_image` and `pair_text`
@@ -149,6 +168,7 @@ class Split:
 
         Raises:
             ValueError: `indices` is not a non-empty list of integers in range.
+            UnreadableImages: Images that cannot be read.
         """
         index = torch.as_tensor(indices)
         if index.dim() != 1 or len(index) == 0 or index.is_floating_point():
@@ -164,8 +184,13 @@ class Split:
             )
         shown = self.image_index[index]
         ids, where = torch.unique(shown, return_inverse=True)
+        if augment is None:
+            images = self.images[ids]
+        else:
+            assert isinstance(self.images, FolderImages)
+            images = self.images.load(ids, augment)
         batch = {
-            "images": self.images[ids],
+            "images": images,
             "text": self.text[index],
             "pair_image": where.reshape(-1),
             "pair_text": torch.arange(len(index)).repeat_interleave(shown.shape[1]),
@@ -175,17 +200,112 @@ class Split:
         batch.update({name: values[ids] for name, values in self.image_labels.items()})
         return batch
 
+    def load(self, indices: Tensor, augment: Augment | None = None) -> "Loaded":
+        """`batch`, without the examples that show an unreadable image where these are skipped.
+
+        Nothing is remembered or logged, so that any process may do this; see `note`.
+
+        Raises:
+            UnreadableImages: An image cannot be read, and `image_errors` is "fail".
+        """
+        try:
+            return Loaded(indices, self.batch(indices, augment), {})
+        except UnreadableImages as error:
+            if self.image_errors == "fail":
+                raise
+            bad = torch.tensor(list(error.errors))
+            kept = indices[~torch.isin(self.image_index[indices], bad).any(1)]
+            return Loaded(kept, self.batch(kept, augment) if len(kept) else {}, error.errors)
+
+    def note(self, errors: Mapping[int, str]) -> None:
+        """Remember images that cannot be read, and name each once in the log."""
+        for number, reason in errors.items():
+            if number not in self.unreadable:
+                self.unreadable[number] = reason
+                log.warning("%s; what shows it is left out", reason)
+
+    def readable(self) -> Tensor:
+        """What shows no image that is known to be unreadable, bool.
+
+        Of each example; of each image, for captioning.
+        """
+        bad = torch.tensor(list(self.unreadable), dtype=torch.int64)
+        images = torch.arange(len(self.images))[:, None]
+        return ~torch.isin(self.image_index if self.references is None else images, bad).any(1)
+
+    def left_out(self) -> dict[str, float]:
+        """`left_out`, how much is not `readable`, if anything is not."""
+        count = int((~self.readable()).sum())
+        return {"left_out": count} if count else {}
+
+    def sample(self) -> Batch:
+        """The batch of the first example that can be read.
+
+        Raises:
+            UserError: There is none.
+        """
+        for number in range(len(self)):
+            loaded = self.load(torch.tensor([number]))
+            if loaded.batch:
+                return loaded.batch
+        raise UserError(f"no image of the {self.name} split can be read")
+
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Batch]]:
         """All examples in order: pairs of their indices and their batch; the last may be short.
 
+        Examples with an unreadable image are missing in both where they are skipped.
+
         Raises:
             ValueError: `batch_size` is below 1.
+            UserError: An image cannot be read, and `image_errors` is "fail", or none can.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        for start in range(0, len(self), batch_size):
-            index = torch.arange(start, min(start + batch_size, len(self)))
-            yield index, self.batch(index)
+        parts = torch.split(torch.arange(len(self)), batch_size)
+        any_read = False
+        for loaded in in_order(self.load, parts, self.workers):
+            self.note(loaded.errors)
+            if loaded.batch:
+                any_read = True
+                yield loaded.index, loaded.batch
+        if not any_read:
+            raise UserError(f"no image of the {self.name} split can be read")
+
+    def image_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """All images in order, as `batches`: pairs of their numbers and float32 `[I, C, H, W]`."""
+        parts = torch.split(torch.arange(len(self.images)), batch_size)
+        any_read = False
+        for numbers, images, errors in in_order(self._load_images, parts, self.workers):
+            self.note(errors)
+            if len(numbers):
+                any_read = True
+                yield numbers, images
+        if not any_read:
+            raise UserError(f"no image of the {self.name} split can be read")
+
+    def _load_images(self, numbers: Tensor) -> tuple[Tensor, Tensor, dict[int, str]]:
+        try:
+            return numbers, self.images[numbers], {}
+        except UnreadableImages as error:
+            if self.image_errors == "fail":
+                raise
+            kept = numbers[~torch.isin(numbers, torch.tensor(list(error.errors)))]
+            return kept, self.images[kept], error.errors
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What could be loaded of a batch.
+
+    Attributes:
+        index: int64, the examples in the batch.
+        batch: Their batch, empty where no example is left.
+        errors: What is wrong with images that could not be read, by their number.
+    """
+
+    index: Tensor
+    batch: Batch
+    errors: Mapping[int, str]
 
 
 @contextlib.contextmanager
@@ -222,7 +342,8 @@ class Predictions:
     """What a model says of a split.
 
     Attributes:
-        texts: A class or answer an example; for captioning, a caption an image.
+        texts: A class or answer an example; for captioning, a caption an image; "" for what is
+            left out because its image cannot be read.
         loss: Mean loss, where it was computed.
     """
 
@@ -355,7 +476,7 @@ class Classification(TaskData):
         device: torch.device | str = "cpu",
     ) -> Predictions:
         """The class with the largest logit of each example; the loss where there are targets."""
-        loss, predicted = 0.0, torch.empty(len(split), dtype=torch.int64)
+        loss, count, predicted = 0.0, 0, torch.full((len(split),), -1)
         with evaluating(model):
             for index, batch in split.batches(batch_size):
                 batch = to_device(batch, device)
@@ -363,23 +484,25 @@ class Classification(TaskData):
                 if "target" in batch:
                     loss += float(self.loss(logits, batch)) * len(index)
                 predicted[index] = logits.argmax(-1).cpu()
-        texts = [self.classes[i] for i in predicted.tolist()]
-        return Predictions(texts, loss / len(split) if "target" in batch else None)
+                count += len(index)
+        texts = [self.classes[i] if i >= 0 else "" for i in predicted.tolist()]
+        return Predictions(texts, loss / count if "target" in batch else None)
 
     def metrics(self, split: Split, predictions: Predictions) -> dict[str, float]:
         """Mean worth of the predicted classes.
 
         Returns:
-            `accuracy`, `loss` where it is known, and `accuracy/<kind>` where the split names kinds.
+            `accuracy`, `loss` where it is known, `accuracy/<kind>` where the split names kinds, and
+            `left_out`, the number of examples whose image cannot be read, if there are any.
         """
-        gained = self.gained(split, predictions).double()
-        result = {"accuracy": float(gained.mean())}
+        gained, seen = self.gained(split, predictions).double(), split.readable()
+        result = {"accuracy": float(gained[seen].mean())}
         if predictions.loss is not None:
             result["loss"] = predictions.loss
         for kind in sorted(set(split.kinds or ())):
             chosen = torch.tensor([k == kind for k in split.kinds or ()])
-            result[f"accuracy/{kind}"] = float(gained[chosen].mean())
-        return result
+            result[f"accuracy/{kind}"] = float(gained[chosen & seen].mean())
+        return result | split.left_out()
 
     def gained(self, split: Split, predictions: Predictions) -> Tensor:
         """What each prediction is worth, float32 `[examples]`; 0 for what is none of the classes.

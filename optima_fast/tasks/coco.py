@@ -50,17 +50,18 @@ class Coco(TaskData):
         from optima_fast.models.generate import greedy
 
         words = self.tokenizer
-        captions: list[str] = []
+        captions = [""] * len(split.images)
         with evaluating(model):
-            for ids in torch.split(torch.arange(len(split.images)), batch_size):
+            for numbers, images in split.image_batches(batch_size):
                 written = greedy(
                     cast("TaskModel", model),
-                    split.images[ids].to(device),
+                    images.to(device),
                     bos_id=words.bos_id,
                     eos_id=words.eos_id,
                     max_length=self.text_length,
                 )
-                captions += [words.decode(row) for row in written.cpu()]
+                for number, row in zip(numbers.tolist(), written.cpu(), strict=True):
+                    captions[number] = words.decode(row)
         return Predictions(captions)
 
     def metrics(self, split: Split, predictions: Predictions) -> dict[str, float]:
@@ -68,15 +69,18 @@ class Coco(TaskData):
 
         Returns:
             `cider` (CIDEr-D, on the scale where the references of people reach about 1), `bleu1`
-            to `bleu4` and `rouge_l`.
+            to `bleu4`, `rouge_l` and `left_out`, the number of images that cannot be read, if
+            there are any.
         """
         from optima_fast.tasks.caption_metrics import bleu, cider, rouge_l
 
-        said = [_words(caption) for caption in predictions.texts]
-        known = [list(map(_words, group)) for group in references(split)]
+        pairs = zip(predictions.texts, references(split), split.readable().tolist(), strict=True)
+        seen = [(_words(said), list(map(_words, known))) for said, known, read in pairs if read]
+        said, known = zip(*seen, strict=True)
         result = {"cider": cider(said, known, tokenized=True)[0]}
         result |= {f"bleu{k + 1}": b for k, b in enumerate(bleu(said, known, tokenized=True)[0])}
-        return result | {"rouge_l": rouge_l(said, known, tokenized=True)[0]}
+        result |= {"rouge_l": rouge_l(said, known, tokenized=True)[0]}
+        return result | split.left_out()
 
     def baselines(self) -> dict[str, float]:
         """CIDEr-D on the test split of two captions that are the same for every image.

@@ -31,7 +31,7 @@ from optima_fast.tasks.annotations import (
 )
 from optima_fast.tasks.base import Batch, Split, TaskData, unknown
 from optima_fast.tasks.coco import Coco
-from optima_fast.tasks.images import FolderImages
+from optima_fast.tasks.images import MEAN, STD, Augment, FolderImages, Preprocessing
 from optima_fast.tasks.nlvr2 import CLASSES as NLVR2_CLASSES
 from optima_fast.tasks.nlvr2 import Nlvr2
 from optima_fast.tasks.snli_ve import CLASSES as SNLI_VE_CLASSES
@@ -63,6 +63,10 @@ class Options:
         validation_fraction: Part of the held-out images that validates, where they are divided.
         held_out_fraction: Part of the training images to hold out where no other split is there.
         further: Splits of `FURTHER` to read too.
+        mean, std: What pixels are normalised with, as parts of full brightness; CLIP's.
+        resize: What of an image is scaled to its size, see `Preprocessing`.
+        workers: Processes that read images where whole splits are evaluated; 0 for none.
+        image_errors: "fail" at an image that cannot be read, or "skip" what shows it.
     """
 
     image_size: int = 224
@@ -75,10 +79,17 @@ class Options:
     validation_fraction: float = 0.5
     held_out_fraction: float = 0.2
     further: tuple[str, ...] = ()
+    mean: tuple[float, float, float] = MEAN
+    std: tuple[float, float, float] = STD
+    resize: str = "shortest"
+    workers: int = 0
+    image_errors: str = "fail"
 
     def __post_init__(self) -> None:
+        if self.image_errors not in ("fail", "skip"):
+            raise UserError(f"image_errors must be fail or skip, got {self.image_errors!r}")
         least = {"image_size": 1, "text_length": 3, "max_text_length": 3, "min_count": 1}
-        least |= {"max_words": 5, "answers": 1}
+        least |= {"max_words": 5, "answers": 1, "workers": 0}
         for name, low in least.items():
             value = getattr(self, name)
             if value is None and name in ("text_length", "max_words"):
@@ -89,6 +100,15 @@ class Options:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, float) or not 0 < value < 1:
                 raise UserError(f"{name} must be between 0 and 1, got {value!r}")
+        try:
+            _ = self.preprocessing
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """From an image file to what a model sees."""
+        return Preprocessing(self.image_size, self.mean, self.std, self.resize)
 
 
 class AnswerSplit(Split):
@@ -111,9 +131,9 @@ class AnswerSplit(Split):
         """True: the answers are known."""
         return True
 
-    def batch(self, indices: Sequence[int] | Tensor) -> Batch:
+    def batch(self, indices: Sequence[int] | Tensor, augment: Augment | None = None) -> Batch:
         """As `Split.batch`, with the soft scores as `target`, float32 `[T, classes]`."""
-        batch = super().batch(indices)
+        batch = super().batch(indices, augment)
         index = torch.as_tensor(indices).to("cpu", torch.int64)
         dense = torch.zeros(len(index), self.classes)
         batch["target"] = dense.scatter_add_(1, self.answer[index], self.worth[index])
@@ -309,18 +329,21 @@ def _split(
     for example in examples:
         for image in example.images:
             number.setdefault(image, len(number))
-    images = FolderImages(list(number), options.image_size)
+    images = FolderImages(list(number), options.preprocessing)
     text = tokenizers.encode(tokenizer, [e.text for e in examples], length, name)
     index = torch.tensor([[number[image] for image in e.images] for e in examples])
+    reading: dict[str, Any] = {
+        "name": name, "workers": options.workers, "image_errors": options.image_errors,
+    }  # fmt: skip
     if task == "coco":
         captions: list[list[str]] = [[] for _ in number]
         for example in examples:
             captions[number[example.images[0]]].append(example.text)
         ids = {number[example.images[0]]: example.id for example in examples}
-        return Split(images, text, index, references=captions, ids=list(ids.values()), name=name)
+        return Split(images, text, index, references=captions, ids=list(ids.values()), **reading)
     names = [example.id for example in examples]
     if task == "vqa" and not examples[0].answers:
-        return Split(images, text, index, ids=names, name=name)
+        return Split(images, text, index, ids=names, **reading)
     if task == "vqa":
         answer, worth = _worth([example.answers for example in examples], classes)
         kinds = [example.kind for example in examples]
@@ -333,10 +356,10 @@ def _split(
             classes=len(classes),
             kinds=[str(kind) for kind in kinds] if all(kinds) else None,
             ids=names,
-            name=name,
+            **reading,
         )
     labels = torch.tensor([example.label for example in examples])
-    return Split(images, text, index, labels, ids=names, name=name)
+    return Split(images, text, index, labels, ids=names, **reading)
 
 
 def _worth(questions: Sequence[Sequence[str]], classes: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -25,8 +25,9 @@ class Nlvr2(SingleLabel):
         """`accuracy` and, where the examples have official identifiers, `consistency`."""
         result = super().metrics(split, predictions)
         if split.ids is not None:
-            right = self.gained(split, predictions) > 0
-            result["consistency"] = consistency([str(i) for i in split.ids], right.tolist())
+            right, seen = self.gained(split, predictions) > 0, split.readable()
+            names = [str(i) for i, read in zip(split.ids, seen.tolist(), strict=True) if read]
+            result["consistency"] = consistency(names, right[seen].tolist())
         return result
 
 

@@ -21,6 +21,7 @@ from optima_fast.distill.arms import ARM_SPACES
 from optima_fast.distill.reward import HEADROOM
 from optima_fast.errors import UserError
 from optima_fast.models import MODULES, presets
+from optima_fast.tasks.augment import RandAugment
 from optima_fast.training import policies
 
 MAX_THREADS = 1024
@@ -99,6 +100,14 @@ class TrainConfig:
     reward_examples: int | None = _field(None, "training examples the reward is measured on")
 
     train_images: int | None = _field(None, "digits: training canvases; a tenth more to test on")
+    augment: str | None = _field(
+        None,
+        "RandAugment of training images: none, or LAYERS,MAGNITUDE; default 1,10 for folders of "
+        "vqa and snli_ve, else none",
+    )
+    image_errors: str = _field(
+        "fail", "at an image that cannot be read: fail, or skip what shows it", ("fail", "skip")
+    )
     batch_size: int | None = _field(None, "images (nlvr2: sentences) per step")
     lr: float | None = _field(None, "peak learning rate")
     head_lr: float | None = _field(None, "peak learning rate of the task head; default --lr")
@@ -130,6 +139,10 @@ class TrainConfig:
     compile: str = _field("auto", "torch.compile: auto is on for CUDA only", ("auto", "on", "off"))
     precision: str = _field("auto", "auto is bf16 on CUDA, else fp32", ("auto", "fp32", "bf16"))
     threads: int = _field(0, "CPU threads; 0 is one per core that this process may use")
+    workers: str = _field(
+        "auto",
+        "processes that read images; auto is none for digits, else the usable cores but one",
+    )
     log_every: int | None = _field(None, "steps between lines of metrics.jsonl")
     eval_every: int | None = _field(None, "steps between measurements on the validation split")
     checkpoint_every: int | None = _field(None, "steps between checkpoints")
@@ -167,6 +180,19 @@ class TrainConfig:
             raise UserError(
                 f"--cell-stage {self.cell_stage} is for --method finetune on the digits, not for "
                 f"--method {self.method} on {self.data}"
+            )
+        if self.augment not in (None, "none"):
+            if self.data == "digits":
+                raise UserError(
+                    f"--augment {self.augment} is for the colour images of a data folder, not for "
+                    "the digits: leave it out"
+                )
+            RandAugment.parse(self.augment)
+        if self.workers != "auto" and not (
+            self.workers.isdecimal() and int(self.workers) <= MAX_THREADS
+        ):
+            raise UserError(
+                f"--workers must be auto or a number from 0 to {MAX_THREADS}, got {self.workers!r}"
             )
         for name in ("seed", "teacher_seed", "data_seed"):
             if getattr(self, name) >= 2**63:
@@ -224,9 +250,11 @@ class TrainConfig:
 _PAPER_TASKS: dict[str, dict[str, Any]] = {
     "vqa": {
         "batch_size": 64, "teacher_steps": 100_000, "teacher_lr": 2e-5, "teacher_head_lr": 5e-4,
+        "augment": "1,10",
     },
     "snli_ve": {
         "batch_size": 128, "teacher_steps": 50_000, "teacher_lr": 5e-5, "teacher_head_lr": 1e-3,
+        "augment": "1,10",
     },
     "nlvr2": {
         "batch_size": 64, "teacher_steps": 50_000, "teacher_lr": 2e-5, "teacher_head_lr": 5e-4,
@@ -241,6 +269,7 @@ _PAPER: dict[str, Any] = {
     "init_rounds": 10,
     "lr": 1e-3,
     "warmup_steps": 1000,
+    "augment": "none",
 }
 _PAPER_POLICY: dict[str, Any] = {"gamma": 0.98, "variance_scale": 1.0}
 # where neither says: a choice of this project
@@ -260,6 +289,7 @@ _DIGITS: dict[str, Any] = {
     "reward_examples": 256,
     "teacher_steps": 1200,
     "teacher_lr": 2e-3,
+    "augment": "none",
 }
 _DIGITS_TASKS: dict[str, dict[str, Any]] = {
     "vqa": {},

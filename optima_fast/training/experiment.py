@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import platform
 import time
 from collections.abc import Mapping
@@ -21,7 +20,8 @@ from optima_fast.models.task_model import TaskModel, build
 from optima_fast.tasks import TaskData, submissions
 from optima_fast.tasks.base import unknown
 from optima_fast.tasks.folders import FURTHER, SPLITS
-from optima_fast.training import checkpoints, cost, policies, sources, teachers
+from optima_fast.tasks.workers import usable_cores
+from optima_fast.training import checkpoints, cost, loader, policies, sources, teachers
 from optima_fast.training.config import TrainConfig, resolve
 from optima_fast.training.display import Display
 from optima_fast.training.rewards import training_sampler
@@ -129,7 +129,7 @@ def prepare(config: TrainConfig) -> torch.device:
     Raises:
         UserError: CUDA is asked for and not there.
     """
-    torch.set_num_threads(config.threads or _usable_cores())
+    torch.set_num_threads(config.threads or usable_cores())
     if config.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -141,12 +141,6 @@ def prepare(config: TrainConfig) -> torch.device:
             f"--device {config.device}: this torch sees {torch.cuda.device_count()} CUDA devices"
         )
     return device
-
-
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def load_data(config: TrainConfig, models: Models | None = None) -> TaskData:
@@ -167,7 +161,15 @@ def load_data(config: TrainConfig, models: Models | None = None) -> TaskData:
 def _load_folder(
     config: TrainConfig, reading: Mapping[str, Any], further: tuple[str, ...] = ()
 ) -> TaskData:
-    return tasks.load(config.task, config.data, seed=config.data_seed, further=further, **reading)
+    return tasks.load(
+        config.task,
+        config.data,
+        seed=config.data_seed,
+        further=further,
+        workers=loader.workers(config),
+        image_errors=config.image_errors,
+        **reading,
+    )
 
 
 def new_model(shape: str | CoCaConfig, data: TaskData, dropout: float = 0.0) -> TaskModel:
@@ -198,7 +200,7 @@ def rehearse(config: TrainConfig, models: Models, data: TaskData) -> None:
                     start = teacher.coca
                 initialise.from_layers(student.coca, start)
         # a step without memory, or sizes that do not go together show after the teacher's training
-        batch = data.train.batch([0])
+        batch = data.train.sample()
         cost.step_memory(*models.shapes(data), data, batch, bf16=False, **distilled(config))
     except UserError:
         raise

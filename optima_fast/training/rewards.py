@@ -12,6 +12,7 @@ from optima_fast.distill import Distiller, Headroom, Measurement, parse_reward
 from optima_fast.distill.arms import Arm
 from optima_fast.distill.measurement import average
 from optima_fast.distill.reward import HEADROOM, Context
+from optima_fast.errors import UserError
 from optima_fast.tasks import Split, TaskData
 from optima_fast.tasks.base import to_device
 from optima_fast.training.config import TrainConfig
@@ -93,12 +94,18 @@ class RewardMeter:
         """All losses of the full model on the fixed examples."""
         parts = []
         for examples in self.batches:
-            batch = to_device(self._data.train.batch(examples), device)
+            loaded = self._data.train.load(examples)
+            self._data.train.note(loaded.errors)
+            if not loaded.batch:
+                continue
+            batch = to_device(loaded.batch, device)
             # float32 whatever the training runs in: a round changes a loss by parts of a thousand
             measured = self._distiller.measure(
                 batch, predict=self._data.loss, divergence=self._data.divergence
             )
-            parts.append((measured, len(examples)))
+            parts.append((measured, len(loaded.index)))
+        if not parts:
+            raise UserError("none of the images that the reward is measured on can be read")
         measurement = average(parts)
         if self.headroom is not None:
             self.headroom.measured(measurement)

@@ -32,7 +32,16 @@ SUMMARY_KEYS = (
 )
 
 # settings that say where and how a run executes, not what it computes
-_PLACE = ("out", "cache", "resume", "device", "threads", "checkpoint_every")
+_PLACE = (
+    "out",
+    "cache",
+    "resume",
+    "device",
+    "threads",
+    "workers",
+    "image_errors",
+    "checkpoint_every",
+)
 
 
 class Run:

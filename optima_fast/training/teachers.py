@@ -38,6 +38,8 @@ def teacher_config(config: TrainConfig) -> TrainConfig:
         image_size=config.image_size,
         steps=config.teacher_steps,
         train_images=config.train_images,
+        augment=config.augment,
+        image_errors=config.image_errors,
         lr=config.teacher_lr,
         head_lr=config.teacher_head_lr,
         batch_size=config.teacher_batch_size,
@@ -50,6 +52,7 @@ def teacher_config(config: TrainConfig) -> TrainConfig:
         compile=config.compile,
         precision=config.precision,
         threads=config.threads,
+        workers=config.workers,
         cache=config.cache,
     )
 

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,8 +27,9 @@ from optima_fast.errors import UserError
 from optima_fast.models import MODULES
 from optima_fast.models.task_model import TaskModel
 from optima_fast.tasks import TaskData
-from optima_fast.tasks.base import to_device
-from optima_fast.training import checkpoints, policies
+from optima_fast.tasks.base import Loaded, to_device
+from optima_fast.tasks.workers import killed_workers
+from optima_fast.training import checkpoints, loader, policies
 from optima_fast.training.adafactor import Adafactor
 from optima_fast.training.cells import CellStage
 from optima_fast.training.config import TrainConfig
@@ -38,8 +39,9 @@ from optima_fast.training.rewards import RewardMeter, reward_batches, training_s
 from optima_fast.training.run import Run
 from optima_fast.training.schedule import lr_at
 
-FORMAT = 3  # of checkpoints
-_COUNTERS = ("step", "round", "choice", "round_began", "last_metric")  # what a checkpoint restores
+FORMAT = 4  # of checkpoints
+# what a checkpoint restores
+_COUNTERS = ("step", "round", "choice", "round_began", "last_metric", "left_out")
 
 
 class Interrupted(Exception):
@@ -105,7 +107,9 @@ class Trainer:
         self.seconds = {"distill": 0.0, "reward": 0.0, "eval": 0.0}
         self.round_began = 0.0
         self.last_metric: float | None = None
+        self.left_out = 0
         self._stop = False
+        self._batches: Generator[Loaded, None, None] | None = None
 
     def _make_distiller(self, teacher: TaskModel | None) -> Distiller | None:
         if teacher is None:
@@ -132,7 +136,7 @@ class Trainer:
                 self.student.coca.config,
                 teacher.coca.config,
                 self.data,
-                self.data.train.batch(batches[0]),
+                self.data.train.load(batches[0]).batch,
                 arms,
                 **distilled(self.config),
             )
@@ -180,7 +184,11 @@ class Trainer:
         assert config.log_every and config.eval_every and config.checkpoint_every
         first, began = self.step, time.monotonic()
         name = "training" if self.distiller is None else "distilling"
-        with self._interruptible(), self.display.stage(name, self.steps, first) as stage:
+        with (
+            self._interruptible(),
+            self.display.stage(name, self.steps, first) as stage,
+            self._reading_ahead(),
+        ):
             while self.step < self.steps:
                 if self.distiller is not None and self.step % self._round_steps == 0:
                     self._begin_round()
@@ -203,6 +211,26 @@ class Trainer:
         assert self.config.round_steps is not None
         return self.config.round_steps
 
+    @contextlib.contextmanager
+    def _reading_ahead(self) -> Iterator[None]:
+        """End the processes that read images, however it is left."""
+        try:
+            with killed_workers():
+                yield
+        finally:
+            if self._batches is not None:
+                self._batches.close()
+                self._batches = None
+
+    def _next_batch(self) -> Loaded:
+        if self._batches is None:
+            self._batches = loader.batches(self.config, self.data.train, self.sampler, self.step)
+        loaded = next(self._batches)
+        self.data.train.note(loaded.errors)
+        assert self.config.batch_size
+        self.left_out += self.config.batch_size * self.data.train.group - len(loaded.index)
+        return loaded
+
     def _train_step(self) -> StepLosses:
         began = time.perf_counter()
         config = self.config
@@ -211,19 +239,19 @@ class Trainer:
             group["lr"] = lr_at(
                 self.step, peak=group["peak"], warmup=config.warmup_steps, steps=self.steps
             )
-        indices = self.sampler.at(self.step)
-        batch = to_device(self.data.train.batch(indices), self.device)
+        loaded = self._next_batch()
+        batch = to_device(loaded.batch, self.device)
         self.student.train()
         with self._autocast():
             losses = self._losses(batch)
         if not bool(torch.isfinite(losses.total)):
-            self._not_finite(losses, indices)
+            self._not_finite(losses, loaded.index)
         losses.total.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(
             [p for group in self.optimizer.param_groups for p in group["params"]], config.clip
         )
         if not bool(torch.isfinite(norm)):
-            self._not_finite(losses, indices)
+            self._not_finite(losses, loaded.index)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.seconds["distill"] += time.perf_counter() - began
@@ -366,6 +394,8 @@ class Trainer:
             "lr": self.optimizer.param_groups[0]["lr"],
             "samples_per_second": rate,
         }
+        if self.left_out:
+            line["left_out"] = self.left_out
         if losses.kl is not None:
             line["kl"] = float(losses.kl.detach())
         for name, layers in (("hidden", losses.hidden), ("attention", losses.attention)):

@@ -1,12 +1,18 @@
 """Splits, batches, the dispatch of `load`, and what all tasks share."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from optima_fast import tasks
 from optima_fast.errors import UserError
+from optima_fast.tasks import Vocabulary
 from optima_fast.tasks.base import ArrayImages, Split, evaluating, mean_kl
+from optima_fast.tasks.images import FolderImages, Preprocessing
+from optima_fast.tasks.snli_ve import SnliVe
 
 
 def images(n):
@@ -146,3 +152,96 @@ def test_a_missing_folder_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="no data folder"):
         tasks.load("vqa", str(tmp_path / "file"))
+
+
+def pictured(tmp_path, n=6, pictures=3, k=1, broken=(), **options):
+    """A split like `split`, on files of one level each, some of them broken."""
+    paths = [tmp_path / f"{i}.png" for i in range(pictures)]
+    for i, path in enumerate(paths):
+        Image.new("RGB", (4, 4), (10 * i,) * 3).save(path)
+        if i in broken:
+            path.write_bytes(path.read_bytes()[:40])
+    source = FolderImages(paths, Preprocessing(4, mean=(0, 0, 0), std=(1, 1, 1)))
+    text = torch.arange(n)[:, None].repeat(1, 4)
+    index = torch.arange(n * k).remainder(pictures).view(n, k)
+    return Split(source, text, index, torch.arange(n) % 2, **options)
+
+
+def test_an_unreadable_image_is_an_error_that_names_it(tmp_path):
+    some = pictured(tmp_path, broken=[1])
+    assert some.load(torch.tensor([0, 2])).errors == {}
+    with pytest.raises(UserError, match=r"cannot read the image .*1\.png"):
+        some.load(torch.tensor([0, 1]))
+    for workers in (0, 1):
+        some.workers = workers
+        with pytest.raises(UserError, match=r"^cannot read the image .*1\.png: [^\n]*$"):
+            list(some.batches(2))
+        with pytest.raises(UserError, match=r"^cannot read the image .*1\.png: [^\n]*$"):
+            list(some.image_batches(2))
+
+
+def test_what_shows_an_unreadable_image_is_left_out_by_choice(tmp_path):
+    some = pictured(tmp_path, n=4, pictures=5, k=2, broken=[1, 3], image_errors="skip")
+    # the examples show (0, 1), (2, 3), (4, 0), (1, 2)
+    loaded = some.load(torch.tensor([2, 0, 3]))
+    assert loaded.index.tolist() == [2]
+    assert list(loaded.errors) == [1]
+    shown = (loaded.batch["images"] * 255).round()[loaded.batch["pair_image"], 0, 0, 0]
+    assert shown.tolist() == [40, 0]
+    assert loaded.batch["text"][:, 0].tolist() == [2]
+    assert loaded.batch["target"].tolist() == [0]
+    nothing = some.load(torch.tensor([1, 0]))
+    assert (len(nothing.index), nothing.batch, sorted(nothing.errors)) == (0, {}, [1, 3])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_each_unreadable_file_is_named_once(tmp_path, caplog, workers):
+    some = pictured(tmp_path, broken=[1], image_errors="skip", workers=workers)
+    assert some.readable().all()
+    for _ in range(2):
+        parts = [(index.tolist(), batch["target"].tolist()) for index, batch in some.batches(2)]
+        assert parts == [([0], [0]), ([2, 3], [0, 1]), ([5], [1])]
+        numbers = [number.tolist() for number, _ in some.image_batches(2)]
+        assert numbers == [[0], [2]]
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "1.png" in message
+    assert message.endswith("what shows it is left out")
+    assert list(some.unreadable) == [1]
+    assert some.readable().tolist() == [True, False, True, True, False, True]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_give_the_same_batches(tmp_path, workers):
+    plain, ahead = pictured(tmp_path), pictured(tmp_path, workers=workers)
+    for (a, one), (b, other) in zip(plain.batches(4), ahead.batches(4), strict=True):
+        assert torch.equal(a, b)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    for (a, one), (b, other) in zip(plain.image_batches(2), ahead.image_batches(2), strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(one, other)
+
+
+class Constant(nn.Module):
+    """Always the class 1, with a loss that differs between examples."""
+
+    def forward(self, batch):
+        certain = 1.0 + batch["text"][:, :1].float()
+        return SimpleNamespace(logits=torch.cat([-certain, certain], 1))
+
+
+def test_an_evaluation_counts_what_it_leaves_out(tmp_path):
+    kinds = [*"abcabc"]
+    whole = pictured(tmp_path, kinds=kinds)
+    task = SnliVe(Vocabulary(["a"]), 4, 4, 3, whole, whole, whole, ("no", "yes"))
+    complete = task.evaluate(Constant(), whole, batch_size=4)
+    assert complete["accuracy"] == 0.5
+    assert "left_out" not in complete
+    part = pictured(tmp_path, broken=[1], kinds=kinds, image_errors="skip")
+    found = task.evaluate(Constant(), part, batch_size=4)  # 0, 2, 3, 5 are left
+    assert found["left_out"] == 2
+    assert found["accuracy"] == pytest.approx(0.5)
+    assert found["accuracy/a"] == pytest.approx(0.5)
+    logits = [(1.0 + i) * torch.tensor([-1.0, 1.0]) for i in (0, 2, 3, 5)]
+    losses = [-torch.log_softmax(x, 0)[i % 2] for x, i in zip(logits, (0, 2, 3, 5), strict=True)]
+    assert found["loss"] == pytest.approx(float(sum(losses)) / 4, rel=1e-5)

@@ -1,12 +1,22 @@
 """Images from files: geometry, modes, normalisation, and files that are no images."""
 
+import io
+import pickle
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from optima_fast.errors import UserError
-from optima_fast.tasks.images import MEAN, STD, FolderImages, load_image
+from optima_fast.tasks.images import (
+    MEAN,
+    STD,
+    FolderImages,
+    Preprocessing,
+    UnreadableImages,
+    load_image,
+)
 
 
 def levels(tensor):
@@ -101,6 +111,88 @@ def test_only_the_asked_files_are_decoded_in_the_asked_order(tmp_path):
         images[torch.tensor([3])]
     with pytest.raises(ValueError, match="size must be at least 1, got 0"):
         FolderImages(paths, 0)
+
+
+def open_clip(image, size, resize):
+    """The steps of open_clip's `image_transform` for evaluation, one by one, on a Pillow image."""
+    width, height = image.size
+    if resize == "squash":
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    elif resize == "shortest":
+        short, long = sorted(image.size)
+        sides = (size, int(size * long / short))
+        image = image.resize(sides if width <= height else sides[::-1], Image.Resampling.BICUBIC)
+        left, top = (round((side - size) / 2.0) for side in image.size)
+        image = image.crop((left, top, left + size, top + size))
+    else:
+        ratio = max(height / size, width / size)
+        image = image.resize((round(width / ratio), round(height / ratio)), 3)
+        (w, h), before = image.size, ((size - image.size[0]) // 2, (size - image.size[1]) // 2)
+        border = (*before, size - w - before[0], size - h - before[1])
+        image = ImageOps.expand(image, border, fill=0)
+    return np.array(image.convert("RGB"))
+
+
+@pytest.mark.parametrize("resize", ["shortest", "longest", "squash"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "LA", "RGBA", "P", "1", "CMYK"])
+@pytest.mark.parametrize("shape", [(30, 47), (47, 30), (10, 13), (64, 64)])
+def test_every_step_is_open_clip_s(tmp_path, mode, shape, resize):
+    image = Image.fromarray(noise(*shape)).convert(mode)
+    if "A" in mode:
+        image.putalpha(Image.fromarray(noise(*shape, 1, seed=1)))
+    path = tmp_path / ("a.tiff" if mode == "CMYK" else "a.png")
+    image.save(path)
+    got = load_image(path, Preprocessing(24, resize=resize))
+    with Image.open(path) as again:
+        np.testing.assert_allclose(levels(got), open_clip(again, 24, resize), atol=1e-3)
+
+
+def test_normalisation_is_the_checkpoint_s(tmp_path):
+    pixels = noise(6, 6)
+    path = save(tmp_path / "a.png", pixels)
+    own = Preprocessing(6, mean=(0.5, 0.25, 0.0), std=(0.5, 1.0, 2.0))
+    by_hand = (pixels / 255 - [0.5, 0.25, 0.0]) / [0.5, 1.0, 2.0]
+    np.testing.assert_allclose(load_image(path, own).permute(1, 2, 0), by_hand, atol=1e-6)
+    inside = Preprocessing(6).read(io.BytesIO(path.read_bytes()), "a.tar: a.png")
+    np.testing.assert_allclose(inside.permute(1, 2, 0), pixels / 255, atol=1e-6)
+    with pytest.raises(UserError, match=r"cannot read the image a\.tar: b\.png: "):
+        own.read(io.BytesIO(b"no image"), "a.tar: b.png")
+
+
+def test_values_out_of_range():
+    with pytest.raises(ValueError, match="resize must be one of shortest, .* got 'crop'"):
+        Preprocessing(8, resize="crop")
+    with pytest.raises(ValueError, match="std above 0, got .* and .0.0, 1.0, 1.0."):
+        Preprocessing(8, std=(0.0, 1.0, 1.0))
+    with pytest.raises(ValueError, match="mean and std must be three numbers each"):
+        Preprocessing(8, mean=(0.5,))
+
+
+def test_augmentation_comes_before_normalisation_and_knows_the_image(tmp_path):
+    paths = [save(tmp_path / f"{i}.png", noise(5, 5, seed=i)) for i in range(3)]
+    images, seen = FolderImages(paths, 5), []
+
+    def augment(pixels, number):
+        assert 0 <= pixels.min() <= pixels.max() <= 1
+        seen.append(number)
+        return pixels / (number + 1)
+
+    got = images.load(torch.tensor([2, 1]), augment)
+    assert seen == [2, 1]
+    np.testing.assert_allclose(levels(got[0]), noise(5, 5, seed=2) / 3, atol=1e-3)
+    np.testing.assert_allclose(levels(got[1]), noise(5, 5, seed=1) / 2, atol=1e-3)
+
+
+def test_all_unreadable_images_of_a_batch_are_told(tmp_path):
+    paths = [save(tmp_path / f"{i}.png", noise(5, 5)) for i in range(5)]
+    paths[1].write_bytes(b"")
+    paths[3].unlink()
+    with pytest.raises(UnreadableImages, match="cannot read the image .*1.png") as caught:
+        FolderImages(paths, 5)[torch.arange(5)]
+    error = pickle.loads(pickle.dumps(caught.value))
+    assert list(error.errors) == [1, 3]
+    assert "no image file" in error.errors[3]
+    assert str(error) == str(caught.value) == error.errors[1]
 
 
 def test_unreadable_images_name_the_file(tmp_path):

@@ -221,7 +221,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):
     with pytest.raises(UserError, match="was made with another teacher than digits_teacher is now"):
         t.resume(path)
     torch.save({**state, "format": 1}, path)
-    with pytest.raises(UserError, match="has format 1, not 3"):
+    with pytest.raises(UserError, match="has format 1, not 4"):
         t.resume(path)
     torch.save({**state, "config": {**state["config"], "newer": 1}}, path)
     with pytest.raises(UserError, match="another configuration: newer is 1 there and None here"):
