@@ -43,8 +43,11 @@ def _main(argv: Sequence[str] | None) -> int:
         described = open_clip.model_cfg(source.config)
     except UserError as error:
         raise UserError(f"{source.name}: {error}") from None
-    found = source.checkpoint
-    mean, std = (found.mean, found.std) if found else (pretrained.MEAN, pretrained.STD)
+    pixels = {"mean": pretrained.MEAN, "std": pretrained.STD, "resize": "shortest"}
+    if source.checkpoint is not None:
+        pixels |= {"mean": source.checkpoint.mean, "std": source.checkpoint.std}
+    elif source.run is not None:
+        pixels |= source.run.pixels()
     weights, config = (
         folder / name for name in (pretrained.WEIGHT_FILES[0], pretrained.CONFIG_FILE)
     )
@@ -54,10 +57,10 @@ def _main(argv: Sequence[str] | None) -> int:
         {
             "model_cfg": described,
             "preprocess_cfg": {
-                "mean": mean,
-                "std": std,
+                "mean": pixels["mean"],
+                "std": pixels["std"],
                 "interpolation": "bicubic",
-                "resize_mode": "shortest",
+                "resize_mode": pixels["resize"],
             },
         },
     )

@@ -39,6 +39,7 @@ def run_of(folder: Path, config: CoCaConfig, coca: CoCa | None = None) -> Path:
         classes=list("abcde"),
         tokenizer=tokenizers.make("words", ["a b c"]),
         text_length=config.text_length,
+        train=SimpleNamespace(images=None),
     )
     run, settings = Run(folder), TrainConfig(task="vqa")
     run.begin(settings)

@@ -16,6 +16,7 @@ from optima_fast.errors import UserError
 from optima_fast.models import CoCa, CoCaConfig
 from optima_fast.models.task_model import TaskModel, build
 from optima_fast.tasks import TaskData, tokenizers
+from optima_fast.tasks.images import FolderImages
 from optima_fast.tasks.tokenizers import Tokenizer
 from optima_fast.training import checkpoints
 from optima_fast.training.config import TrainConfig, flag, read_yaml, to_yaml
@@ -192,6 +193,7 @@ class Run:
                 "coca": model.coca.config.to_dict(),
                 "tokenizer": data.tokenizer.to_dict(),
                 "text_length": data.text_length,
+                "pixels": _pixels(data),
             },
         )
 
@@ -209,7 +211,13 @@ class Run:
             "image_size": self.model_config().image_size,
             "text_length": self._described("text_length"),
             "tokenizer": self.tokenizer(),
+            **self.pixels(),
         }
+
+    def pixels(self) -> dict[str, Any]:
+        """What the pixels of files were normalised with: mean, std and resize; {} for digits."""
+        known: dict[str, Any] = self._described("pixels")
+        return {name: tuple(v) if isinstance(v, list) else v for name, v in known.items()}
 
     def load_coca(self) -> CoCa:
         """The run's student without its head."""
@@ -265,6 +273,14 @@ class Run:
                 f"{self.folder} was trained with another tokenizer ({len(tokenizer)} ids "
                 f"against {len(data.tokenizer)}): use the same --data and --data-seed"
             )
+
+
+def _pixels(data: TaskData) -> dict[str, Any]:
+    images = data.train.images
+    if not isinstance(images, FolderImages):
+        return {}
+    chosen = images.preprocessing
+    return {"mean": list(chosen.mean), "std": list(chosen.std), "resize": chosen.resize}
 
 
 def _plain(value: Any) -> Any:

@@ -42,13 +42,14 @@ class Source:
         if self.run is not None:
             return self.run.reading()
         assert self.checkpoint is not None
+        options = {"mean": self.checkpoint.mean, "std": self.checkpoint.std}
         chosen = tokenizer or self.checkpoint.tokenizer
         if not chosen:
             raise UserError(
                 f"{self.name} does not say what turned its texts into its "
                 f"{self.config.vocab_size} token ids: name it with --tokenizer"
             )
-        return {"tokenizer": chosen}
+        return {**options, "tokenizer": chosen}
 
     def load(self) -> CoCa:
         """The CoCa with its weights."""

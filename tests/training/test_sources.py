@@ -45,7 +45,8 @@ def checkpoint(folder: Path, name: str, config: presets.CoCaConfig, seed: int) -
     where.mkdir(parents=True)
     state = {k: v.contiguous() for k, v in open_clip.to_open_clip(CoCa(config)).items()}
     save_file(state, where / "open_clip_model.safetensors")
-    described = {"model_cfg": open_clip.model_cfg(config)}
+    pixels = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
+    described = {"model_cfg": open_clip.model_cfg(config), "preprocess_cfg": pixels}
     (where / "open_clip_config.json").write_text(json.dumps(described))
     return str(where)
 
@@ -160,6 +161,8 @@ def test_a_checkpoint_distils_captions_from_an_official_folder(tmp_path):
     shape = run.model_config()
     assert (shape.vocab_size, shape.text_length) == (49408, 20)
     assert shape.layer_counts == {"image": 3, "text": 2, "multimodal": 1}
+    assert run.pixels()["mean"] == (0.5, 0.4, 0.3)
+    assert run.reading()["std"] == (0.2, 0.3, 0.4)
     # from its files alone: neither checkpoint is there any more
     for name in (teacher, start):
         Path(name).rename(name + "-gone")
