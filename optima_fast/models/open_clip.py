@@ -20,8 +20,16 @@ from optima_fast.models.config import CoCaConfig
 from optima_fast.models.model import CoCa
 from optima_fast.models.open_clip_config import check_form, config_of, model_cfg
 
-__all__ = ["State", "check", "config_of", "from_open_clip", "model_cfg", "rules", "shapes"]
-__all__ += ["to_open_clip"]
+__all__ = [
+    "State",
+    "check",
+    "config_of",
+    "from_open_clip",
+    "model_cfg",
+    "rules",
+    "shapes",
+    "to_open_clip",
+]
 
 State = dict[str, Tensor]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ def find(name: str) -> Checkpoint | None:
     try:
         config = open_clip.config_of(described.get("model_cfg"), state)
         open_clip.from_open_clip(state, config)
-        mean, std = _normalisation(described.get("preprocess_cfg") or {})
+        mean, std = _normalisation(described.get("preprocess_cfg", {}))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     tokenizer = "clip" if config.vocab_size == _CLIP_VOCABULARY else ""
@@ -121,16 +121,21 @@ def _is_of_a_run(path: Path) -> bool:
 
 
 def _normalisation(options: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Mean and standard deviation of a ``preprocess_cfg``."""
+    """Mean and standard deviation of a ``preprocess_cfg``; one number is that of all channels."""
     for key, usual in (("interpolation", "bicubic"), ("resize_mode", "shortest")):
-        if options.get(key, usual) != usual:
+        if (options.get(key) or usual) != usual:
             raise UserError(
                 f"{CONFIG_FILE} asks for {key} {options[key]!r}; only {usual!r} is supported"
             )
-    values = tuple(tuple(options.get(k) or v) for k, v in (("mean", MEAN), ("std", STD)))
-    for value in values:
-        if len(value) != 3 or not all(isinstance(x, int | float) for x in value):
-            raise UserError(f"{CONFIG_FILE}: mean and std must be 3 numbers each, got {values}")
+    values = []
+    for key, standard in (("mean", MEAN), ("std", STD)):
+        value = options.get(key) or standard
+        channels: Sequence[Any] = value if isinstance(value, list | tuple) else [value] * 3
+        numbers = all(isinstance(x, int | float) for x in channels)
+        if len(channels) != 3 or not numbers or (key == "std" and min(channels) <= 0):
+            kind = "positive numbers" if key == "std" else "numbers"
+            raise UserError(f"{CONFIG_FILE}: {key} must be 3 {kind}, got {value!r}")
+        values.append(tuple(channels))
     return values[0], values[1]
 
 
@@ -139,8 +144,12 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
-    if not isinstance(value, dict) or not isinstance(value.get("model_cfg"), dict):
-        raise UserError(f'{path} must hold a "model_cfg", as open_clip\'s do')
+    if isinstance(value, dict) and "model_cfg" not in value:
+        value = {"model_cfg": value}
+    if not isinstance(value, dict) or not all(
+        isinstance(value.get(key, {}), dict) for key in ("model_cfg", "preprocess_cfg")
+    ):
+        raise UserError(f"{path} must hold model_cfg and preprocess_cfg, as open_clip's do")
     return value
 
 
@@ -241,7 +250,8 @@ def _from_hub(name: str) -> tuple[Path | None, Path]:
         ) from error
     except errors.RevisionNotFoundError as error:
         raise UserError(f"{name}: {repository} has no revision {revision!r}") from error
-    except (OSError, RuntimeError) as error:
+    except Exception as error:
+        # a full disk, a lost connection: the client's errors share no class between its versions
         reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
         raise UserError(f"{name}: cannot download it ({reason})") from error
     if path is None and unreachable is not None:

@@ -81,6 +81,11 @@ def test_a_file_with_its_description_beside(file: str, tmp_path: Path) -> None:
     assert_weights(checkpoint)
 
 
+def test_a_description_that_is_a_model_cfg_alone(tmp_path: Path) -> None:
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(CFG))
+    assert found(save(tmp_path / SAFE)).config == config()
+
+
 @pytest.mark.parametrize("file", pretrained.WEIGHT_FILES)
 def test_a_folder(file: str, tmp_path: Path) -> None:
     describe(tmp_path, mean=[0.5, 0.4, 0.3], std=[0.2, 0.1, 0.3], interpolation="bicubic")
@@ -233,9 +238,9 @@ def test_a_description_of_another_model(tmp_path: Path) -> None:
     describe(tmp_path, {"embed_dim": 64, "vision_cfg": {}, "text_cfg": {}})
     with pytest.raises(UserError, match="model_cfg lacks 'multimodal_cfg'"):
         pretrained.find(str(tmp_path))
-    for text in ("{", "[]", "{}", '{"model_cfg": 3}'):
+    for text in ("{", "[]", '{"model_cfg": 3}', '{"model_cfg": {}, "preprocess_cfg": []}'):
         (tmp_path / "open_clip_config.json").write_text(text)
-        with pytest.raises(UserError, match=r"open_clip_config\.json"):
+        with pytest.raises(UserError, match=r"^(cannot read )?/.*/open_clip_config\.json"):
             pretrained.find(str(tmp_path))
 
 
@@ -244,8 +249,10 @@ def test_a_description_of_another_model(tmp_path: Path) -> None:
     [
         ({"interpolation": "bilinear"}, "interpolation 'bilinear'; only 'bicubic'"),
         ({"resize_mode": "squash"}, "resize_mode 'squash'; only 'shortest'"),
-        ({"mean": [0.5]}, "mean and std must be 3 numbers each"),
-        ({"std": "abc"}, "mean and std must be 3 numbers each"),
+        ({"mean": [0.5]}, r"mean must be 3 numbers, got \[0.5\]"),
+        ({"mean": ["a", "b", "c"]}, "mean must be 3 numbers, got"),
+        ({"std": "abc"}, "std must be 3 positive numbers, got 'abc'"),
+        ({"std": [1, 0, 1]}, "std must be 3 positive numbers"),
     ],
 )
 def test_a_preprocessing_that_is_not_ours(
@@ -255,6 +262,13 @@ def test_a_preprocessing_that_is_not_ours(
     describe(tmp_path, **preprocess)
     with pytest.raises(UserError, match=message):
         pretrained.find(str(tmp_path))
+
+
+def test_preprocessing_fields_that_say_what_is_usual(tmp_path: Path) -> None:
+    save(tmp_path / SAFE)
+    describe(tmp_path, mean=0.5, std=None, interpolation=None, resize_mode="shortest", size=32)
+    checkpoint = found(tmp_path)
+    assert (checkpoint.mean, checkpoint.std) == ((0.5, 0.5, 0.5), pretrained.STD)
 
 
 def test_weights_of_a_file_that_changed(tmp_path: Path) -> None:
@@ -433,10 +447,20 @@ def test_no_network_is_noticed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [call[3] for call in calls[1:]] == [True] * 3
 
 
-def test_a_download_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(28, "No space left on device"), r"\(\[Errno 28\] No space left on device\)"),
+        (EOFError("connection lost"), r"\(connection lost\)"),
+        (EOFError(), r"\(EOFError\)"),
+    ],
+)
+def test_a_download_that_fails(
+    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def download(*_: object, **__: object) -> str:
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    with pytest.raises(UserError, match="hf-hub:org/name: cannot download it .*No space left"):
+    with pytest.raises(UserError, match=f"^hf-hub:org/name: cannot download it {message}"):
         pretrained.find("hf-hub:org/name")
