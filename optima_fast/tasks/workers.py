@@ -6,7 +6,7 @@ import re
 import signal
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -58,7 +58,7 @@ def in_order(fetch: Callable[[K], T], keys: Sequence[K], workers: int) -> Genera
             worker_init_fn=_quiet,
             generator=torch.Generator(),
         )
-        results = iter(loader)
+        results: Any = iter(loader)
     with killed_workers():
         try:
             for result in results:
@@ -66,7 +66,8 @@ def in_order(fetch: Callable[[K], T], keys: Sequence[K], workers: int) -> Genera
                     raise result.error
                 yield result
         finally:
-            del results
+            # not left to the last reference: the traceback of an error holds one
+            results._shutdown_workers()
 
 
 @contextlib.contextmanager

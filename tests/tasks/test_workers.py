@@ -78,8 +78,10 @@ def test_a_mistake_comes_as_it_is_after_the_results_before_it(workers):
 
 
 def test_a_bug_keeps_its_traceback():
-    with pytest.raises(KeyError, match="bug 0"):
+    with pytest.raises(KeyError, match="bug 0") as caught:
         next(in_order(bug, range(3), 1))
+    assert "in bug" in str(caught.value)
+    assert not multiprocessing.active_children()
 
 
 def test_a_killed_worker_is_one_line():
