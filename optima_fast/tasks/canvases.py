@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from optima_fast.tasks.base import ArrayImages
+from optima_fast.tasks.split import ArrayImages
 
 CANVAS, CELL, CELLS = 24, 12, 4
 PLACES = ("top left", "top right", "bottom left", "bottom right")  # the cells, in order

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from optima_fast.tasks.base import Predictions, Split, TaskData, evaluating, mean_kl
+from optima_fast.tasks.base import Predictions, TaskData, evaluating, mean_kl
+from optima_fast.tasks.split import Split
 
 if TYPE_CHECKING:
     from optima_fast.models.task_model import TaskModel

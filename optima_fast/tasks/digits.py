@@ -17,7 +17,7 @@ from torch import Tensor
 
 from optima_fast.errors import UserError
 from optima_fast.tasks import digits_language as language
-from optima_fast.tasks.base import Split, TaskData, unknown
+from optima_fast.tasks.base import TaskData, unknown
 from optima_fast.tasks.canvases import (
     CANVAS,
     CELL_CLASSES,
@@ -33,6 +33,7 @@ from optima_fast.tasks.nlvr2 import CLASSES as NLVR2_CLASSES
 from optima_fast.tasks.nlvr2 import Nlvr2
 from optima_fast.tasks.snli_ve import CLASSES as SNLI_VE_CLASSES
 from optima_fast.tasks.snli_ve import SnliVe
+from optima_fast.tasks.split import Split
 from optima_fast.tasks.text import Vocabulary, tokenize
 from optima_fast.tasks.vqa import Vqa, soft_scores
 

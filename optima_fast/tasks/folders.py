@@ -29,13 +29,14 @@ from optima_fast.tasks.annotations import (
     Reading,
     Readings,
 )
-from optima_fast.tasks.base import Batch, Split, TaskData, unknown
+from optima_fast.tasks.base import TaskData, unknown
 from optima_fast.tasks.coco import Coco
 from optima_fast.tasks.images import MEAN, STD, Augment, FolderImages, Preprocessing
 from optima_fast.tasks.nlvr2 import CLASSES as NLVR2_CLASSES
 from optima_fast.tasks.nlvr2 import Nlvr2
 from optima_fast.tasks.snli_ve import CLASSES as SNLI_VE_CLASSES
 from optima_fast.tasks.snli_ve import SnliVe
+from optima_fast.tasks.split import Batch, Split
 from optima_fast.tasks.tokenizers import Tokenizer
 from optima_fast.tasks.vqa import Vqa
 from optima_fast.tasks.vqa_answers import accepted, answer_set, normalise

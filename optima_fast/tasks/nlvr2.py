@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import ClassVar
 
-from optima_fast.tasks.base import Predictions, SingleLabel, Split
+from optima_fast.tasks.base import Predictions, SingleLabel
+from optima_fast.tasks.split import Split
 
 CLASSES = ("false", "true")
 

@@ -12,7 +12,8 @@ import json
 from pathlib import Path
 
 from optima_fast.errors import UserError
-from optima_fast.tasks.base import Predictions, Split, TaskData
+from optima_fast.tasks.base import Predictions, TaskData
+from optima_fast.tasks.split import Split
 
 
 def new_file(path: str | Path, data: str) -> Path:

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from optima_fast.tasks.base import Classification, Split
+from optima_fast.tasks.base import Classification
+from optima_fast.tasks.split import Split
 
 
 def soft_scores(votes: NDArray[np.int64] | Sequence[Sequence[int]]) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Generator
 from optima_fast.errors import UserError
 from optima_fast.tasks import Split
 from optima_fast.tasks.augment import RandAugment
-from optima_fast.tasks.base import Loaded
+from optima_fast.tasks.split import Loaded
 from optima_fast.tasks.workers import in_order, usable_cores
 from optima_fast.training.config import TrainConfig
 from optima_fast.training.sampler import Sampler

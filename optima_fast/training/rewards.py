@@ -14,7 +14,7 @@ from optima_fast.distill.measurement import average
 from optima_fast.distill.reward import HEADROOM, Context
 from optima_fast.errors import UserError
 from optima_fast.tasks import Split, TaskData
-from optima_fast.tasks.base import to_device
+from optima_fast.tasks.split import to_device
 from optima_fast.training.config import TrainConfig
 from optima_fast.training.sampler import Sampler
 

@@ -27,7 +27,7 @@ from optima_fast.errors import UserError
 from optima_fast.models import MODULES
 from optima_fast.models.task_model import TaskModel
 from optima_fast.tasks import TaskData
-from optima_fast.tasks.base import Loaded, to_device
+from optima_fast.tasks.split import Loaded, to_device
 from optima_fast.tasks.workers import killed_workers
 from optima_fast.training import checkpoints, loader, policies
 from optima_fast.training.adafactor import Adafactor

@@ -10,9 +10,10 @@ from torch import nn
 from optima_fast import tasks
 from optima_fast.errors import UserError
 from optima_fast.tasks import Vocabulary
-from optima_fast.tasks.base import ArrayImages, Split, evaluating, mean_kl
+from optima_fast.tasks.base import evaluating, mean_kl
 from optima_fast.tasks.images import FolderImages, Preprocessing
 from optima_fast.tasks.snli_ve import SnliVe
+from optima_fast.tasks.split import ArrayImages, Split
 
 
 def images(n):

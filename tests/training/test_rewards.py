@@ -15,7 +15,7 @@ from optima_fast.distill import arm_name, arm_space
 from optima_fast.errors import UserError
 from optima_fast.models import MODULES
 from optima_fast.tasks import Split
-from optima_fast.tasks.base import ArrayImages
+from optima_fast.tasks.split import ArrayImages
 from optima_fast.training import cost, experiment
 from optima_fast.training.config import TrainConfig, resolve
 from optima_fast.training.cost import arm_costs

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from optima_fast.errors import UserError
-from optima_fast.tasks.base import ArrayImages, Split
+from optima_fast.tasks.split import ArrayImages, Split
 from optima_fast.training.sampler import Sampler
 
 
