@@ -10,6 +10,8 @@ from torch import nn
 from optima_fast import tasks
 from optima_fast.errors import UserError
 from optima_fast.models import generate
+from optima_fast.tasks.base import Predictions
+from optima_fast.tasks.caption_metrics import cider
 from optima_fast.tasks.subwords import ClipBytePairs
 
 
@@ -90,7 +92,9 @@ def test_a_caption_of_an_unreadable_image_is_left_out_and_counted(coco, monkeypa
     assert [c[-1:] for c in captions.texts] == ["0", "1", "", "3", "4", "5"]
     found = data.evaluate(nn.Identity(), data.train, batch_size=4)
     assert found["left_out"] == 1
-    assert found["cider"] > 0.5 * complete["cider"] > 0.5
+    left = [(c, r) for c, r in zip(captions.texts, data.train.references, strict=True) if c]
+    assert found["cider"] == pytest.approx(cider(*map(list, zip(*left, strict=True)))[0])
+    assert found["cider"] > 0.5 < complete["cider"]
 
 
 def test_soft_scores_follow_what_is_left(tmp_path):
@@ -117,3 +121,29 @@ def test_soft_scores_follow_what_is_left(tmp_path):
     assert answers == [str(shade) for shade in shades]
     levels = (loaded.batch["images"][:, 0, 0, 0] * 0.26862954 + 0.48145466) * 255
     assert levels.tolist() == pytest.approx([255 - 9 * shade for shade in shades], abs=1.5)
+
+
+def test_consistency_is_that_of_the_sentences_that_are_left(tmp_path):
+    for part in ("train", "dev", "test1"):
+        entries = []
+        for pair in range(2):
+            name = f"{part}-0-{pair}"
+            for side in (0, 1):
+                path = tmp_path / "images" / part / f"{name}-img{side}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (5, 5), (60 * pair + 30 * side,) * 3).save(path)
+            for sentence in range(2):
+                entries.append(
+                    {
+                        "identifier": f"{name}-{sentence}",
+                        "sentence": f"Sentence {sentence}.",
+                        "label": "True",
+                    }
+                )
+        (tmp_path / f"{part}.json").write_text("".join(json.dumps(e) + "\n" for e in entries))
+    data = tasks.load("nlvr2", str(tmp_path), image_size=5, image_errors="skip")
+    said = Predictions(["true", "true", "false", "true"])
+    assert data.metrics(data.test, said) == {"accuracy": 0.75, "consistency": 0.5}
+    data.test.note({int(data.test.image_index[2, 0]): "broken"})
+    left = {"accuracy": 1.0, "consistency": 1.0, "left_out": 2}
+    assert data.metrics(data.test, said) == left

@@ -223,6 +223,8 @@ def test_a_corrupt_image_ends_the_run_with_its_name(folder, workers):
     with pytest.raises(UserError, match=r"^cannot read the image .*train3\.jpg: [^\n]*$"):
         t.fit()
     assert not multiprocessing.active_children()
+    # it can go on, with what is broken left out
+    t.run.check_same(config_of(folder, method="finetune", workers="1", image_errors="skip"))
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
