@@ -17,7 +17,7 @@ TEXTS = [
     "caf\u00e9 cafe\u0301 \u00c9COLE na\u00efve stra\u00dfe \u1e9e",
     "sch\u00c3\u00b6n mojibake \u00e2\u20ac\u0153quotes\u00e2\u20ac\x9d",
     "&amp;lt;b&amp;gt; &lt;p&gt; &#39;s &eacute; &nbsp;x &notanentity; &#x1F600; &#0; &#xD800;",
-    "&amp;amp;lt;b&amp;amp;gt; &amp;amp;amp;",
+    "x < y &amp;lt; z &amp;amp;gt;",
     "a\x00b\x07c\x1b[31mred\x1b[0m \x1c\x1d a\x85b\u2028c\u200bd\ufeffe",
     "\u017fun '\u017f \u212a i\u0130I\u0131 \ufb01x \u01c5",
     "\U0001f600 \U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea",
