@@ -65,6 +65,13 @@ def test_best_by_words_learns_the_commonest_classes_of_a_sample(monkeypatch):
     assert said[0] in (1, 2)
 
 
+def test_best_by_words_does_not_count_words_it_never_saw():
+    text, label = torch.tensor([[5, 0], [9, 0]] * 20), torch.tensor([[0], [1]] * 20)
+    asked = torch.tensor([[5, 7], [9, 2], [5, 99]])
+    said = blind.best_by_words(text, label, torch.ones(40, 1), asked.repeat(1, 3)[:, [0, 1, 3, 5]])
+    assert said.tolist() == [0, 1, 0]
+
+
 def test_one_class_and_none():
     text = torch.tensor([[1], [2]])
     one = blind.best_by_words(text, torch.tensor([[4], [4]]), torch.ones(2, 1), text)

@@ -115,6 +115,8 @@ def test_captions_of_2014_and_annotations_beside_the_images(tmp_path):
     assert [len(s) for s in (data.train, data.validation, data.test)] == [12, 6, 6]
     assert data.train.ids == [0, 1, 2, 3]
     assert data.train.images.paths[0].parent == tmp_path / "train2014"
+    make_coco(tmp_path, images=5)
+    assert data.train.ids != load("coco", tmp_path).train.ids  # 2017 is read where both are there
 
 
 @pytest.mark.parametrize("place", ["annotations", "Questions", "data"])

@@ -75,6 +75,7 @@ def test_predictions_without_ids_or_of_another_number(tmp_path):
         digits.test, Predictions(["true"] * len(digits.test))
     )
     data = load("nlvr2", MAKE["nlvr2"](tmp_path / "nlvr2"))
+    assert data.metrics(data.test, Predictions(["False"] * 12))["accuracy"] == 0  # no class of it
     with pytest.raises(ValueError, match="must be one an example, 12, got 1"):
         data.metrics(data.test, Predictions(["true"]))
 
