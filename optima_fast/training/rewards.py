@@ -14,7 +14,7 @@ from optima_fast.distill.measurement import average
 from optima_fast.distill.reward import HEADROOM, Context
 from optima_fast.errors import UserError
 from optima_fast.tasks import Split, TaskData
-from optima_fast.tasks.split import to_device
+from optima_fast.tasks.split import Loaded, to_device
 from optima_fast.training.config import TrainConfig
 from optima_fast.training.sampler import Sampler
 
@@ -84,6 +84,7 @@ class RewardMeter:
         else:
             self._reward = parse_reward(config.reward)
         self.batches, self.costs = tuple(batches), tuple(costs)
+        self._kept: list[Loaded] = []
 
     @property
     def examples(self) -> int:
@@ -93,23 +94,28 @@ class RewardMeter:
     def measure(self, device: torch.device) -> Measurement:
         """All losses of the full model on the fixed examples."""
         parts = []
-        for examples in self.batches:
-            loaded = self._data.train.load(examples)
-            self._data.train.note(loaded.errors)
-            if not loaded.batch:
-                continue
+        for loaded in self._examples():
             batch = to_device(loaded.batch, device)
             # float32 whatever the training runs in: a round changes a loss by parts of a thousand
             measured = self._distiller.measure(
                 batch, predict=self._data.loss, divergence=self._data.divergence
             )
             parts.append((measured, len(loaded.index)))
-        if not parts:
-            raise UserError("none of the images that the reward is measured on can be read")
         measurement = average(parts)
         if self.headroom is not None:
             self.headroom.measured(measurement)
         return measurement
+
+    def _examples(self) -> list[Loaded]:
+        """The fixed examples in batches, read once and kept, as every round asks for them."""
+        if not self._kept:
+            read = [self._data.train.load(examples) for examples in self.batches]
+            for loaded in read:
+                self._data.train.note(loaded.errors)
+            self._kept = [loaded for loaded in read if loaded.batch]
+        if not self._kept:
+            raise UserError("none of the images that the reward is measured on can be read")
+        return self._kept
 
     def record(self, choice: int, before: Measurement, after: Measurement) -> dict[str, Any]:
         """What a round of arm ``choice`` earned, with all that it was computed from."""
