@@ -120,7 +120,7 @@ def _vqa(root: Path, part: str, asked: Path, answered: Path) -> Reading:
     questions = _questions(asked)
     shown = _Photos(root, part)
     examples: dict[int, Example] = {}
-    for entry, where in entries(answered, "annotations"):
+    for entry, where in entries(answered, "annotations", _Answers()):
         number = get(entry, "question_id", int, where)
         once(number, examples, "question_id", where)
         if number not in questions:
@@ -157,10 +157,20 @@ def _questions(asked: Path) -> dict[int, tuple[str, int]]:
 
 
 def _answer(answer: Any, number: int, where: str) -> str:
-    if type(answer) is dict and type(answer.get("answer")) is str:
-        return sys.intern(answer["answer"])
+    if type(answer) is tuple:
+        return str(answer[0])
     where = f"{where}, answer {number}"
     return str(get(an_object(answer, where), "answer", str, where))
+
+
+class _Answers(dict[str, tuple[str]]):
+    """Turns {"answer": "yes", ...} into ("yes",), the same object for the same answer."""
+
+    def __call__(self, entry: dict[str, Any]) -> Any:
+        answer = entry.get("answer")
+        if type(answer) is str and "question_id" not in entry:
+            return self.setdefault(answer, (answer,))
+        return entry
 
 
 class _Photos(dict[int, tuple[tuple[Path, ...], str]]):

@@ -1,7 +1,8 @@
 """JSON files and files of JSON lines, each entry checked and named in messages."""
 
+import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +11,33 @@ from optima_fast.errors import UserError
 Entry = dict[str, Any]
 
 
-def entries(path: Path, key: str) -> Iterator[tuple[Entry, str]]:
+def entries(
+    path: Path, key: str, shrink: Callable[[Entry], Any] | None = None
+) -> Iterator[tuple[Entry, str]]:
     """The objects of the list `key` in a JSON file, each with its name for messages.
+
+    Args:
+        path: The file.
+        key: Of the list.
+        shrink: Applied to every object while the file is read, the inner ones first: millions of
+            small objects take gigabytes.
 
     Raises:
         UserError: No such file, or not a JSON object with such a list.
     """
-    return named(document(path), key, path)
+    return named(document(path, shrink), key, path)
 
 
-def document(path: Path) -> Any:
-    """What a JSON file holds.
+def document(path: Path, shrink: Callable[[Entry], Any] | None = None) -> Any:
+    """What a JSON file holds; `shrink` as in `entries`.
 
     Raises:
         UserError: No such file, not UTF-8, not JSON.
     """
+    with _reading(path):
+        text = path.read_text(encoding="utf-8")
     try:
-        return json.loads(_read(path))
+        return json.loads(text, object_hook=shrink)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
 
@@ -50,14 +61,15 @@ def lines(path: Path) -> Iterator[tuple[Entry, str]]:
     Raises:
         UserError: No such file, or a line that is not a JSON object.
     """
-    for number, line in enumerate(_read(path).split("\n"), start=1):
-        where = f"{path}, line {number}"
-        if line.strip():
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{where}: not valid JSON ({error.msg})") from error
-            yield an_object(entry, where), where
+    with _reading(path), path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            where = f"{path}, line {number}"
+            if line.strip():
+                try:
+                    entry = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise UserError(f"{where}: not valid JSON ({error.msg})") from error
+                yield an_object(entry, where), where
 
 
 def an_object(entry: Any, where: str) -> Entry:
@@ -108,9 +120,10 @@ def choice(name: str, names: Sequence[str], key: str, where: str) -> int:
     return names.index(name)
 
 
-def _read(path: Path) -> str:
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
     try:
-        return path.read_text(encoding="utf-8")
+        yield
     except FileNotFoundError as error:
         raise UserError(f"no file {path}: the data set is not complete") from error
     except UnicodeDecodeError as error:
