@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from optima_fast.errors import UserError
-from optima_fast.tasks import folders
+from optima_fast.tasks import folders, shards
 from optima_fast.tasks.annotations import (
     READERS,
     TRAINING_FILES,
@@ -196,9 +196,11 @@ def _missing(task: str, root: Path, parts: list[Part]) -> Iterator[Download]:
     """The downloads that complete the splits a run needs, and those that are there in part."""
     read = {part.name: part for part in parts}
     source = task
+    if shards.is_shards(str(root)):
+        return
     if task == "coco" and parts:
         name = parts[0].files[0].name
-        if name.endswith(".tar"):
+        if shards.is_shards(name):
             return
         source = {"7.json": "coco 2017", "4.json": "coco 2014"}.get(name[-6:], task)
     needed = {"vqa": ("train", "validation"), "coco 2017": ("train", "validation")}

@@ -107,6 +107,12 @@ def test_too_few_images_to_divide(tmp_path):
     assert "has 2 image(s) to divide into 3 splits" in report.problems[0]
 
 
+def test_shards_that_are_not_there_are_not_to_download(tmp_path):
+    report = inspect("coco", tmp_path / "train-{0..3}.tar")
+    assert "4 of 4 shards of " in report.problems[0]
+    assert report.downloads == []
+
+
 def test_splits_for_predictions_alone_do_not_stop_a_run(tmp_path):
     root = make_nlvr2(tmp_path, parts=("train", "dev", "test1", "test2"))
     shutil.rmtree(root / "images" / "test2")
