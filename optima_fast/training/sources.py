@@ -159,12 +159,6 @@ class Models:
             return student, None
         return student, sized(self.teacher.config, data, self.teacher)
 
-    def make(self, data: TaskData, dropout: float = 0.0) -> tuple[TaskModel, TaskModel | None]:
-        """Student and teacher of the data's sizes with random weights."""
-        student, teacher = self.shapes(data)
-        model = build(student, data.head, data.num_classes, dropout)
-        return model, build(teacher, data.head, data.num_classes) if teacher else None
-
     def published_teacher(self, data: TaskData) -> TaskModel:
         """The teacher's checkpoint as it is, for a task whose head has no weights."""
         assert self.teacher is not None
