@@ -181,6 +181,12 @@ class TrainConfig:
                 f"--cell-stage {self.cell_stage} is for --method finetune on the digits, not for "
                 f"--method {self.method} on {self.data}"
             )
+        for name in ("tokenizer", "image_size"):
+            value = getattr(self, name)
+            if value is not None and self.data == "digits":
+                raise UserError(
+                    f"{flag(name)} {value} is for a data folder, not for the digits: leave it out"
+                )
         if self.augment not in (None, "none"):
             if self.data == "digits":
                 raise UserError(

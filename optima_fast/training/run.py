@@ -193,7 +193,7 @@ class Run:
                 "coca": model.coca.config.to_dict(),
                 "tokenizer": data.tokenizer.to_dict(),
                 "text_length": data.text_length,
-                "pixels": _pixels(data),
+                "pixels": pixels_of(data),
             },
         )
 
@@ -275,7 +275,8 @@ class Run:
             )
 
 
-def _pixels(data: TaskData) -> dict[str, Any]:
+def pixels_of(data: TaskData) -> dict[str, Any]:
+    """What the pixels of files are normalised with: mean, std and resize; {} for digits."""
     images = data.train.images
     if not isinstance(images, FolderImages):
         return {}

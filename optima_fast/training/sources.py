@@ -38,8 +38,17 @@ class Source:
         return self.run is not None or self.checkpoint is not None
 
     def reading(self, tokenizer: str | None = None) -> dict[str, Any]:
-        """Options of a data folder's reader that go with the weights."""
+        """Options of a data folder's reader that go with the weights.
+
+        Raises:
+            UserError: the tokenizer is not known, or is not the run's.
+        """
         if self.run is not None:
+            if tokenizer not in (None, self.run.config().tokenizer):
+                raise UserError(
+                    f"--tokenizer {tokenizer}: {self.name} knows the token ids of the tokenizer "
+                    "it was trained with; leave --tokenizer out"
+                )
             return self.run.reading()
         assert self.checkpoint is not None
         options = {"mean": self.checkpoint.mean, "std": self.checkpoint.std}
@@ -113,14 +122,14 @@ class Models:
     def reading(self, config: TrainConfig) -> dict[str, Any]:
         """Options of a data folder's reader: images and texts as these models take them."""
         shapes = [self.student, *([self.teacher.config] if self.teacher else [])]
-        options: dict[str, Any] = {
+        options: dict[str, Any] = {"tokenizer": config.tokenizer or "sentencepiece"}
+        for source in self._sources()[:1]:
+            options = source.reading(config.tokenizer)
+        # a student may read images of another size than the run that it starts from
+        return options | {
             "image_size": self.student.image_size,
             "max_text_length": min(shape.text_length for shape in shapes),
-            "tokenizer": config.tokenizer or "sentencepiece",
         }
-        for source in self._sources():
-            return options | source.reading(config.tokenizer)
-        return options
 
     def check(self, data: TaskData) -> None:
         """Raise unless the data's ids and images are what the weights were trained on.
@@ -130,8 +139,15 @@ class Models:
         """
         if self.teacher is not None and self.teacher.run is not None:
             self.teacher.run.check_fits(data)
+        ids = data.tokenizer.to_dict()
         for source in self._sources():
             known = source.config
+            if source.run is not None and source.run.tokenizer().to_dict() != ids:
+                raise UserError(
+                    f"{source.name} was trained with another tokenizer ({known.vocab_size} ids) "
+                    f"than that of the data ({len(data.tokenizer)} ids): take a run on the same "
+                    "data"
+                )
             if known.vocab_size != len(data.tokenizer):
                 raise UserError(
                     f"{source.name} knows {known.vocab_size} token ids, the tokenizer of the data "
@@ -227,7 +243,7 @@ def plan(config: TrainConfig) -> Models:
 
 
 def _check_published(config: TrainConfig, teacher: Source) -> None:
-    if teacher.checkpoint is None or config.task != "coco":
+    if teacher.run is None and (teacher.checkpoint is None or config.task != "coco"):
         raise UserError(
             f"--teacher-steps 0 is for captioning with a checkpoint, which needs no head; "
             f"{teacher.name} on {config.task} has to be trained first"
@@ -277,7 +293,11 @@ def _resized(source: Source, image_size: int) -> CoCaConfig:
 def _formed(config: CoCaConfig, model: Source) -> CoCaConfig:
     """The shape in the form of another model, with a pooler like its."""
     names = (*CoCaConfig.form_options(), "pooler_queries", "pooler_ratio")
-    return dataclasses.replace(config, **{name: getattr(model.config, name) for name in names})
+    form = {name: getattr(model.config, name) for name in names}
+    try:
+        return dataclasses.replace(config, **form)
+    except ValueError as error:
+        raise UserError(f"the student cannot take the form of {model.name}: {error}") from error
 
 
 def _depths(config: CoCaConfig) -> str:
