@@ -132,7 +132,7 @@ class Models:
         }
 
     def check(self, data: TaskData) -> None:
-        """Raise unless the data's ids and images are what the weights were trained on.
+        """Raise unless the data's ids are what the weights were trained on.
 
         Raises:
             UserError: naming the source and both sizes.
@@ -152,11 +152,6 @@ class Models:
                 raise UserError(
                     f"{source.name} knows {known.vocab_size} token ids, the tokenizer of the data "
                     f"has {len(data.tokenizer)}: leave --tokenizer out, or name its own"
-                )
-            if known.image_channels != data.channels:
-                raise UserError(
-                    f"{source.name} reads images of {known.image_channels} channel(s), those of "
-                    f"the data have {data.channels}"
                 )
 
     def check_digits(self) -> None:

@@ -60,6 +60,9 @@ def test_a_run_that_teaches_decides_how_images_and_texts_are_read(finished, tmp_
     assert (seen.mean, seen.std, seen.resize) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "squash")
     assert data.tokenizer.to_dict() == finished.tokenizer().to_dict()
     assert data.text_length == finished.reading()["text_length"]
+    # a student of its shape starts from its layers, whatever the preset says of the vocabulary
+    models = sources.plan(settings)
+    assert models.start is models.teacher
 
 
 def test_a_run_goes_on_with_images_of_another_size(finished, tmp_path):
