@@ -19,7 +19,8 @@ from optima_fast.tasks import TaskData, tokenizers
 from optima_fast.tasks.images import FolderImages
 from optima_fast.tasks.tokenizers import Tokenizer
 from optima_fast.training import checkpoints
-from optima_fast.training.config import TrainConfig, flag, read_yaml, to_yaml
+from optima_fast.training.config import TrainConfig, flag
+from optima_fast.training.flags import read_yaml, to_yaml
 
 try:
     import fcntl
