@@ -20,7 +20,7 @@ from optima_fast.training.display import Display
 from optima_fast.training.run import Run
 
 QUIET = Display(quiet=True)
-WIDE = dataclasses.replace(presets.get("digits_base"), image_size=36, patch_size=12)
+SHAPE = presets.get("digits_base")
 
 
 def config(tmp_path: Path, **settings: object) -> TrainConfig:
@@ -46,7 +46,8 @@ def finished(tmp_path_factory) -> Run:
     described = checkpoints.read_json(run.model_path)
     described["pixels"] = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "resize": "squash"}
     checkpoints.write_json(run.model_path, described)
-    return run
+    # a run that goes on from it hands on how images are read
+    return run_of(folder, "second", student=str(run.folder))
 
 
 def data_of(run: Run) -> str:
@@ -73,7 +74,8 @@ def test_a_run_goes_on_with_images_of_another_size(finished, tmp_path):
     models = sources.plan(settings)
     data = experiment.load_data(settings, models)
     assert data.image_size == 36
-    student = models.new_student(data, None)
+    student = models.new_student(data, None, 0.25)
+    assert student.head.dropout.p == 0.25
     assert student.coca.config.image_size == 36
     assert torch.equal(student.coca.text.positions, finished.load_coca().text.positions)
 
@@ -131,6 +133,13 @@ def test_a_form_that_a_student_cannot_take_is_told(tmp_path):
         settings = config(tmp_path, student="narrow", teacher="open_clip_coca_base")
         with pytest.raises(UserError, match="cannot take the form of open_clip_coca_base: without"):
             sources.plan(settings)
+
+
+def test_texts_fit_the_shorter_of_both_models(tmp_path):
+    shapes = [dataclasses.replace(SHAPE, text_length=n) for n in (9, 7)]
+    for student, teacher in (shapes, shapes[::-1]):
+        models = sources.Models(student, None, sources.Source("teacher", teacher))
+        assert models.reading(config(tmp_path))["max_text_length"] == 7
 
 
 def kept(settings: TrainConfig) -> str:
