@@ -272,6 +272,7 @@ _PAPER: dict[str, Any] = {
     "augment": "none",
 }
 _PAPER_POLICY: dict[str, Any] = {"gamma": 0.98, "variance_scale": 1.0}
+_OF_A_POLICY = ("gamma", "variance_scale", "init_rounds", "reward", "reward_cost")
 # where neither says: a choice of this project
 _OWN: dict[str, Any] = {"reward_examples": 256}
 
@@ -339,7 +340,8 @@ def flag(name: str) -> str:
 def parse(argv: Sequence[str] | None, *, prog: str, description: str) -> dict[str, Any]:
     """The settings that flags give, over those of ``--config FILE.yaml``; no defaults.
 
-    ``dry_run`` is among them where ``--dry-run`` was given.
+    ``dry_run`` is among them where ``--dry-run`` was given. Where a flag names another policy than
+    the file, the file's reward and options of its policy do not count.
 
     Raises:
         UserError: an unknown flag or key (with the nearest name), or a value of the wrong type.
@@ -366,6 +368,9 @@ def parse(argv: Sequence[str] | None, *, prog: str, description: str) -> dict[st
     given = vars(known)
     path, dry = given.pop("config"), given.pop("dry_run", None)
     values = read_yaml(Path(path)) if path else {}
+    if given.get("policy", values.get("policy")) != values.get("policy"):
+        # those of the file are of the file's policy
+        values = {name: value for name, value in values.items() if name not in _OF_A_POLICY}
     values |= {name: _convert(flag(name), name, text) for name, text in given.items()}
     return values if dry is None else {**values, "dry_run": dry}
 
