@@ -19,8 +19,10 @@ from optima_fast.bandit import Greedy
 from optima_fast.distill import arm_space, parse_arm, parse_reward
 from optima_fast.distill.arms import ARM_SPACES
 from optima_fast.distill.reward import HEADROOM
+from optima_fast.entry import Parser
 from optima_fast.errors import UserError
 from optima_fast.models import MODULES, presets
+from optima_fast.tasks import tokenizers
 from optima_fast.tasks.augment import RandAugment
 from optima_fast.training import policies
 
@@ -181,13 +183,12 @@ class TrainConfig:
                 f"--cell-stage {self.cell_stage} is for --method finetune on the digits, not for "
                 f"--method {self.method} on {self.data}"
             )
+        if self.data == "digits":
+            self._check_digits()
         if self.augment not in (None, "none"):
-            if self.data == "digits":
-                raise UserError(
-                    f"--augment {self.augment} is for the colour images of a data folder, not for "
-                    "the digits: leave it out"
-                )
             RandAugment.parse(self.augment)
+        if self.tokenizer is not None:
+            tokenizers.check(self.tokenizer)
         if self.workers != "auto" and not (
             self.workers.isdecimal() and int(self.workers) <= MAX_THREADS
         ):
@@ -212,6 +213,17 @@ class TrainConfig:
             parse_arm(self.arm, layer_counts)
         if self.method == "optima" and None not in (self.steps, self.round_steps):
             self._check_rounds(layer_counts)
+
+    def _check_digits(self) -> None:
+        """Refuse settings that the built-in data would ignore."""
+        usual = {"augment": "none", "tokenizer": "words", "image_size": None}
+        for name, own in usual.items():
+            value = getattr(self, name)
+            if value not in (None, own):
+                raise UserError(
+                    f"{flag(name)} {value} is for a data folder, not for the digits: leave it "
+                    "out, or give --data FOLDER"
+                )
 
     def _check_numbers(self) -> None:
         for name in _POSITIVE + _NOT_NEGATIVE:
@@ -346,7 +358,7 @@ def parse(argv: Sequence[str] | None, *, prog: str, description: str) -> dict[st
     Raises:
         UserError: an unknown flag or key (with the nearest name), or a value of the wrong type.
     """
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
+    parser = Parser(prog=prog, description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE.yaml", help="read settings from a YAML file")
     parser.add_argument(
         "--dry-run",
@@ -461,8 +473,3 @@ def _no_choice(what: str, got: str, choices: Sequence[str], *, list_all: bool = 
     if list_all:
         return f"{what} must be one of {', '.join(choices)}, got {got!r}{hint}"
     return f"unknown {what} {got}{hint or '; --help lists them'}"
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> typing.NoReturn:
-        raise UserError(message)

@@ -11,7 +11,7 @@ from optima_fast.errors import UserError
 from optima_fast.models import CoCa, CoCaConfig, initialise, presets, pretrained
 from optima_fast.models.pretrained import Checkpoint
 from optima_fast.models.task_model import TaskModel, build
-from optima_fast.tasks import TaskData
+from optima_fast.tasks import TaskData, tokenizers
 from optima_fast.training.config import TrainConfig
 from optima_fast.training.run import Run
 
@@ -40,6 +40,12 @@ class Source:
     def reading(self, tokenizer: str | None = None) -> dict[str, Any]:
         """Options of a data folder's reader that go with the weights."""
         if self.run is not None:
+            own = self.run.tokenizer()
+            if tokenizer is not None and not tokenizers.named(tokenizer, own):
+                raise UserError(
+                    f"--tokenizer {tokenizer} is not what {self.name} was trained with "
+                    f"({own.to_dict()['kind']}, {len(own)} ids): leave --tokenizer out"
+                )
             return self.run.reading()
         assert self.checkpoint is not None
         options = {"mean": self.checkpoint.mean, "std": self.checkpoint.std}
@@ -123,14 +129,16 @@ class Models:
         return options
 
     def check(self, data: TaskData) -> None:
-        """Raise unless the data's ids and images are what the weights were trained on.
+        """Raise unless the weights are there and were trained on ids and images like the data's.
 
         Raises:
-            UserError: naming the source and both sizes.
+            UserError: naming the source, and both sizes.
         """
         if self.teacher is not None and self.teacher.run is not None:
             self.teacher.run.check_fits(data)
         for source in self._sources():
+            if source.run is not None:
+                source.run.check_weights()
             known = source.config
             if known.vocab_size != len(data.tokenizer):
                 raise UserError(
