@@ -9,8 +9,8 @@ STAMP := $(VENV)/.installed
 demo: $(STAMP)  ## distil the built-in task with the defaults
 	$(RUN) -m optima_fast.train
 
-test: lint  ## everything that has to pass
-	$(RUN) -m pytest
+test: lint  ## everything that has to pass; a process a core
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

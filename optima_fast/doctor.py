@@ -13,7 +13,7 @@ import platform
 import sys
 from collections.abc import Sequence
 
-from optima_fast.entry import guarded
+from optima_fast.entry import Parser, guarded
 
 PACKAGES = ("torch", "triton", "xformers", "numpy", "scikit-learn", "safetensors", "rich")
 
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m optima_fast.doctor", description=(__doc__ or "").partition(": ")[2]
     )
     parser.add_argument("--task", help="vqa, snli_ve, nlvr2 or coco")
@@ -38,6 +38,8 @@ def _main(argv: Sequence[str] | None) -> int:
     )
     arguments = parser.parse_args(argv)
     if arguments.task is None and arguments.data is None:
+        if arguments.images:
+            parser.error("--images is for a data set: give --task and --data too")
         return _machine()
     if arguments.task is None or arguments.data is None:
         parser.error("--task and --data go together")

@@ -6,11 +6,10 @@ NLVR2's CSV, COCO's JSON of results, JSON lines of pairs and labels for SNLI-VE.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
-from optima_fast.entry import guarded
+from optima_fast.entry import Parser, guarded
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,10 +21,13 @@ def _main(argv: Sequence[str] | None) -> int:
     from optima_fast.training import experiment, overview
     from optima_fast.training.display import Display
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m optima_fast.evaluate", description=(__doc__ or "").partition(": ")[2]
     )
     parser.add_argument("run", metavar="RUN", help="a run folder")
+    parser.add_argument(
+        "--data", metavar="FOLDER", help="where the data set is now, if not where the run had it"
+    )
     parser.add_argument("--device", default=None, help="auto, cpu, cuda or cuda:N")
     parser.add_argument(
         "--split",
@@ -35,7 +37,11 @@ def _main(argv: Sequence[str] | None) -> int:
     parser.add_argument("--predictions", metavar="FILE", help="write predictions to a new file")
     arguments = parser.parse_args(argv)
     run, metrics, recorded = experiment.evaluate(
-        arguments.run, arguments.device, split=arguments.split, predictions=arguments.predictions
+        arguments.run,
+        arguments.device,
+        data=arguments.data,
+        split=arguments.split,
+        predictions=arguments.predictions,
     )
     display = Display()
     overview.show_evaluation(run, metrics, recorded, display, arguments.split)

@@ -7,12 +7,11 @@ here. The task's head is not part of it, as open_clip has none.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from optima_fast.entry import guarded
+from optima_fast.entry import Parser, guarded
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +25,7 @@ def _main(argv: Sequence[str] | None) -> int:
     from optima_fast.training import checkpoints, sources
     from optima_fast.training.display import Display
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m optima_fast.export", description=(__doc__ or "").partition(": ")[2]
     )
     parser.add_argument(

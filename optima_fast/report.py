@@ -6,11 +6,10 @@ results, losses over the steps, which arm the bandit chose in each round and wha
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
-from optima_fast.entry import guarded
+from optima_fast.entry import Parser, guarded
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,7 +22,7 @@ def _main(argv: Sequence[str] | None) -> int:
     from optima_fast.training.display import Display
     from optima_fast.training.run import Run
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m optima_fast.report", description=(__doc__ or "").partition(": ")[2]
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", help="run folders")

@@ -115,6 +115,12 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
         ("optima_fast.report", ["/no/run"], "error: /no/run holds no run"),
         ("optima_fast.cli", ["train", "--setps", "3"], "error: unknown flag --setps"),
         ("optima_fast.cli", ["evaluate", "/no/run"], "error: /no/run holds no run"),
+        ("optima_fast.evaluate", [], "error: the following arguments are required: RUN"),
+        ("optima_fast.report", [], "error: the following arguments are required: RUN"),
+        ("optima_fast.export", ["run"], "error: the following arguments are required: --to"),
+        ("optima_fast.doctor", ["--task", "vqa"], "error: --task and --data go together"),
+        ("optima_fast.doctor", ["--images", "all"], "error: --images is for a data set"),
+        ("optima_fast.train", ["--tokenizer", "clip"], "error: --tokenizer clip is for a data"),
         ("optima_fast.cli", [], "usage: optima-fast {train,evaluate,report,export,doctor}"),
     ],
 )

@@ -127,6 +127,9 @@ class AnswerSplit(Split):
         super().__init__(*parts, **options)
         self.answer, self.worth, self.classes = answer, worth, classes
 
+    def _tensors(self) -> list[Tensor]:
+        return [*super()._tensors(), self.answer, self.worth]
+
     @property
     def measurable(self) -> bool:
         """True: the answers are known."""

@@ -1,5 +1,6 @@
 """A split of examples: texts, the images they show, and batches of both."""
 
+import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -136,6 +137,20 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.text)
+
+    def digest(self) -> str:
+        """SHA-256 of the texts, the names of their images, and what is right."""
+        total = hashlib.sha256()
+        for tensor in self._tensors():
+            total.update(tensor.contiguous().numpy().data)
+        for said in self.references or ():
+            total.update("\n".join(said).encode())
+        if isinstance(self.images, FolderImages):
+            total.update("\n".join(path.name for path in self.images.paths).encode())
+        return total.hexdigest()
+
+    def _tensors(self) -> list[Tensor]:
+        return [self.text, self.image_index, *([] if self.target is None else [self.target])]
 
     @property
     def measurable(self) -> bool:

@@ -69,11 +69,8 @@ def make(
         UserError: An unknown kind, a limit that it does not have, or texts or a file that it
             cannot be made from.
     """
+    check(kind)
     limits = {"words": ("min_count", "max_size"), "sentencepiece": ("max_size",)}
-    if kind not in (*limits, "clip") and not kind.endswith(".model"):
-        raise UserError(
-            f"tokenizer must be words, clip, sentencepiece or a file FILE.model, got {kind!r}"
-        )
     given = {"min_count": min_count != 1, "max_size": max_size is not None}
     for name, set_ in given.items():
         if set_ and name not in limits.get(kind, ()):
@@ -89,6 +86,30 @@ def make(
     if kind == "sentencepiece":
         return SentencePieces.train(texts, max_size=max_size or 64_000)
     return SentencePieces.read(Path(kind))
+
+
+def check(kind: str) -> None:
+    """Raise unless `make` knows `kind`; a file is not opened.
+
+    Raises:
+        UserError: An unknown kind.
+    """
+    if kind not in ("words", "clip", "sentencepiece") and not kind.endswith(".model"):
+        raise UserError(
+            f"tokenizer must be words, clip, sentencepiece or a file FILE.model, got {kind!r}"
+        )
+
+
+def named(kind: str, tokenizer: Tokenizer) -> bool:
+    """Whether a tokenizer is of the kind, or what the file holds, that `make` takes.
+
+    Raises:
+        UserError: The file cannot be read.
+    """
+    if kind.endswith(".model"):
+        return SentencePieces.read(Path(kind)).to_dict() == tokenizer.to_dict()
+    own = tokenizer.to_dict()["kind"]
+    return kind == ("words" if own == "word" else own)
 
 
 def from_dict(state: Mapping[str, Any]) -> Tokenizer:

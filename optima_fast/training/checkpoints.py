@@ -8,7 +8,7 @@ import json
 import os
 import pickle
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -88,13 +88,21 @@ def load_weights(path: Path, model: nn.Module) -> None:
     Raises:
         UserError: no such file, a damaged one, or weights of another model.
     """
-    try:
+    with _reading(path):
         state = safetensors.torch.load_file(path)
-    except FileNotFoundError as error:
-        raise UserError(f"no weights at {path}") from error
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged or no safetensors file: {error}") from error
-    _load_state(path, model, state)
+    _check_shapes(path, model, {name: value.shape for name, value in state.items()})
+    model.load_state_dict(state)
+
+
+def check_weights(path: Path, model: nn.Module) -> None:
+    """Raise as :func:`load_weights` would; only names and shapes are read.
+
+    Raises:
+        UserError: no such file, a damaged one, or weights of another model.
+    """
+    with _reading(path), safetensors.safe_open(path, framework="pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    _check_shapes(path, model, shapes)
 
 
 def digest(model: nn.Module) -> str:
@@ -106,11 +114,21 @@ def digest(model: nn.Module) -> str:
     return total.hexdigest()
 
 
-def _load_state(path: Path, model: nn.Module, state: Mapping[str, Tensor]) -> None:
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(f"no weights at {path}") from error
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged or no safetensors file: {error}") from error
+
+
+def _check_shapes(path: Path, model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
     own = model.state_dict()
-    missing = sorted(own.keys() - state.keys())
-    extra = sorted(state.keys() - own.keys())
-    other = sorted(n for n in own.keys() & state.keys() if own[n].shape != state[n].shape)
+    missing = sorted(own.keys() - shapes.keys())
+    extra = sorted(shapes.keys() - own.keys())
+    other = sorted(n for n in own.keys() & shapes.keys() if [*own[n].shape] != [*shapes[n]])
     problems = [
         f"{len(names)} {what} (first {names[0]!r})"
         for what, names in (("missing", missing), ("unexpected", extra), ("of other shape", other))
@@ -118,7 +136,6 @@ def _load_state(path: Path, model: nn.Module, state: Mapping[str, Tensor]) -> No
     ]
     if problems:
         raise UserError(f"{path} holds the weights of another model: {', '.join(problems)}")
-    model.load_state_dict(state)
 
 
 def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any]) -> Path:

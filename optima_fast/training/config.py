@@ -15,6 +15,7 @@ from optima_fast.distill.arms import ARM_SPACES
 from optima_fast.distill.reward import HEADROOM
 from optima_fast.errors import UserError
 from optima_fast.models import MODULES, presets
+from optima_fast.tasks import tokenizers
 from optima_fast.tasks.augment import RandAugment
 from optima_fast.training import policies
 
@@ -175,19 +176,12 @@ class TrainConfig:
                 f"--cell-stage {self.cell_stage} is for --method finetune on the digits, not for "
                 f"--method {self.method} on {self.data}"
             )
-        for name in ("tokenizer", "image_size"):
-            value = getattr(self, name)
-            if value is not None and self.data == "digits":
-                raise UserError(
-                    f"{flag(name)} {value} is for a data folder, not for the digits: leave it out"
-                )
+        if self.data == "digits":
+            self._check_digits()
         if self.augment not in (None, "none"):
-            if self.data == "digits":
-                raise UserError(
-                    f"--augment {self.augment} is for the colour images of a data folder, not for "
-                    "the digits: leave it out"
-                )
             RandAugment.parse(self.augment)
+        if self.tokenizer is not None:
+            tokenizers.check(self.tokenizer)
         if self.workers != "auto" and not (
             self.workers.isdecimal() and int(self.workers) <= MAX_THREADS
         ):
@@ -212,6 +206,17 @@ class TrainConfig:
             parse_arm(self.arm, layer_counts)
         if self.method == "optima" and None not in (self.steps, self.round_steps):
             self._check_rounds(layer_counts)
+
+    def _check_digits(self) -> None:
+        """Refuse settings that the built-in data would ignore."""
+        usual = {"augment": "none", "tokenizer": "words", "image_size": None}
+        for name, own in usual.items():
+            value = getattr(self, name)
+            if value not in (None, own):
+                raise UserError(
+                    f"{flag(name)} {value} is for a data folder, not for the digits: leave it "
+                    "out, or give --data FOLDER"
+                )
 
     def _check_numbers(self) -> None:
         for name in _POSITIVE + _NOT_NEGATIVE:

@@ -20,6 +20,7 @@ from optima_fast.models.task_model import TaskModel, build
 from optima_fast.tasks import TaskData, submissions
 from optima_fast.tasks.base import unknown
 from optima_fast.tasks.folders import FURTHER, SPLITS
+from optima_fast.tasks.shards import is_shards
 from optima_fast.tasks.workers import usable_cores
 from optima_fast.training import checkpoints, loader, policies, pretence, sources, teachers
 from optima_fast.training.config import TrainConfig, resolve
@@ -56,6 +57,7 @@ def run(config: TrainConfig, display: Display) -> tuple[Run, Summary]:
         display.note(f"student: {config.student}, {note}")
     data = load_data(config, models)
     rehearse(config, models, data)
+    folder.check_data(data)
     with folder.held():
         began = time.perf_counter()
         teacher, teacher_metric = _teacher(config, models, data, display, device)
@@ -266,6 +268,7 @@ def train(
         display.note(f"going on from {last} (step {trainer.step} of {trainer.steps})")
     else:
         folder.begin(config)
+        folder.remember(data)
         folder.truncate_metrics(0)
     trainer.fit()
 
@@ -310,6 +313,7 @@ def evaluate(
     folder: str | Path,
     device: str | None = None,
     *,
+    data: str | Path | None = None,
     split: str = "test",
     predictions: str | Path | None = None,
 ) -> tuple[Run, dict[str, float], float | None]:
@@ -318,6 +322,7 @@ def evaluate(
     Args:
         folder: the run's.
         device: instead of the run's.
+        data: where the data set is now, if not where the run was trained on it.
         split: train, validation, test or one of ``tasks.folders.FURTHER``.
         predictions: a new file to write what the student says into (``tasks.submissions``).
 
@@ -333,21 +338,37 @@ def evaluate(
     recorded = {name: run.summary().get(key) for name, key in _RECORDED.items()}.get(split)
     if device is not None:
         config = dataclasses.replace(config, device=device)
+    config = _located(run, config, data)
     further = FURTHER.get(config.task, ()) if config.data != "digits" else ()
     if split not in (*SPLITS, *further):
         raise unknown("split", split, (*SPLITS, *further))
     file = submissions.new_file(predictions, config.data) if predictions is not None else None
     where = prepare(config)
     if config.data == "digits":
-        data = load_data(config)
+        task = load_data(config)
     else:
-        data = _load_folder(config, run.reading(), further=() if split in SPLITS else (split,))
-    model = run.load_model(data).to(where)
-    part = data.split(split)
-    said = data.predict(model, part, device=where)
+        task = _load_folder(config, run.reading(), further=() if split in SPLITS else (split,))
+    model = run.load_model(task).to(where)
+    part = task.split(split)
+    said = task.predict(model, part, device=where)
     if file is not None:
-        checkpoints.write_text(file, submissions.render(data, part, said))
-    return run, data.metrics(part, said) if part.measurable else {}, recorded
+        checkpoints.write_text(file, submissions.render(task, part, said))
+    return run, task.metrics(part, said) if part.measurable else {}, recorded
+
+
+def _located(run: Run, config: TrainConfig, data: str | Path | None) -> TrainConfig:
+    """The settings with the data set where it is now."""
+    if data is not None:
+        if config.data == "digits":
+            raise UserError(f"{run.folder} is a run on the built-in data: leave --data {data} out")
+        return dataclasses.replace(config, data=str(data))
+    known = config.data == "digits" or is_shards(config.data)
+    if not known and not Path(config.data).is_dir():
+        raise UserError(
+            f"{run.folder} was trained on {config.data}, which is not there: --data FOLDER says "
+            "where it is now"
+        )
+    return config
 
 
 def compile_modules(

@@ -12,19 +12,23 @@ from typing import Any
 
 import yaml
 
+from optima_fast.entry import Parser
 from optima_fast.errors import UserError
 from optima_fast.training.config import TrainConfig, default_text, flag, no_choice
+
+_OF_A_POLICY = ("gamma", "variance_scale", "init_rounds", "reward", "reward_cost")
 
 
 def parse(argv: Sequence[str] | None, *, prog: str, description: str) -> dict[str, Any]:
     """The settings that flags give, over those of ``--config FILE.yaml``; no defaults.
 
-    ``dry_run`` is among them where ``--dry-run`` was given.
+    ``dry_run`` is among them where ``--dry-run`` was given. Where a flag names another policy than
+    the file, the file's reward and options of its policy do not count.
 
     Raises:
         UserError: an unknown flag or key (with the nearest name), or a value of the wrong type.
     """
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
+    parser = Parser(prog=prog, description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE.yaml", help="read settings from a YAML file")
     parser.add_argument(
         "--dry-run",
@@ -46,6 +50,9 @@ def parse(argv: Sequence[str] | None, *, prog: str, description: str) -> dict[st
     given = vars(known)
     path, dry = given.pop("config"), given.pop("dry_run", None)
     values = read_yaml(Path(path)) if path else {}
+    if given.get("policy", values.get("policy")) != values.get("policy"):
+        # those of the file are of the file's policy
+        values = {name: value for name, value in values.items() if name not in _OF_A_POLICY}
     values |= {name: _convert(flag(name), name, text) for name, text in given.items()}
     return values if dry is None else {**values, "dry_run": dry}
 
@@ -117,8 +124,3 @@ def _metavar(field: dataclasses.Field[Any]) -> str:
         return "|".join(choices)
     kind = next(k for k in _kinds(field.name) if k is not types.NoneType)
     return {int: "N", float: "X", bool: "true|false", str: "NAME"}[kind]
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> typing.NoReturn:
-        raise UserError(message)

@@ -50,8 +50,11 @@ def show(run: Run, summary: Mapping[str, Any], display: Display) -> None:
         display.note(_scaled_down(config))
     display.note(f"next: python -m optima_fast.evaluate {shlex.quote(str(run.folder))}")
     other = "layerwise" if summary["method"] != "layerwise" else "optima"
-    data = "" if config.data == "digits" else f" --data {shlex.quote(config.data)}"
-    display.note(f"  or: python -m optima_fast.train --task {config.task}{data} --method {other}")
+    if config.method in ("optima", "layerwise", "random"):
+        settings, out = shlex.quote(str(run.config_path)), shlex.quote(f"{run.folder}-{other}")
+        display.note(
+            f"  or: python -m optima_fast.train --config {settings} --method {other} --out {out}"
+        )
 
 
 def show_evaluation(

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from optima_fast.errors import UserError
 from optima_fast.models import CoCa, CoCaConfig
 from optima_fast.models.task_model import TaskModel, build
@@ -52,6 +54,7 @@ class Run:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.config_path = self.folder / "config.yaml"
+        self.data_path = self.folder / "data.json"
         self.metrics_path = self.folder / "metrics.jsonl"
         self.summary_path = self.folder / "summary.json"
         self.model_path = self.folder / "model.json"
@@ -122,6 +125,27 @@ class Run:
     def begin(self, config: TrainConfig) -> None:
         """Create the folder and write the settings."""
         checkpoints.write_text(self.config_path, to_yaml(config))
+
+    def remember(self, data: TaskData) -> None:
+        """Write what tells the data from any other."""
+        checkpoints.write_json(self.data_path, _parts(data))
+
+    def check_data(self, data: TaskData) -> None:
+        """Raise if there is a checkpoint to go on from that was trained on other data.
+
+        Raises:
+            UserError: naming the first split that differs and its sizes.
+        """
+        if checkpoints.latest_checkpoint(self.checkpoints) is None or not self.data_path.is_file():
+            return
+        before = checkpoints.read_json(self.data_path)
+        for name, part in _parts(data).items():
+            if before.get(name) != part:
+                raise UserError(
+                    f"{self.folder} was begun on other data: {before[name]['examples']} {name} "
+                    f"examples then, {part['examples']} now, and not the same texts, answers and "
+                    "images; put the data back as it was, or start over in another --out"
+                )
 
     def check_same(self, config: TrainConfig) -> None:
         """Raise if ``config`` would compute something else than this run.
@@ -222,10 +246,23 @@ class Run:
 
     def load_coca(self) -> CoCa:
         """The run's student without its head."""
-        head, classes = self._described("head"), self._described("num_classes")
-        model = build(self.model_config(), head, classes)
+        model = self._build()
         checkpoints.load_weights(self.weights_path, model)
         return model.coca
+
+    def check_weights(self) -> None:
+        """Raise unless the weights are there, whole, and those of the model that is described.
+
+        Raises:
+            UserError: they are not; their values are not looked at.
+        """
+        with torch.device("meta"):
+            model = self._build()
+        checkpoints.check_weights(self.weights_path, model)
+
+    def _build(self) -> TaskModel:
+        head, classes = self._described("head"), self._described("num_classes")
+        return build(self.model_config(), head, classes)
 
     def _described(self, key: str) -> Any:
         described = checkpoints.read_json(self.model_path)
@@ -252,15 +289,15 @@ class Run:
         """
         task, head, classes = map(self._described, ("task", "head", "num_classes"))
         coca, tokenizer = self.model_config(), self.tokenizer()
-        if (task, head, classes) != (data.task, data.head, data.num_classes):
+        if (task, head) != (data.task, data.head):
             raise UserError(
-                f"{self.folder} holds a model for {task} ({head} head, {classes} classes), not "
-                f"for {data.task} ({data.head} head, {data.num_classes} classes)"
+                f"{self.folder} holds a model for {task} ({head} head), not for {data.task} "
+                f"({data.head} head): take a run of {data.task}"
             )
         if tuple(self._described("classes")) != data.classes:
             raise UserError(
-                f"{self.folder} was trained on other classes or answers than those of the data: "
-                "use the same --data and --data-seed"
+                f"{self.folder} was trained on other classes or answers ({classes}) than those of "
+                f"the data ({data.num_classes}): use the same --data and --data-seed"
             )
         shape = (coca.image_size, coca.image_channels)
         if shape != (data.image_size, data.channels) or coca.text_length < data.text_length:
@@ -274,6 +311,13 @@ class Run:
                 f"{self.folder} was trained with another tokenizer ({len(tokenizer)} ids "
                 f"against {len(data.tokenizer)}): use the same --data and --data-seed"
             )
+
+
+def _parts(data: TaskData) -> dict[str, Any]:
+    return {
+        part.name: {"examples": len(part), "sha256": part.digest()}
+        for part in (data.train, data.validation, data.test)
+    }
 
 
 def pixels_of(data: TaskData) -> dict[str, Any]:

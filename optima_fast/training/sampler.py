@@ -35,9 +35,11 @@ class Sampler:
             drawn &= ~without.numpy()
         self._drawn = np.flatnonzero(drawn)
         if batch_size > len(self._drawn):
+            what = "images" if split.group > 1 else "examples"
+            kept = " that are not held out" if without is not None else ""
             raise UserError(
-                f"--batch-size {batch_size} is more than the {len(self._drawn)} images of the "
-                f"{split.name} split" + (" that are not held out" if without is not None else "")
+                f"--batch-size {batch_size} is more than the {len(self._drawn)} {what} of the "
+                f"{split.name} split{kept}: lower it"
             )
         self._batch_size = batch_size
         self._seed = seed

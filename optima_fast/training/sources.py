@@ -11,7 +11,7 @@ from optima_fast.errors import UserError
 from optima_fast.models import CoCa, CoCaConfig, initialise, presets, pretrained
 from optima_fast.models.pretrained import Checkpoint
 from optima_fast.models.task_model import TaskModel, build
-from optima_fast.tasks import TaskData
+from optima_fast.tasks import TaskData, tokenizers
 from optima_fast.training.config import TrainConfig
 from optima_fast.training.run import Run
 
@@ -44,10 +44,11 @@ class Source:
             UserError: the tokenizer is not known, or is not the run's.
         """
         if self.run is not None:
-            if tokenizer not in (None, self.run.config().tokenizer):
+            own = self.run.tokenizer()
+            if tokenizer is not None and not tokenizers.named(tokenizer, own):
                 raise UserError(
-                    f"--tokenizer {tokenizer}: {self.name} knows the token ids of the tokenizer "
-                    "it was trained with; leave --tokenizer out"
+                    f"--tokenizer {tokenizer} is not what {self.name} was trained with "
+                    f"({own.to_dict()['kind']}, {len(own)} ids): leave --tokenizer out"
                 )
             return self.run.reading()
         assert self.checkpoint is not None
@@ -132,22 +133,24 @@ class Models:
         }
 
     def check(self, data: TaskData) -> None:
-        """Raise unless the data's ids are what the weights were trained on.
+        """Raise unless the weights are there and were trained on ids like the data's.
 
         Raises:
-            UserError: naming the source and both sizes.
+            UserError: naming the source, and both sizes.
         """
         if self.teacher is not None and self.teacher.run is not None:
             self.teacher.run.check_fits(data)
         ids = data.tokenizer.to_dict()
         for source in self._sources():
             known = source.config
-            if source.run is not None and source.run.tokenizer().to_dict() != ids:
-                raise UserError(
-                    f"{source.name} was trained with another tokenizer ({known.vocab_size} ids) "
-                    f"than that of the data ({len(data.tokenizer)} ids): take a run on the same "
-                    "data"
-                )
+            if source.run is not None:
+                source.run.check_weights()
+                if source.run.tokenizer().to_dict() != ids:
+                    raise UserError(
+                        f"{source.name} was trained with another tokenizer ({known.vocab_size} "
+                        f"ids) than that of the data ({len(data.tokenizer)} ids): take a run on "
+                        "the same data"
+                    )
             if known.vocab_size != len(data.tokenizer):
                 raise UserError(
                     f"{source.name} knows {known.vocab_size} token ids, the tokenizer of the data "

@@ -10,11 +10,9 @@ import re
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 import optima_fast
-from optima_fast.tasks import Split, TaskData
-from optima_fast.tasks.images import FolderImages
+from optima_fast.tasks import TaskData
 from optima_fast.training.config import TrainConfig
 from optima_fast.training.run import Run, pixels_of
 from optima_fast.training.sources import Source
@@ -73,7 +71,7 @@ def cached_run(config: TrainConfig, source: Source, data: TaskData, device: torc
     sizes = [data.text_length, data.image_size, data.channels, pixels_of(data)]
     digest.update(json.dumps([sizes, source.config.to_dict()]).encode())
     for split in (data.train, data.validation, data.test):
-        _add_split(digest, split)
+        digest.update(split.digest().encode())
     digest.update(torch.__version__.encode())
     package = Path(optima_fast.__file__).parent
     for room in _ROOMS:
@@ -85,15 +83,3 @@ def cached_run(config: TrainConfig, source: Source, data: TaskData, device: torc
     kind = re.sub(r"[^\w.]+", "-", Path(str(config.student)).name)
     name = f"{config.task}-{kind}-{digest.hexdigest()[:12]}"
     return Run(cache_folder(config) / "teachers" / name)
-
-
-def _add_split(digest: hashlib._Hash, split: Split) -> None:
-    """Add the texts, which images they show and what is right to a digest."""
-    for name, value in sorted(vars(split).items()):
-        if isinstance(value, Tensor):
-            digest.update(f"{name} {list(value.shape)} {value.dtype}".encode())
-            digest.update(value.reshape(-1).numpy().data)
-    for said in split.references or ():
-        digest.update(json.dumps(list(said)).encode())
-    if isinstance(split.images, FolderImages):
-        digest.update("\n".join(map(str, split.images.paths)).encode())

@@ -2,24 +2,14 @@
 
 import json
 import math
-import os
 from itertools import combinations
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from official import shared
 
 from optima_fast.tasks.caption_metrics import bleu, cider, rouge_l, tokenize
-
-
-def shared(*parts):
-    root = os.environ.get("OPTIMA_FAST_SHARED_DATA")
-    base = Path(root) if root else Path(__file__).parents[3] / "shared" / "data"
-    path = base.joinpath(*parts)
-    if not path.exists():
-        pytest.skip(f"no shared data: {path} does not exist (set OPTIMA_FAST_SHARED_DATA)")
-    return path
 
 
 def test_cider_of_identical_captions_is_ten_where_every_order_exists():

@@ -1,21 +1,11 @@
 """VQA answers: the official normal form, score and answer set."""
 
 import json
-import os
-from pathlib import Path
 
 import pytest
+from official import shared
 
 from optima_fast.tasks.vqa_answers import accepted, answer_set, normalise, score
-
-
-def shared(*parts):
-    root = os.environ.get("OPTIMA_FAST_SHARED_DATA")
-    base = Path(root) if root else Path(__file__).parents[3] / "shared" / "data"
-    path = base.joinpath(*parts)
-    if not path.exists():
-        pytest.skip(f"no shared data: {path} does not exist (set OPTIMA_FAST_SHARED_DATA)")
-    return path
 
 
 @pytest.mark.parametrize(

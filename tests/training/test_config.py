@@ -96,6 +96,10 @@ def test_resolving_leaves_what_was_given_and_no_gap():
         (["--seed", "-1"], "--seed must be 0 or more"),
         (["--seed", str(2**64)], r"--seed must be below 2\*\*63, got 18446744073709551616"),
         (["--threads", "100000"], "--threads must be at most 1024, got 100000"),
+        (["--tokenizer", "clip"], "--tokenizer clip is for a data folder, not for the digits"),
+        (["--image-size", "48"], "--image-size 48 is for a data folder, not for the digits"),
+        (["--augment", "1,10"], "--augment 1,10 is for a data folder, not for the digits"),
+        (["--data", "x", "--tokenizer", "bert"], "tokenizer must be words, clip, .*, got 'bert'"),
         (["--cell-stage", "0.3"], "--cell-stage 0.3 is for --method finetune on the digits"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 
 from optima_fast.models import presets
 from optima_fast.training.config import TASKS, TrainConfig, resolve
-from optima_fast.training.flags import read_yaml
+from optima_fast.training.flags import parse, read_yaml
 
 ROOT = Path(__file__).parents[2] / "configs"
 FILES = sorted(ROOT.glob("*/*.yaml"))
@@ -35,6 +35,17 @@ def test_what_a_file_says_is_what_the_defaults_are(path):
         if name not in own:
             assert value == defaults[name], name
     resolve(TrainConfig(**given))
+
+
+def test_a_flag_for_another_policy_drops_the_options_of_the_files():
+    file = ["--config", str(FILES[0])]
+    both = parse([*file, "--policy", "greedy"], prog="", description="")
+    config = resolve(TrainConfig(**both))
+    assert (config.policy, config.reward, config.gamma) == ("greedy", "headroom", None)
+    kept = parse([*file, "--policy", "paper"], prog="", description="")
+    assert kept == read_yaml(FILES[0])
+    given = parse([*file, "--policy", "scale-free-ucb", "--gamma", "0.9"], prog="", description="")
+    assert (given["gamma"], "reward" in given) == (0.9, False)
 
 
 @every_file

@@ -41,8 +41,8 @@ def test_every_task_runs_from_settings_to_summary(tmp_path, task, capsys):
     assert sum(summary["arms"].values()) == 7
     names = {p.name for p in run.folder.iterdir()}
     assert names == {
-        "config.yaml", "metrics.jsonl", "summary.json", "student.safetensors", "model.json",
-        "checkpoints",
+        "config.yaml", "data.json", "metrics.jsonl", "summary.json", "student.safetensors",
+        "model.json", "checkpoints",
     }  # fmt: skip
     again, metrics, recorded = experiment.evaluate(run.folder)
     assert metrics[again.metric_name()] == recorded == summary["student_metric"]

@@ -151,7 +151,7 @@ def test_the_defaults_are_the_paper_s_table():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"augment": "1,10"}, "--augment 1,10 is for the colour images of a data folder"),
+        ({"augment": "1,10"}, "--augment 1,10 is for a data folder, not for the digits"),
         ({"augment": "x", "data": "d"}, "augment must be none or LAYERS,MAGNITUDE"),
         ({"workers": "-1"}, "--workers must be auto or a number from 0 to 1024, got '-1'"),
         ({"workers": "many"}, "--workers must be auto or a number"),
