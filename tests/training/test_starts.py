@@ -87,6 +87,13 @@ def test_a_teacher_that_is_a_run_keeps_its_image_size(finished, tmp_path):
     assert sources.plan(dataclasses.replace(settings, image_size=24)).student.image_size == 24
 
 
+def test_an_image_size_is_that_of_both_models(tmp_path):
+    settings = config(tmp_path, teacher="coca_base", student="coca_tiny6", image_size=144)
+    models = sources.plan(settings)
+    assert models.teacher.config == dataclasses.replace(presets.get("coca_base"), image_size=144)
+    assert models.student == dataclasses.replace(presets.get("coca_tiny6"), image_size=144)
+
+
 def test_a_tokenizer_that_is_not_the_run_s_is_refused(finished, tmp_path):
     given = {"data": data_of(finished), "teacher": str(finished.folder)}
     for tokenizer in (None, "words"):  # the run's own
@@ -201,11 +208,15 @@ def test_a_kept_teacher_is_of_its_checkpoint_s_description(tmp_path):
     state = open_clip.to_open_clip(CoCa(shape))
     checkpoints.save_state(folder / "open_clip_model.safetensors", state)
     names = []
-    for options in ({}, {"mean": [0.5, 0.5, 0.5]}, {"std": [0.5, 0.5, 0.5]}):
-        described = {"model_cfg": open_clip.model_cfg(shape), "preprocess_cfg": options}
+    same = open_clip.model_cfg(shape)
+    other = open_clip.model_cfg(dataclasses.replace(shape, pooler_heads=2))
+    for model, options in (
+        (same, {}), (same, {"mean": [0.5, 0.5, 0.5]}), (same, {"std": [0.5, 0.5, 0.5]}), (other, {}),
+    ):  # fmt: skip
+        described = {"model_cfg": model, "preprocess_cfg": options}
         (folder / "open_clip_config.json").write_text(json.dumps(described))
         names.append(kept(config(tmp_path, task="coco", teacher=str(folder), student="coca_tiny6")))
-    assert len(set(names)) == 3
+    assert len(set(names)) == 4
 
 
 def test_a_dry_run_counts_the_images_that_a_batch_shows(tmp_path, monkeypatch):
