@@ -305,3 +305,11 @@ def test_the_papers_settings_are_the_defaults_on_a_folder():
     for task in ("vqa", "snli_ve", "nlvr2", "coco"):
         settings = resolve(TrainConfig(task=task, data="folder"))
         assert (settings.teacher, settings.student) == ("coca_large", "coca_tiny12")
+
+
+def test_a_missing_data_folder_is_told_before_a_checkpoint_is_looked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "plan", lambda config: pytest.fail("looked for models"))
+    settings = config(tmp_path, data=str(tmp_path / "none"), teacher="hf-hub:laion/any")
+    for begin in (lambda: experiment.run(settings, QUIET), lambda: dry_run.show(settings, QUIET)):
+        with pytest.raises(UserError, match="no data folder .*none': give an existing folder"):
+            begin()
