@@ -19,9 +19,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str] | None) -> int:
     from optima_fast.training import dry_run, experiment, overview
-    from optima_fast.training.config import parse
     from optima_fast.training.display import Display
-    from optima_fast.training.trainer import Interrupted
+    from optima_fast.training.flags import parse
+    from optima_fast.training.interrupts import Interrupted
 
     given = parse(argv, prog="python -m optima_fast.train", description=__doc__ or "")
     display, dry = Display(), given.pop("dry_run", False)

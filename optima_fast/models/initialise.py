@@ -17,18 +17,11 @@ _LAYERS = ("image_layers", "text_layers", "multimodal_layers")
 _ADAPTED = ("image_size", "patch_size", "text_length")
 
 
-def like(source: CoCaConfig, layers: CoCaConfig, grid: CoCaConfig | None = None) -> CoCaConfig:
-    """The configuration of a student of ``source``'s form and widths.
-
-    Args:
-        source: The model that the student starts from.
-        layers: Gives the numbers of layers.
-        grid: Gives image and patch size, so that image tokens of the two correspond one to one;
-            ``None`` for the source's own.
+def like(source: CoCaConfig, layers: CoCaConfig) -> CoCaConfig:
+    """The configuration of a student of ``source``'s form and sizes, and ``layers``' numbers of
+    layers.
     """
-    counts = {name: getattr(layers, name) for name in _LAYERS}
-    grid = source if grid is None else grid
-    return replace(source, **counts, image_size=grid.image_size, patch_size=grid.patch_size)
+    return replace(source, **{name: getattr(layers, name) for name in _LAYERS})
 
 
 def sampled_layer(index: int, student_layers: int, source_layers: int) -> int:

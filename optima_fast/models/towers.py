@@ -129,7 +129,15 @@ class TextDecoder(nn.Module):
         return x[:, :-1], self.norm_cls(x[:, -1]), mask, taps
 
     def extend(self, ids: Tensor, past: Sequence[Past]) -> Tensor:
-        """States ``[T, 1, d]`` of one more id a text, ``[T, 1]``; ``past`` is one a layer."""
+        """States ``[T, 1, d]`` of one more id a text, ``[T, 1]``; ``past`` is one a layer.
+
+        Raises:
+            ValueError: There are ``text_length`` ids already.
+        """
+        if len(past[0]) >= self.length:
+            raise ValueError(
+                f"a text must have at most text_length = {self.length} tokens, got one more"
+            )
         x: Tensor = self.embedding(ids) * self.scale + self.positions[len(past[0])]
         for layer, kept in zip(self.layers, past, strict=True):
             x = cast(SelfLayer, layer).extend(x, kept)

@@ -143,6 +143,8 @@ class Split:
         total = hashlib.sha256()
         for tensor in self._tensors():
             total.update(tensor.contiguous().numpy().data)
+        for said in self.references or ():
+            total.update("\n".join(said).encode())
         if isinstance(self.images, FolderImages):
             total.update("\n".join(path.name for path in self.images.paths).encode())
         return total.hexdigest()

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from optima_fast.distill import Distiller
 from optima_fast.distill.arms import Arm
-from optima_fast.models import CoCaConfig
-from optima_fast.models.task_model import TaskModel, build
+from optima_fast.models import CoCaConfig, TapRequest, TaskModel, TaskOutput
 from optima_fast.tasks import TaskData
+from optima_fast.training import pretence
+from optima_fast.training.pretence import pretended
 
 
 def arm_costs(
@@ -63,17 +63,18 @@ def distilling_operations(
     **settings: Any,
 ) -> list[int]:
     """Operations of a step with each arm, ``None`` for all modules; see :func:`arm_costs`."""
-    with _pretended(data, batch, student, teacher) as (models, shapes):
-        distiller = Distiller(*models, **{**settings, "backend": "reference"})
-        return _by_arm(distiller, shapes, arms)
+    with pretended(data, batch, student, teacher) as (models, shapes):
+        settings["backend"] = "reference"
+        whole, losses = Distiller(*models, **settings), Distiller(*map(_Once, models), **settings)
+        return _by_arm(whole, losses, shapes, arms)
 
 
 def finetuning_operations(model: CoCaConfig, data: TaskData, batch: Mapping[str, Tensor]) -> int:
     """Operations of a step without a teacher."""
-    with _pretended(data, batch, model) as ((student,), shapes):
+    with pretended(data, batch, model) as ((student,), shapes):
 
         def body() -> None:
-            _some_loss(student(shapes).logits, shapes).backward()  # type: ignore[no-untyped-call]
+            pretence.loss(student(shapes).logits, shapes).backward()  # type: ignore[no-untyped-call]
 
         return _operations(body)
 
@@ -118,17 +119,17 @@ def step_memory(
         settings: of the :class:`optima_fast.Distiller`.
     """
     configs = [student] if teacher is None else [student, teacher]
-    with _pretended(data, batch, *configs) as (models, shapes):
+    with pretended(data, batch, *configs) as (models, shapes):
         distiller = Distiller(*models, **settings) if teacher is not None else None
         cast = torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext()
         with LiveBytes() as live:
             with cast:
                 if distiller is None:
-                    loss = _some_loss(models[0](shapes).logits, shapes)
+                    loss = pretence.loss(models[0](shapes).logits, shapes)
                 else:
                     everything = distiller.modules_matched
                     losses = distiller(
-                        shapes, everything, predict=_some_loss, divergence=_some_divergence
+                        shapes, everything, predict=pretence.loss, divergence=pretence.divergence
                     )
                     loss = losses.total
             loss.backward()  # type: ignore[no-untyped-call]
@@ -173,49 +174,64 @@ def _tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
-@contextlib.contextmanager
-def _pretended(
-    data: TaskData, batch: Mapping[str, Tensor], *configs: CoCaConfig
-) -> Iterator[tuple[list[TaskModel], dict[str, Tensor]]]:
-    """Models and a batch that have shapes and no memory."""
-    with torch.random.fork_rng(devices=[]), FakeTensorMode():
-        models = [build(config, data.head, data.num_classes) for config in configs]
-        yield (
-            models,
-            {name: torch.empty(value.shape, dtype=value.dtype) for name, value in batch.items()},
-        )
+class _Once:
+    """A model that runs once and then says the same again; no gradient reaches it.
+
+    What a :class:`Distiller` of two such does is its losses alone.
+    """
+
+    def __init__(self, model: TaskModel) -> None:
+        self.layer_counts, self.widths, self.causal = model.layer_counts, model.widths, model.causal
+        self._model = model
+        self._said: TaskOutput | None = None
+
+    def __call__(self, batch: Mapping[str, Tensor], **asked: Any) -> TaskOutput:
+        return self._say(self._model, batch, **asked)
+
+    def record(self, batch: Mapping[str, Tensor], taps: TapRequest, **asked: Any) -> TaskOutput:
+        return self._say(self._model.record, batch, taps=taps, **asked)
+
+    def _say(self, run: Callable[..., TaskOutput], *args: Any, **asked: Any) -> TaskOutput:
+        if self._said is None:
+            self._said = tree_map_only(
+                Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), run(*args, **asked)
+            )
+        return self._said
 
 
 def _by_arm(
-    distiller: Distiller, batch: Mapping[str, Tensor], arms: Sequence[Arm | None]
+    whole: Distiller,
+    losses: Distiller,
+    batch: Mapping[str, Tensor],
+    arms: Sequence[Arm | None],
 ) -> list[int]:
-    def step(arm: Arm) -> int:
+    def step(distiller: Distiller, arm: Arm) -> int:
         def body() -> None:
-            losses = distiller(batch, arm, predict=_some_loss, divergence=_some_divergence)
-            losses.total.backward()
+            done = distiller(batch, arm, predict=pretence.loss, divergence=pretence.divergence)
+            done.total.backward()
 
         return _operations(body)
 
     known: dict[str, int] = {}
 
     def teaching(arm: Arm) -> int:
-        if distiller.kl_weight:
+        if whole.kl_weight:
             return 0  # the whole teacher runs whatever the arm: it is in the step without one
-        request = distiller.teacher_request(arm)
+        request = whole.teacher_request(arm)
         key = str(request)
         if key not in known:
-            known[key] = _operations(lambda: distiller.teacher.record(batch, request))
+            known[key] = _operations(lambda: whole.teacher.record(batch, request))
         return known[key]
 
-    base = step(())
-    everything = distiller.modules_matched
-    pairs = {}
-    for pair in distiller.selected(everything):
-        alone = (f"{pair.module}[{pair.student + 1}]",)
-        pairs[pair] = step(alone) - base - teaching(alone)
+    base, everything = step(whole, ()), whole.modules_matched
+    step(losses, everything)  # both models run, as far as any arm needs
+    pairs = {
+        pair: step(losses, (f"{pair.module}[{pair.student + 1}]",))
+        for pair in whole.selected(everything)
+    }
 
     def total(arm: Arm) -> int:
-        return base + teaching(arm) + sum(pairs[pair] for pair in distiller.selected(arm))
+        return base + teaching(arm) + sum(pairs[pair] for pair in whole.selected(arm))
 
     return [total(everything if arm is None else arm) for arm in arms]
 
@@ -242,11 +258,3 @@ def _attention_backward(
 ) -> int:
     """Five products: the scores again, and the gradients of them and of q, k and v."""
     return 5 * 2 * q.numel() * k[2]
-
-
-def _some_loss(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    return logits.float().mean()
-
-
-def _some_divergence(student: Tensor, teacher: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    return (student.float() - teacher.float()).mean()

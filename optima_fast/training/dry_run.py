@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
+from torch import Tensor
 
 from optima_fast import tasks
 from optima_fast.distill import arm_name, arm_space
 from optima_fast.models import CoCa, CoCaConfig, paper_parameters
 from optima_fast.tasks import TaskData
-from optima_fast.training import cost, experiment, sources, teachers
+from optima_fast.training import cost, experiment, loader, sources, teachers
 from optima_fast.training.config import TrainConfig, resolve
 from optima_fast.training.display import Display
+from optima_fast.training.rewards import training_sampler
 from optima_fast.training.sources import Models, Source
 from optima_fast.training.trainer import distilled, uses_bf16
 
@@ -102,11 +106,8 @@ def _tokens(shape: CoCaConfig) -> str:
 def _step(
     config: TrainConfig, models: Models, data: TaskData, device: torch.device
 ) -> list[list[str]]:
-    assert config.batch_size
     student, teacher = models.shapes(data)
-    batch = data.train.batch(
-        torch.arange(min(len(data.train), config.batch_size * data.train.group))
-    )
+    batch = _batch(config, data)
     bf16, settings = uses_bf16(config, device), distilled(config)
     rows = []
     if teacher is None:
@@ -126,9 +127,8 @@ def _step(
     memory = {"training": cost.step_memory(student, teacher, data, batch, bf16=bf16, **settings)}
     trains = models.teacher is not None and models.teacher.run is None and config.teacher_steps
     if teacher is not None and trains:
-        memory["the teacher's own training"] = cost.step_memory(
-            teacher, None, data, batch, bf16=bf16
-        )
+        own = _batch(resolve(teachers.teacher_config(config)), data)
+        memory["the teacher's own training"] = cost.step_memory(teacher, None, data, own, bf16=bf16)
     for name, held in memory.items():
         rows.append(
             [
@@ -139,6 +139,12 @@ def _step(
             ]
         )
     return rows
+
+
+def _batch(config: TrainConfig, data: TaskData) -> dict[str, Tensor]:
+    """The first batch that is trained on: how many images its texts share is part of its size."""
+    plain = dataclasses.replace(config, augment="none", workers="0")
+    return next(loader.batches(plain, data.train, training_sampler(config, data.train), 0)).batch
 
 
 def _operations(count: int) -> str:

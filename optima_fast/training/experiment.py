@@ -22,9 +22,10 @@ from optima_fast.tasks.base import unknown
 from optima_fast.tasks.folders import FURTHER, SPLITS
 from optima_fast.tasks.shards import is_shards
 from optima_fast.tasks.workers import usable_cores
-from optima_fast.training import checkpoints, cost, loader, policies, sources, teachers
+from optima_fast.training import checkpoints, loader, policies, pretence, sources, teachers
 from optima_fast.training.config import TrainConfig, resolve
 from optima_fast.training.display import Display
+from optima_fast.training.pretence import pretended
 from optima_fast.training.rewards import training_sampler
 from optima_fast.training.run import Run
 from optima_fast.training.sources import Models
@@ -193,18 +194,17 @@ def rehearse(config: TrainConfig, models: Models, data: TaskData) -> None:
     training_sampler(config, data.train)
     models.check(data)
     try:
-        with torch.device("meta"):
-            student, teacher = models.make(data)
-            if teacher is not None:
-                Distiller(student, teacher, modules=MODULES)
+        shapes = filter(None, models.shapes(data))
+        with torch.no_grad(), pretended(data, data.train.sample(), *shapes) as (made, batch):
+            student, *taught_by = made
+            student(batch)
+            for teacher in taught_by:
+                step = Distiller(student, teacher, modules=MODULES, **distilled(config))
+                step(batch, MODULES, predict=pretence.loss, divergence=pretence.divergence)
             if models.start is not None:
-                start = CoCa(models.start.config)
-                if teacher is not None and models.start is models.teacher:
-                    start = teacher.coca
+                same = models.start is models.teacher
+                start = taught_by[0].coca if same else CoCa(models.start.config)
                 initialise.from_layers(student.coca, start)
-        # a step without memory, or sizes that do not go together show after the teacher's training
-        batch = data.train.sample()
-        cost.step_memory(*models.shapes(data), data, batch, bf16=False, **distilled(config))
     except UserError:
         raise
     except ValueError as error:

@@ -21,7 +21,8 @@ from optima_fast.tasks import TaskData, tokenizers
 from optima_fast.tasks.images import FolderImages
 from optima_fast.tasks.tokenizers import Tokenizer
 from optima_fast.training import checkpoints
-from optima_fast.training.config import TrainConfig, flag, read_yaml, to_yaml
+from optima_fast.training.config import TrainConfig, flag
+from optima_fast.training.flags import read_yaml, to_yaml
 
 try:
     import fcntl
@@ -217,7 +218,7 @@ class Run:
                 "coca": model.coca.config.to_dict(),
                 "tokenizer": data.tokenizer.to_dict(),
                 "text_length": data.text_length,
-                "pixels": _pixels(data),
+                "pixels": pixels_of(data),
             },
         )
 
@@ -324,7 +325,8 @@ def _parts(data: TaskData) -> dict[str, Any]:
     }
 
 
-def _pixels(data: TaskData) -> dict[str, Any]:
+def pixels_of(data: TaskData) -> dict[str, Any]:
+    """What the pixels of files are normalised with: mean, std and resize; {} for digits."""
     images = data.train.images
     if not isinstance(images, FolderImages):
         return {}

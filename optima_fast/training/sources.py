@@ -38,7 +38,11 @@ class Source:
         return self.run is not None or self.checkpoint is not None
 
     def reading(self, tokenizer: str | None = None) -> dict[str, Any]:
-        """Options of a data folder's reader that go with the weights."""
+        """Options of a data folder's reader that go with the weights.
+
+        Raises:
+            UserError: the tokenizer is not known, or is not the run's.
+        """
         if self.run is not None:
             own = self.run.tokenizer()
             if tokenizer is not None and not tokenizers.named(tokenizer, own):
@@ -132,36 +136,38 @@ class Models:
     def reading(self, config: TrainConfig) -> dict[str, Any]:
         """Options of a data folder's reader: images and texts as these models take them."""
         shapes = [self.student, *([self.teacher.config] if self.teacher else [])]
-        options: dict[str, Any] = {
+        options: dict[str, Any] = {"tokenizer": config.tokenizer or "sentencepiece"}
+        for source in self._sources()[:1]:
+            options = source.reading(config.tokenizer)
+        # a student may read images of another size than the run that it starts from
+        return options | {
             "image_size": self.student.image_size,
             "max_text_length": min(shape.text_length for shape in shapes),
-            "tokenizer": config.tokenizer or "sentencepiece",
         }
-        for source in self._sources():
-            return options | source.reading(config.tokenizer)
-        return options
 
     def check(self, data: TaskData) -> None:
-        """Raise unless the weights are there and were trained on ids and images like the data's.
+        """Raise unless the weights are there and were trained on ids like the data's.
 
         Raises:
             UserError: naming the source, and both sizes.
         """
         if self.teacher is not None and self.teacher.run is not None:
             self.teacher.run.check_fits(data)
+        ids = data.tokenizer.to_dict()
         for source in self._sources():
+            known = source.config
             if source.run is not None:
                 source.run.check_weights()
-            known = source.config
+                if source.run.tokenizer().to_dict() != ids:
+                    raise UserError(
+                        f"{source.name} was trained with another tokenizer ({known.vocab_size} "
+                        f"ids) than that of the data ({len(data.tokenizer)} ids): take a run on "
+                        "the same data"
+                    )
             if known.vocab_size != len(data.tokenizer):
                 raise UserError(
                     f"{source.name} knows {known.vocab_size} token ids, the tokenizer of the data "
                     f"has {len(data.tokenizer)}: leave --tokenizer out, or name its own"
-                )
-            if known.image_channels != data.channels:
-                raise UserError(
-                    f"{source.name} reads images of {known.image_channels} channel(s), those of "
-                    f"the data have {data.channels}"
                 )
 
     def check_digits(self) -> None:
@@ -179,12 +185,6 @@ class Models:
         if self.teacher is None:
             return student, None
         return student, sized(self.teacher.config, data, self.teacher)
-
-    def make(self, data: TaskData, dropout: float = 0.0) -> tuple[TaskModel, TaskModel | None]:
-        """Student and teacher of the data's sizes with random weights."""
-        student, teacher = self.shapes(data)
-        model = build(student, data.head, data.num_classes, dropout)
-        return model, build(teacher, data.head, data.num_classes) if teacher else None
 
     def published_teacher(self, data: TaskData) -> TaskModel:
         """The teacher's checkpoint as it is, for a task whose head has no weights."""
@@ -254,7 +254,7 @@ def plan(config: TrainConfig) -> Models:
 
 
 def _check_published(config: TrainConfig, teacher: Source) -> None:
-    if teacher.checkpoint is None or config.task != "coco":
+    if teacher.run is None and (teacher.checkpoint is None or config.task != "coco"):
         raise UserError(
             f"--teacher-steps 0 is for captioning with a checkpoint, which needs no head; "
             f"{teacher.name} on {config.task} has to be trained first"
@@ -304,7 +304,11 @@ def _resized(source: Source, image_size: int) -> CoCaConfig:
 def _formed(config: CoCaConfig, model: Source) -> CoCaConfig:
     """The shape in the form of another model, with a pooler like its."""
     names = (*CoCaConfig.form_options(), "pooler_queries", "pooler_ratio")
-    return dataclasses.replace(config, **{name: getattr(model.config, name) for name in names})
+    form = {name: getattr(model.config, name) for name in names}
+    try:
+        return dataclasses.replace(config, **form)
+    except ValueError as error:
+        raise UserError(f"the student cannot take the form of {model.name}: {error}") from error
 
 
 def _depths(config: CoCaConfig) -> str:

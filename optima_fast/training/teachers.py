@@ -14,7 +14,7 @@ import torch
 import optima_fast
 from optima_fast.tasks import TaskData
 from optima_fast.training.config import TrainConfig
-from optima_fast.training.run import Run
+from optima_fast.training.run import Run, pixels_of
 from optima_fast.training.sources import Source
 
 _ROOMS = ("models", "tasks", "training")
@@ -60,16 +60,18 @@ def teacher_config(config: TrainConfig) -> TrainConfig:
 def cached_run(config: TrainConfig, source: Source, data: TaskData, device: torch.device) -> Run:
     """The folder that holds the trained teacher of these (its own, resolved) settings.
 
-    Its name is a digest of the settings, the checkpoint it starts from, the kind of device,
-    the data (what was read of it and the annotation files), this package's models, tasks and
-    training code and the version of torch: when one of them changes, so does the folder.
+    Its name is a digest of the settings, the checkpoint it starts from, the kind of device, the
+    data as it was read (of images their files' names and how they are normalised), this package's
+    models, tasks and training code and the version of torch: when one of them changes, so does the
+    folder.
     """
     digest = hashlib.sha256()
     digest.update(json.dumps(Run.computed_by(dataclasses.asdict(config))).encode())
     digest.update(json.dumps([device.type, data.tokenizer.to_dict(), data.classes]).encode())
-    sizes = [data.text_length, data.image_size, data.channels]
-    sizes += [len(split) for split in (data.train, data.validation, data.test)]
-    digest.update(json.dumps(sizes).encode())
+    sizes = [data.text_length, data.image_size, data.channels, pixels_of(data)]
+    digest.update(json.dumps([sizes, source.config.to_dict()]).encode())
+    for split in (data.train, data.validation, data.test):
+        digest.update(split.digest().encode())
     digest.update(torch.__version__.encode())
     package = Path(optima_fast.__file__).parent
     for room in _ROOMS:
@@ -78,10 +80,6 @@ def cached_run(config: TrainConfig, source: Source, data: TaskData, device: torc
     if source.checkpoint is not None:
         file = source.checkpoint.path.resolve()
         digest.update(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
-    if config.data != "digits":
-        files = Path(config.data).rglob("*")
-        for path in sorted(p for p in files if p.suffix in (".json", ".jsonl", ".tar")):
-            digest.update(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
     kind = re.sub(r"[^\w.]+", "-", Path(str(config.student)).name)
     name = f"{config.task}-{kind}-{digest.hexdigest()[:12]}"
     return Run(cache_folder(config) / "teachers" / name)

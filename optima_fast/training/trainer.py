@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import signal
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -29,23 +26,16 @@ from optima_fast.models.task_model import TaskModel
 from optima_fast.tasks import TaskData
 from optima_fast.tasks.split import Loaded, to_device
 from optima_fast.tasks.workers import killed_workers
-from optima_fast.training import checkpoints, loader, policies
+from optima_fast.training import checkpoints, loader, policies, snapshot
 from optima_fast.training.adafactor import Adafactor
 from optima_fast.training.cells import CellStage
 from optima_fast.training.config import TrainConfig
 from optima_fast.training.cost import arm_costs
 from optima_fast.training.display import Display, Stage
+from optima_fast.training.interrupts import Interrupted, Stop
 from optima_fast.training.rewards import RewardMeter, reward_batches, training_sampler
 from optima_fast.training.run import Run
 from optima_fast.training.schedule import lr_at
-
-FORMAT = 4  # of checkpoints
-# what a checkpoint restores
-_COUNTERS = ("step", "round", "choice", "round_began", "last_metric", "left_out")
-
-
-class Interrupted(Exception):
-    """Ctrl-C: the run was saved after the step it was in."""
 
 
 def distilled(config: TrainConfig) -> dict[str, Any]:
@@ -108,7 +98,7 @@ class Trainer:
         self.round_began = 0.0
         self.last_metric: float | None = None
         self.left_out = 0
-        self._stop = False
+        self._stop = Stop()
         self._batches: Generator[Loaded, None, None] | None = None
 
     def _make_distiller(self, teacher: TaskModel | None) -> Distiller | None:
@@ -141,10 +131,6 @@ class Trainer:
                 **distilled(self.config),
             )
         return RewardMeter(self.config, self.data, self.distiller, batches, arms, costs)
-
-    @property
-    def _cuda(self) -> bool:
-        return self.device.type == "cuda"
 
     def _make_optimizer(self) -> Adafactor:
         """The head apart, at its own rate; the teacher in none of the groups."""
@@ -185,7 +171,7 @@ class Trainer:
         first, began = self.step, time.monotonic()
         name = "training" if self.distiller is None else "distilling"
         with (
-            self._interruptible(),
+            self._stop.caught(),
             self.display.stage(name, self.steps, first) as stage,
             self._reading_ahead(),
         ):
@@ -201,9 +187,9 @@ class Trainer:
                     self._log(losses, stage, (time.monotonic() - began) / (self.step - first))
                 if self.step % config.eval_every == 0 and not at_end:
                     self._evaluate()
-                if self.step % config.checkpoint_every == 0 or at_end or self._stop:
+                if self.step % config.checkpoint_every == 0 or at_end or self._stop.asked:
                     self.save()
-                if self._stop and not at_end:
+                if self._stop.asked and not at_end:
                     raise Interrupted(f"stopped after step {self.step} of {self.steps}")
 
     @property
@@ -422,92 +408,12 @@ class Trainer:
         self.run.append_metrics({"step": self.step, "validation": metrics})
         self.seconds["eval"] += time.perf_counter() - began
 
-    @contextlib.contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """Ctrl-C and a polite kill finish the step first; a second one does not wait."""
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            if self._stop:
-                raise KeyboardInterrupt
-            self._stop = True
-
-        old = {}
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                old[number] = signal.signal(number, stop)
-        except ValueError:  # not the main thread: nothing to catch there
-            pass
-        try:
-            yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
-
     def save(self) -> Path:
-        """Write a checkpoint of everything that the rest of the run depends on."""
-        headroom = self.meter.headroom if self.meter else None
-        state: dict[str, Any] = {
-            "format": FORMAT,
-            "config": dataclasses.asdict(self.config),
-            **{name: getattr(self, name) for name in _COUNTERS},
-            "student": self.student.state_dict(),
-            "projections": self.distiller.state_dict() if self.distiller else {},
-            "cells": self.cells.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "bandit": self.policy.state_dict() if self.policy else None,
-            "before": self.before._asdict() if self.before else None,
-            "headroom": headroom.state_dict() if headroom else None,
-            "pulls": self.pulls,
-            "seconds": self.seconds,
-            "metrics_size": self.run.metrics_size(),
-            "cpu_generator": torch.get_rng_state(),
-            "cuda_generator": torch.cuda.get_rng_state(self.device) if self._cuda else None,
-            "teacher": self.teacher_digest,
-        }
-        return checkpoints.save_checkpoint(self.run.checkpoints, self.step, state)
+        """Write a checkpoint, see :func:`optima_fast.training.snapshot.save`."""
+        return snapshot.save(self)
 
     def resume(self, path: Path) -> None:
-        """Continue from a checkpoint, exactly.
-
-        Raises:
-            UserError: the file is damaged, or of a run with other settings.
-        """
-        state = checkpoints.load_checkpoint(path)
-        mine = self.run.computed_by(dataclasses.asdict(self.config))
-        try:
-            if state["format"] != FORMAT:
-                raise UserError(f"checkpoint {path} has format {state['format']}, not {FORMAT}")
-            theirs = self.run.computed_by(state["config"])
-            if theirs != mine:
-                name = next(k for k in {**mine, **theirs} if theirs.get(k) != mine.get(k))
-                raise UserError(
-                    f"checkpoint {path} is of another configuration: {name} is {theirs.get(name)} "
-                    f"there and {mine.get(name)} here"
-                )
-            if state["teacher"] != self.teacher_digest:
-                raise UserError(
-                    f"checkpoint {path} was made with another teacher than {self.config.teacher} "
-                    "is now: put the old one back, or start over in another --out"
-                )
-            self.student.load_state_dict(state["student"])
-            if self.distiller is not None:
-                self.distiller.load_state_dict(state["projections"])
-            self.cells.load_state_dict(state["cells"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            if self.policy is not None:
-                self.policy.load_state_dict(state["bandit"])
-            for name in (*_COUNTERS, "pulls", "seconds"):
-                setattr(self, name, state[name])
-            self.before = Measurement(**state["before"]) if state["before"] else None
-            if self.meter is not None and self.meter.headroom is not None:
-                self.meter.headroom.load_state_dict(state["headroom"])
-            torch.set_rng_state(state["cpu_generator"])
-            if self._cuda and state["cuda_generator"] is not None:
-                torch.cuda.set_rng_state(state["cuda_generator"], self.device)
-            self.run.truncate_metrics(state["metrics_size"])
-        except UserError:
-            raise
-        except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"checkpoint {path} does not fit this run: {error}") from error
+        """Continue from a checkpoint, see :func:`optima_fast.training.snapshot.restore`."""
+        snapshot.restore(self, path)
         if self.policy is not None and self.step % self._round_steps:
             self.arm = self.space.arms[self.choice]

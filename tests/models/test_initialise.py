@@ -57,27 +57,17 @@ def by_patch(images: Tensor, old: int, new: int) -> Tensor:
     return F.fold(columns, grid * new, new, stride=new)
 
 
-def test_like_takes_form_and_widths_from_one_and_depth_and_grid_from_others() -> None:
-    source, teacher = presets.get("coca_ViT-B-32"), presets.get("coca_ViT-L-14")
-    tiny = presets.get("coca_tiny12")
-    assert initialise.like(source, tiny) == replace(
-        source, image_layers=6, text_layers=3, multimodal_layers=3
-    )
-    student = initialise.like(source, tiny, teacher)
-    assert student.layer_counts == {"image": 6, "text": 3, "multimodal": 3}
-    assert student.widths == {"image": 768, "text": 512, "multimodal": 512}
-    assert (student.patch_size, student.image_size, student.patches) == (14, 224, 256)
-    assert student.patches == teacher.patches
-    assert (
-        replace(student, image_layers=12, text_layers=12, multimodal_layers=12, patch_size=32)
-        == source
-    )
+def test_like_takes_form_and_sizes_from_one_and_depth_from_the_other() -> None:
+    source = presets.get("coca_ViT-B-32")
+    student = initialise.like(source, presets.get("coca_tiny12"))
+    assert student == replace(source, image_layers=6, text_layers=3, multimodal_layers=3)
 
 
 def test_a_published_student_starts_from_its_checkpoint() -> None:
     """The real sizes, without memory: what the trainer does before it loads anything."""
     source, teacher = presets.get("coca_ViT-B-32"), presets.get("coca_ViT-L-14")
-    config = initialise.like(source, presets.get("coca_tiny12"), teacher)
+    config = replace(initialise.like(source, presets.get("coca_tiny12")), patch_size=14)
+    assert config.patches == teacher.patches
     with torch.device("meta"):
         initialise.from_layers(CoCa(config), CoCa(source))
 

@@ -90,7 +90,24 @@ def test_one_token_after_the_other_equals_all_at_once(config: CoCaConfig) -> Non
         whole = model.decode(tokens, text)
         past = model.new_past()
         parts = [model.extend(tokens, text[:, i : i + 1], past) for i in range(text.shape[1])]
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-10, atol=1e-10)
+        for _ in range(text.shape[1], config.text_length):
+            model.extend(tokens, text[:, :1], past)
+        with pytest.raises(ValueError, match=rf"at most text_length = {config.text_length} tokens"):
+            model.extend(tokens, text[:, :1], past)
+
+
+@every_form
+def test_one_token_after_the_other_under_autocast(config: CoCaConfig) -> None:
+    model, (images, text) = build(config).eval(), inputs()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        tokens = model.encode_images(images)
+        past = model.new_past()
+        parts = [model.extend(tokens, text[:, i : i + 1], past) for i in range(text.shape[1])]
+        whole = model.decode(tokens, text)
+    assert past["text"][0].k is not None
+    assert past["text"][0].k.dtype == torch.bfloat16
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=0.1)
 
 
 @every_form

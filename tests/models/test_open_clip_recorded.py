@@ -15,7 +15,7 @@ from models.record_open_clip import MODELS, draw, inputs
 from torch import Tensor
 
 from optima_fast.errors import UserError
-from optima_fast.models import CoCa, open_clip, presets
+from optima_fast.models import CoCa, initialise, open_clip, presets
 
 RECORDED = np.load(Path(__file__).with_name("open_clip_3.3.0.npz"))
 DESCRIBED: dict[str, Any] = json.loads(RECORDED["described"].tobytes())
@@ -187,6 +187,14 @@ def test_fields_that_change_nothing_are_taken() -> None:
     del cfg["multimodal_cfg"]
     with pytest.raises(UserError, match="model_cfg lacks 'multimodal_cfg'"):
         open_clip.config_of(cfg, weights("pooler"))
+
+
+def test_each_number_of_layers_is_told_from_shapes() -> None:
+    student = initialise.like(presets.get("coca_ViT-B-32"), presets.get("coca_tiny6"))
+    state = {n: torch.empty(s, device="meta") for n, s in open_clip.shapes(student).items()}
+    found = open_clip.config_of(None, state)
+    assert found.layer_counts == {"image": 3, "text": 2, "multimodal": 1}
+    assert found == student
 
 
 def test_heads_that_shapes_do_not_tell() -> None:

@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 
 from optima_fast.errors import UserError
-from optima_fast.training.config import TrainConfig, parse, read_yaml, resolve, to_yaml
+from optima_fast.training.config import TrainConfig, resolve
+from optima_fast.training.flags import parse, read_yaml, to_yaml
 
 
 def flags(*argv: str) -> TrainConfig:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from optima_fast.models import presets
-from optima_fast.training.config import TASKS, TrainConfig, parse, read_yaml, resolve
+from optima_fast.training.config import TASKS, TrainConfig, resolve
+from optima_fast.training.flags import parse, read_yaml
 
 ROOT = Path(__file__).parents[2] / "configs"
 FILES = sorted(ROOT.glob("*/*.yaml"))

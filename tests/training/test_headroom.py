@@ -72,7 +72,7 @@ def test_a_stopped_run_goes_on_exactly(tmp_path, at):
     step = first._train_step
 
     def stop(*args):
-        first._stop = first.step == at - 1
+        first._stop.asked = first.step == at - 1
         return step(*args)
 
     first._train_step = stop

@@ -23,9 +23,10 @@ from optima_fast.tasks.workers import usable_cores
 from optima_fast.training import checkpoints, experiment, loader
 from optima_fast.training.config import TrainConfig, resolve
 from optima_fast.training.display import Display
+from optima_fast.training.interrupts import Interrupted
 from optima_fast.training.run import Run
 from optima_fast.training.sampler import Sampler
-from optima_fast.training.trainer import Interrupted, Trainer
+from optima_fast.training.trainer import Trainer
 
 SIZE = 18
 

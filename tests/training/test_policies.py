@@ -16,8 +16,9 @@ from optima_fast.models import presets
 from optima_fast.training import checkpoints, experiment, policies
 from optima_fast.training.config import TrainConfig, resolve
 from optima_fast.training.display import Display
+from optima_fast.training.interrupts import Interrupted
 from optima_fast.training.run import Run
-from optima_fast.training.trainer import Interrupted, Trainer
+from optima_fast.training.trainer import Trainer
 
 QUIET = Display(quiet=True)
 CHOICES = policies.choices()
@@ -60,7 +61,7 @@ def test_a_run_stopped_in_the_middle_of_a_round_goes_on_exactly(tmp_path, monkey
     step = first._train_step
 
     def stop(*args: Any) -> Any:
-        first._stop = first.step + 1 == 17
+        first._stop.asked = first.step + 1 == 17
         return step(*args)
 
     monkeypatch.setattr(first, "_train_step", stop)

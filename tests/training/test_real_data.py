@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ from small_run import small
 
 from optima_fast import evaluate
 from optima_fast.errors import UserError
+from optima_fast.tasks.images import Preprocessing
 from optima_fast.tasks.vqa_answers import score
 from optima_fast.training import experiment
 from optima_fast.training.display import Display
@@ -29,6 +31,7 @@ def trained(tmp_path, task, data, **settings):
     given = {"policy": "greedy", "init_rounds": None, "train_images": None, "reward_examples": 4}
     given |= {"task": task, "data": str(data), "method": "finetune", "tokenizer": "words"}
     given |= {"student": "digits_student", "image_size": 36}
+    given |= {"workers": "0", "checkpoint_every": 1000}
     return experiment.run(small(tmp_path, **{**given, **settings}), QUIET)
 
 
@@ -36,6 +39,12 @@ def by_heart(run):
     """Metrics on the training split, from the files of the run."""
     _, metrics, _ = experiment.evaluate(run.folder, split="train")
     return metrics
+
+
+@pytest.fixture
+def read_once(monkeypatch):
+    """Each image is decoded for its first batch alone: hundreds of epochs of a few photographs."""
+    monkeypatch.setattr(Preprocessing, "read", functools.cache(Preprocessing.read))
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +96,7 @@ def test_splits_that_are_not_there(vqa_run, capsys):
 
 
 @pytest.mark.slow
-def test_real_photographs_are_captioned_by_heart(tmp_path):
+def test_real_photographs_are_captioned_by_heart(tmp_path, read_once):
     run, summary = trained(tmp_path, "coco", shared("coco"), steps=200, batch_size=26, lr=4e-3)
     metrics = by_heart(run)
     # a caption that is one of five or more references, word for word, reaches about 2.9
@@ -97,7 +106,7 @@ def test_real_photographs_are_captioned_by_heart(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_real_vqa_questions_are_learnt_by_heart(tmp_path, caplog):
+def test_the_real_vqa_questions_are_learnt_by_heart(tmp_path, caplog, read_once):
     with caplog.at_level(logging.WARNING):
         run, _ = trained(tmp_path, "vqa", shared("vqav2"), steps=80, batch_size=16, lr=3e-3)
     assert by_heart(run)["accuracy"] > 0.9
@@ -105,7 +114,7 @@ def test_the_real_vqa_questions_are_learnt_by_heart(tmp_path, caplog):
 
 
 @pytest.mark.slow
-def test_official_nlvr2_lines_are_learnt_by_heart(tmp_path):
+def test_official_nlvr2_lines_are_learnt_by_heart(tmp_path, read_once):
     """The first official dev lines, as training data too, with images of noise."""
     lines = shared("nlvr2", "dev.json").read_text().splitlines()[:60]
     rng = np.random.default_rng(0)

@@ -15,8 +15,9 @@ from optima_fast.errors import UserError
 from optima_fast.tasks import tokenizers
 from optima_fast.tasks.text import Vocabulary
 from optima_fast.training import checkpoints, experiment, overview
-from optima_fast.training.config import TrainConfig, parse, resolve
+from optima_fast.training.config import TrainConfig, resolve
 from optima_fast.training.display import Display
+from optima_fast.training.flags import parse
 from optima_fast.training.run import Run
 
 QUIET = Display(quiet=True)

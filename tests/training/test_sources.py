@@ -38,14 +38,18 @@ LARGE = dataclasses.replace(
 SMALL_ONE = dataclasses.replace(LARGE, patch_size=16, image_width=128, image_heads=2)
 
 
-def checkpoint(folder: Path, name: str, config: presets.CoCaConfig, seed: int) -> str:
+PIXELS = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
+
+
+def checkpoint(
+    folder: Path, name: str, config: presets.CoCaConfig, seed: int, pixels: object = PIXELS
+) -> str:
     """An open_clip folder with random weights."""
     torch.manual_seed(seed)
     where = folder / name
     where.mkdir(parents=True)
     state = {k: v.contiguous() for k, v in open_clip.to_open_clip(CoCa(config)).items()}
     save_file(state, where / "open_clip_model.safetensors")
-    pixels = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
     described = {"model_cfg": open_clip.model_cfg(config), "preprocess_cfg": pixels}
     (where / "open_clip_config.json").write_text(json.dumps(described))
     return str(where)
@@ -73,6 +77,7 @@ def captions(folder: Path, images: int = 6) -> str:
 def config(tmp_path: Path, **settings: object) -> TrainConfig:
     given = {"task": "coco", "policy": "greedy", "init_rounds": None, "train_images": None}
     given |= {"steps": 4, "teacher_steps": 2, "reward_examples": 4}
+    given |= {"workers": "0", "checkpoint_every": 100}
     return small(tmp_path, **{**given, **settings})
 
 
@@ -169,7 +174,7 @@ def test_sizes_that_do_not_go_together_are_told_before_the_teacher_trains(tmp_pa
 def test_a_checkpoint_distils_captions_from_an_official_folder(tmp_path):
     data = captions(tmp_path / "data")
     teacher = checkpoint(tmp_path, "large", LARGE, 0)
-    start = checkpoint(tmp_path, "small", SMALL_ONE, 1)
+    start = checkpoint(tmp_path, "small", SMALL_ONE, 1, {})
     settings = config(
         tmp_path, data=data, teacher=teacher, student="coca_tiny6", student_init=start, lr=1e-4
     )
@@ -204,6 +209,21 @@ def test_a_student_starts_from_the_layers_of_its_checkpoint(tmp_path):
             source.image.layers[sampled].mlp.up.weight,
         )
     assert torch.equal(student.coca.text.embedding.weight, source.text.embedding.weight)
+
+
+def test_a_student_of_its_teacher_starts_from_the_trained_one(tmp_path):
+    teacher = checkpoint(tmp_path, "large", LARGE, 0)
+    settings = config(
+        tmp_path, data=captions(tmp_path / "data"), teacher=teacher, student="coca_tiny6",
+        student_init="teacher",
+    )  # fmt: skip
+    models = sources.plan(settings)
+    data = experiment.load_data(settings, models)
+    trained = models.published_teacher(data)
+    with torch.no_grad():
+        trained.coca.text.embedding.weight.add_(1.0)
+    student = models.new_student(data, trained, 0.25)
+    assert torch.equal(student.coca.text.embedding.weight, trained.coca.text.embedding.weight)
 
 
 def test_a_checkpoint_alone_is_a_student_that_goes_on(tmp_path):

@@ -14,8 +14,9 @@ from small_run import small
 from optima_fast.errors import UserError
 from optima_fast.training import checkpoints, experiment
 from optima_fast.training.display import Display
+from optima_fast.training.interrupts import Interrupted
 from optima_fast.training.run import Run
-from optima_fast.training.trainer import Interrupted, Trainer
+from optima_fast.training.trainer import Trainer
 
 QUIET = Display(quiet=True)
 
@@ -110,7 +111,7 @@ def test_a_stopped_run_goes_on_exactly(tmp_path, monkeypatch, stop_at, method):
     step = first._train_step
 
     def stop(*args):
-        first._stop = first.step + 1 == stop_at
+        first._stop.asked = first.step + 1 == stop_at
         return step(*args)
 
     monkeypatch.setattr(first, "_train_step", stop)

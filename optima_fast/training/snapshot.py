@@ -1,0 +1,89 @@
+"""Everything that the rest of a run depends on, as a checkpoint, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from optima_fast.distill import Measurement
+from optima_fast.errors import UserError
+from optima_fast.training import checkpoints
+
+if TYPE_CHECKING:
+    from optima_fast.training.trainer import Trainer
+
+FORMAT = 4  # of checkpoints
+_COUNTERS = ("step", "round", "choice", "round_began", "last_metric", "left_out")
+
+
+def save(trainer: Trainer) -> Path:
+    """Write a checkpoint of everything that the rest of the run depends on."""
+    headroom = trainer.meter.headroom if trainer.meter else None
+    cuda = trainer.device.type == "cuda"
+    state: dict[str, Any] = {
+        "format": FORMAT,
+        "config": dataclasses.asdict(trainer.config),
+        **{name: getattr(trainer, name) for name in _COUNTERS},
+        "student": trainer.student.state_dict(),
+        "projections": trainer.distiller.state_dict() if trainer.distiller else {},
+        "cells": trainer.cells.state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
+        "bandit": trainer.policy.state_dict() if trainer.policy else None,
+        "before": trainer.before._asdict() if trainer.before else None,
+        "headroom": headroom.state_dict() if headroom else None,
+        "pulls": trainer.pulls,
+        "seconds": trainer.seconds,
+        "metrics_size": trainer.run.metrics_size(),
+        "cpu_generator": torch.get_rng_state(),
+        "cuda_generator": torch.cuda.get_rng_state(trainer.device) if cuda else None,
+        "teacher": trainer.teacher_digest,
+    }
+    return checkpoints.save_checkpoint(trainer.run.checkpoints, trainer.step, state)
+
+
+def restore(trainer: Trainer, path: Path) -> None:
+    """Continue from a checkpoint, exactly.
+
+    Raises:
+        UserError: the file is damaged, or of a run with other settings.
+    """
+    state = checkpoints.load_checkpoint(path)
+    mine = trainer.run.computed_by(dataclasses.asdict(trainer.config))
+    try:
+        if state["format"] != FORMAT:
+            raise UserError(f"checkpoint {path} has format {state['format']}, not {FORMAT}")
+        theirs = trainer.run.computed_by(state["config"])
+        if theirs != mine:
+            name = next(k for k in {**mine, **theirs} if theirs.get(k) != mine.get(k))
+            raise UserError(
+                f"checkpoint {path} is of another configuration: {name} is {theirs.get(name)} "
+                f"there and {mine.get(name)} here"
+            )
+        if state["teacher"] != trainer.teacher_digest:
+            raise UserError(
+                f"checkpoint {path} was made with another teacher than {trainer.config.teacher} "
+                "is now: put the old one back, or start over in another --out"
+            )
+        trainer.student.load_state_dict(state["student"])
+        if trainer.distiller is not None:
+            trainer.distiller.load_state_dict(state["projections"])
+        trainer.cells.load_state_dict(state["cells"])
+        trainer.optimizer.load_state_dict(state["optimizer"])
+        if trainer.policy is not None:
+            trainer.policy.load_state_dict(state["bandit"])
+        for name in (*_COUNTERS, "pulls", "seconds"):
+            setattr(trainer, name, state[name])
+        trainer.before = Measurement(**state["before"]) if state["before"] else None
+        if trainer.meter is not None and trainer.meter.headroom is not None:
+            trainer.meter.headroom.load_state_dict(state["headroom"])
+        torch.set_rng_state(state["cpu_generator"])
+        if trainer.device.type == "cuda" and state["cuda_generator"] is not None:
+            torch.cuda.set_rng_state(state["cuda_generator"], trainer.device)
+        trainer.run.truncate_metrics(state["metrics_size"])
+    except UserError:
+        raise
+    except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"checkpoint {path} does not fit this run: {error}") from error
