@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +28,9 @@ WEIGHT_FILES = (
 # CLIP's normalisation, which open_clip takes where a config names none
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
 _HUB = "hf-hub:"
-_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 _CLIP_VOCABULARY = 49408
 
 
@@ -101,7 +102,7 @@ def find(name: str) -> Checkpoint | None:
             if found is None:
                 raise UserError(f"{path} has {CONFIG_FILE} but none of {', '.join(WEIGHT_FILES)}")
             path = found
-        elif path.suffix not in _SUFFIXES or _is_of_a_run(path):
+        elif path.suffix not in SUFFIXES or _is_of_a_run(path):
             return None
         config_path = path.with_name(CONFIG_FILE)
     described = _read_json(config_path) if config_path and config_path.is_file() else {}
@@ -172,8 +173,16 @@ def _read(path: Path, device: str) -> dict[str, Tensor]:
             "code from it; if you trust it, save its weights alone: "
             "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)"
         ) from error
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, AssertionError) as error:
+    except (OSError, RuntimeError, ValueError, EOFError) as error:
+        if "TorchScript" in str(error):
+            raise UserError(
+                f"{path} is a TorchScript program, as OpenAI's CLIP comes, not a file of weights: "
+                "give open_clip's weights of a CoCa"
+            ) from error
         raise UserError(_damaged(path, error)) from error
+    except Exception as error:
+        # a reader of bytes that are no pickle stumbles in any way
+        raise UserError(_damaged(path, "not what torch.save writes")) from error
     state = value.get("state_dict", value) if isinstance(value, dict) else None
     if not isinstance(state, dict) or not all(
         isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
@@ -208,7 +217,10 @@ def _read_pickle(path: Path, device: str) -> Any:
     # files from before torch 1.6 are no archives, which alone can be mapped
     with path.open("rb") as file:
         archive = file.read(4) == b"PK\x03\x04"
-    return torch.load(path, map_location=device, weights_only=True, mmap=archive)
+    with warnings.catch_warnings():
+        # of what the error that follows says better
+        warnings.simplefilter("ignore")
+        return torch.load(path, map_location=device, weights_only=True, mmap=archive)
 
 
 def _from_hub(name: str) -> tuple[Path | None, Path]:

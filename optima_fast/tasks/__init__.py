@@ -12,7 +12,7 @@ from optima_fast.tasks.base import TaskData, unknown
 from optima_fast.tasks.split import Split
 from optima_fast.tasks.text import Vocabulary
 
-__all__ = ["TASKS", "Split", "TaskData", "Vocabulary", "load"]
+__all__ = ["TASKS", "Split", "TaskData", "Vocabulary", "check", "load"]
 
 TASKS = ("vqa", "snli_ve", "nlvr2", "coco")
 
@@ -36,12 +36,22 @@ def load(task: str, data: str = "digits", *, seed: int = 0, **options: Any) -> T
         from optima_fast.tasks import digits
 
         return digits.load(task, seed=seed, **options)
-    from optima_fast.tasks import folders, shards
+    from optima_fast.tasks import folders
 
-    if not Path(data).is_dir() and not shards.is_shards(data):
+    check(data)
+    read: TaskData = folders.load(task, Path(data), seed=seed, **options)
+    return read
+
+
+def check(data: str) -> None:
+    """Raise unless `data` is what `load` takes, without a look inside.
+
+    Raises:
+        UserError: It is neither "digits" nor a folder nor named like shards.
+    """
+    from optima_fast.tasks.shards import is_shards
+
+    if data != "digits" and not is_shards(data) and not Path(data).is_dir():
         raise UserError(
             f"no data folder {data!r}: give an existing folder, or 'digits' for the built-in data"
         )
-
-    read: TaskData = folders.load(task, Path(data), seed=seed, **options)
-    return read

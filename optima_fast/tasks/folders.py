@@ -181,7 +181,7 @@ def load(task: str, path: Path | str, *, seed: int = 0, **options: Any) -> TaskD
     listing = Listing()
     found = readings(task, root, listing)
     if "train" not in found:
-        raise UserError(f"no training annotations in {root}: {TRAINING_FILES[task]} must be there")
+        raise UserError(no_training(task, root))
     parts: dict[str, list[Example]] = {}
     for name in (*SPLITS, *chosen.further):
         if name in found:
@@ -228,11 +228,32 @@ def readings(task: str, root: Path, listing: Listing) -> Readings:
     """The splits that a folder has, none of them read yet.
 
     Raises:
-        UserError: There is no such folder, or not all shards of a pattern.
+        UserError: There is no such folder, it may not be read, or not all shards of a pattern.
     """
     if not root.is_dir() and not (task == "coco" and shards.is_shards(str(root))):
         raise UserError(f"no data folder {root}: give the folder that holds the {task} data set")
-    return READERS[task](root, listing)
+    try:
+        return READERS[task](root, listing)
+    except OSError as error:
+        raise UserError(f"cannot read {root}: {error.strerror}") from error
+
+
+def no_training(task: str, root: Path) -> str:
+    """What is wrong with a folder without training annotations, and what may have been meant."""
+    below = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    said = f"no training annotations in {root}: {TRAINING_FILES[task]} must be there"
+    for folder in (*below, root.parent):
+        if _trains(task, folder):
+            return f"{said}; give {folder}, which has them"
+    others = [other for other in READERS if other != task and _trains(other, root)]
+    return f"{said}; what is there is of --task {others[0]}" if others else said
+
+
+def _trains(task: str, folder: Path) -> bool:
+    try:
+        return "train" in READERS[task](folder, Listing())
+    except (UserError, OSError):
+        return False
 
 
 def present(reading: Reading, name: str, root: Path, listing: Listing) -> list[Example]:
@@ -250,7 +271,10 @@ def present(reading: Reading, name: str, root: Path, listing: Listing) -> list[E
             raise UserError(
                 f"no image folder {absent.parent}: put the images of the data set there"
             )
-        raise UserError(f"no image of the {name} split is there, the first is {absent}")
+        raise UserError(
+            f"no image of the {name} split is there, the first would be {absent}: put the images "
+            "of the data set there"
+        )
     return there
 
 

@@ -40,7 +40,7 @@ class UnreadableImages(UserError):
         self.errors = errors
 
     def __str__(self) -> str:
-        return next(iter(self.errors.values()))
+        return f"{next(iter(self.errors.values()))}; --image-errors skip leaves out what shows it"
 
 
 @dataclass(frozen=True)

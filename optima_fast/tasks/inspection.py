@@ -8,7 +8,6 @@ from optima_fast.errors import UserError
 from optima_fast.tasks import folders, shards
 from optima_fast.tasks.annotations import (
     READERS,
-    TRAINING_FILES,
     ImageFile,
     Listing,
     Reading,
@@ -88,8 +87,7 @@ def inspect(task: str, root: Path, *, decode: int = 0) -> Report:
     try:
         found = folders.readings(task, root, listing)
         if "train" not in found:
-            wanted = TRAINING_FILES[task]
-            problems.append(f"no training annotations in {root}: {wanted} must be there")
+            problems.append(folders.no_training(task, root))
     except UserError as error:
         problems.append(str(error))
     for name in (*folders.SPLITS, *folders.FURTHER.get(task, ())):
@@ -196,7 +194,7 @@ def _missing(task: str, root: Path, parts: list[Part]) -> Iterator[Download]:
     """The downloads that complete the splits a run needs, and those that are there in part."""
     read = {part.name: part for part in parts}
     source = task
-    if shards.is_shards(str(root)):
+    if shards.is_shards(str(root)) or (task == "coco" and not parts and any(root.glob("*.tar"))):
         return
     if task == "coco" and parts:
         name = parts[0].files[0].name

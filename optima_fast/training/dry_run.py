@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from optima_fast import tasks
 from optima_fast.distill import arm_name, arm_space
 from optima_fast.models import CoCa, CoCaConfig, paper_parameters
 from optima_fast.tasks import TaskData
@@ -28,6 +29,7 @@ def show(config: TrainConfig, display: Display) -> None:
     """
     config, _ = experiment.place(config)
     device = experiment.prepare(config)
+    tasks.check(config.data)
     models = sources.plan(config)
     data = experiment.load_data(config, models)
     experiment.rehearse(config, models, data)

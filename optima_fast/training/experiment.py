@@ -52,6 +52,7 @@ def run(config: TrainConfig, display: Display) -> tuple[Run, Summary]:
         display.note(f"{folder.folder} is finished already; another --out starts another run")
         return folder, folder.summary()
     device = prepare(config)
+    tasks.check(config.data)
     models = sources.plan(config)
     for note in models.notes:
         display.note(f"student: {config.student}, {note}")

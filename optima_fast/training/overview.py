@@ -141,7 +141,10 @@ def method_name(summary: Mapping[str, Any]) -> str:
 
 
 def number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+    """``0.8400``; ``12`` of a count, ``-`` of what is not known."""
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
 def _scaled_down(config: TrainConfig) -> str:

@@ -265,6 +265,11 @@ class Run:
         return build(self.model_config(), head, classes)
 
     def _described(self, key: str) -> Any:
+        if self.exists() and not self.model_path.is_file():
+            raise UserError(
+                f"{self.folder} is not finished: there is no {self.model_path.name} yet; go on "
+                f"with it by --resume {self.folder}"
+            )
         described = checkpoints.read_json(self.model_path)
         if not isinstance(described, dict) or key not in described:
             raise UserError(f"{self.model_path} does not describe a model: no {key!r}")

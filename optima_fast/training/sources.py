@@ -90,6 +90,19 @@ def find(name: str, flag: str) -> Source:
     checkpoint = pretrained.find(name)
     if checkpoint is not None:
         return Source(name, checkpoint.config, checkpoint=checkpoint)
+    if path.is_dir():
+        raise UserError(
+            f"{flag} {name} is a folder with neither a run in it (config.yaml) nor a checkpoint "
+            f"({' or '.join(pretrained.WEIGHT_FILES)})"
+        )
+    if path.exists():
+        raise UserError(
+            f"{flag} {name} is no checkpoint: those are {', '.join(pretrained.SUFFIXES)}"
+        )
+    if "/" in name:
+        raise UserError(
+            f"{flag} {name!r} is no run folder and no checkpoint: there is nothing of that name"
+        )
     try:
         presets.get(name)
     except UserError as error:

@@ -9,9 +9,11 @@ import hashlib
 import http.server
 import json
 import os
+import pickle
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -215,6 +217,24 @@ def test_files_that_are_no_checkpoints(file: str, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="is damaged or no checkpoint") as error:
             pretrained.find(str(path))
         assert "\n" not in str(error.value)
+
+
+def test_what_cannot_be_unpickled_is_one_error_without_warnings(tmp_path: Path) -> None:
+    damaged = r"is damaged or no checkpoint \((not what|it ends)"
+    contents = [b"hello world", pickle.dumps([1, 2]), pickle.dumps({}, 4), b"", b".", b"0"]
+    contents += [b"\x80\x02}R.", b"\x80\x02N)R.", b"\x80\x02G1."]
+    for number, content in enumerate(contents):
+        (tmp_path / f"{number}.pt").write_bytes(content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated
+        torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), str(tmp_path / "program.pt"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for number in range(len(contents)):
+            with pytest.raises(UserError, match=damaged):
+                pretrained.find(str(tmp_path / f"{number}.pt"))
+        with pytest.raises(UserError, match=r"program\.pt is a TorchScript program"):
+            pretrained.find(str(tmp_path / "program.pt"))
 
 
 def test_files_that_are_not_there(tmp_path: Path) -> None:

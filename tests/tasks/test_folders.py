@@ -234,7 +234,9 @@ def test_absent_images_are_counted_and_the_first_is_named(tmp_path, task, caplog
     assert gone.name in line
     for path in gone.parent.glob("**/*"):
         path.unlink()
-    with pytest.raises(UserError, match=r"no image of the train split is there, the first is .*g$"):
+    with pytest.raises(
+        UserError, match=r"no image of the train split is there, the first would be .*g: "
+    ):
         load(task, root)
 
 

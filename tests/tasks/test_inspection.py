@@ -64,6 +64,28 @@ def test_a_folder_without_any_image(tmp_path):
 
 
 @pytest.mark.parametrize("task", MAKE)
+def test_a_wrong_folder_is_told_the_right_one(tmp_path, task):
+    root = MAKE[task](tmp_path / "all" / "right")
+    other = "coco" if task == "vqa" else "vqa"
+    for wrong, hint in (
+        (tmp_path / "all", f"give {root}, which has them"),
+        (next(path for path in root.iterdir() if path.is_dir()), f"give {root}, which has them"),
+    ):
+        # COCO's file lies in a folder of its own, where it is found as well
+        if task == "coco" and wrong.name == "annotations":
+            continue
+        with pytest.raises(UserError, match=f"no training annotations in .*; {hint}$"):
+            folders.load(task, wrong)
+        assert hint in text(inspect(task, wrong))
+    with pytest.raises(UserError, match=f"; what is there is of --task {task}$"):
+        folders.load(other, root)
+    lone = tmp_path / "lone" / "none"
+    lone.mkdir(parents=True)
+    with pytest.raises(UserError, match="must be there$"):
+        folders.load(task, lone)
+
+
+@pytest.mark.parametrize("task", MAKE)
 def test_an_empty_folder_and_none(tmp_path, task):
     report = inspect(task, tmp_path)
     assert report.parts == []
@@ -113,6 +135,13 @@ def test_shards_that_are_not_there_are_not_to_download(tmp_path):
     assert report.downloads == []
 
 
+def test_damaged_shards_in_a_folder_are_not_to_download(tmp_path):
+    (tmp_path / "train-0.tar").write_bytes(b"")
+    report = inspect("coco", tmp_path)
+    assert "is not a complete tar file" in report.problems[0]
+    assert report.downloads == []
+
+
 def test_splits_for_predictions_alone_do_not_stop_a_run(tmp_path):
     root = make_nlvr2(tmp_path, parts=("train", "dev", "test1", "test2"))
     shutil.rmtree(root / "images" / "test2")
@@ -152,7 +181,7 @@ def test_the_command_line(tmp_path, capsys):
     assert doctor.main(["--task", "vqb", "--data", str(root)]) == 2
     assert "unknown task 'vqb' (did you mean 'vqa'?)" in capsys.readouterr().err
     for wrong in (["--task", "coco"], ["--task", "coco", "--data", ".", "--images", "-3"]):
-        with pytest.raises(SystemExit, match="2"):
-            doctor.main(wrong)
+        assert doctor.main(wrong) == 2
+        assert capsys.readouterr().err.count("\n") == 1
     with pytest.raises(UserError, match="unknown task"):
         inspect("vqb", root)

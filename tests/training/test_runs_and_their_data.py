@@ -174,3 +174,14 @@ def test_the_next_command_takes_over_all_settings_of_a_run(tmp_path, capsys):
     config = resolve(TrainConfig(**parse(command, prog="", description="")))
     assert (config.method, config.teacher_steps, config.seed) == ("optima", 3, 4)
     assert config.out == f"{run.folder}-optima"
+
+
+def test_unreadable_images_are_counted_in_whole_numbers_where_they_are_skipped(copy, capsys):
+    (copy / "data" / "train2014" / f"COCO_train2014_{1:012d}.jpg").write_bytes(b"\xff\xd8")
+    command = [str(copy / "run"), "--split", "train"]
+    assert evaluate.main(command) == 2
+    assert "; --image-errors skip leaves out what shows it\n" in capsys.readouterr().err
+    config = copy / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("image_errors: fail", "image_errors: skip"))
+    assert evaluate.main(command) == 0
+    assert " left_out 2 " in " ".join(capsys.readouterr().out.replace("│", " ").split())

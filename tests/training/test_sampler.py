@@ -44,3 +44,5 @@ def test_a_step_is_a_function_of_seed_and_step_alone():
 def test_a_batch_larger_than_the_split_is_refused():
     with pytest.raises(UserError, match="--batch-size 11 is more than the 10 images of the train"):
         Sampler(split(10, 2), 11, seed=0)
+    with pytest.raises(UserError, match="than the 10 examples of the train split: lower it"):
+        Sampler(split(10, 1), 11, seed=0)

@@ -96,8 +96,25 @@ def test_a_name_is_a_preset_a_run_or_a_checkpoint(tmp_path):
     assert found.checkpoint is not None
     assert found.config == LARGE
     assert not sources.find("coca_base", "--student").trained
-    with pytest.raises(UserError, match=r"--student 'coca_tiny13' is no run folder and no check"):
-        sources.find("coca_tiny13", "--student")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("weights")
+    for wrong, message in (
+        (
+            "coca_tiny13",
+            r"--student 'coca_tiny13' is no run folder and no check.*mean 'coca_tiny12",
+        ),
+        (str(tmp_path / "none"), "no run folder and no checkpoint: there is nothing of that name"),
+        (
+            str(tmp_path / "empty"),
+            r"is a folder with neither a run .* nor a checkpoint \(open_clip",
+        ),
+        (str(tmp_path / "notes.txt"), r"is no checkpoint: those are \.safetensors, \.pt"),
+    ):
+        with pytest.raises(UserError, match=message):
+            sources.find(wrong, "--student")
+    run.model_path.unlink()
+    with pytest.raises(UserError, match=r"run is not finished: .* go on with it by --resume "):
+        sources.find(str(run.folder), "--teacher")
 
 
 def test_a_preset_takes_the_form_of_its_start_and_the_patches_of_its_teacher(tmp_path):
@@ -308,3 +325,11 @@ def test_the_papers_settings_are_the_defaults_on_a_folder():
     for task in ("vqa", "snli_ve", "nlvr2", "coco"):
         settings = resolve(TrainConfig(task=task, data="folder"))
         assert (settings.teacher, settings.student) == ("coca_large", "coca_tiny12")
+
+
+def test_a_missing_data_folder_is_told_before_a_checkpoint_is_looked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "plan", lambda config: pytest.fail("looked for models"))
+    settings = config(tmp_path, data=str(tmp_path / "none"), teacher="hf-hub:laion/any")
+    for begin in (lambda: experiment.run(settings, QUIET), lambda: dry_run.show(settings, QUIET)):
+        with pytest.raises(UserError, match="no data folder .*none': give an existing folder"):
+            begin()
