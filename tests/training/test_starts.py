@@ -143,12 +143,12 @@ def test_texts_fit_the_shorter_of_both_models(tmp_path):
         assert models.reading(config(tmp_path))["max_text_length"] == 7
 
 
-def kept(settings: TrainConfig) -> str:
+def kept(settings: TrainConfig, device: str = "cpu") -> str:
     """The name of the folder of the trained teacher."""
     models = sources.plan(settings)
     data = experiment.load_data(settings, models)
     own = resolve(teachers.teacher_config(settings))
-    return teachers.cached_run(own, models.teacher, data, torch.device("cpu")).folder.name
+    return teachers.cached_run(own, models.teacher, data, torch.device(device)).folder.name
 
 
 def test_a_kept_teacher_is_of_its_data(tmp_path):
@@ -195,6 +195,7 @@ def test_a_kept_teacher_is_of_its_captions(tmp_path):
 
     edit(root / "annotations" / "captions_val2017.json", swap)
     assert kept(settings) != before
+    assert kept(settings, "cuda") != kept(settings, "cpu")
 
 
 def test_a_kept_teacher_is_of_its_checkpoint_s_description(tmp_path):
