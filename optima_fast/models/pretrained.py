@@ -61,7 +61,7 @@ class Checkpoint:
         only pages that the system can drop are held.
 
         Raises:
-            UserError: The file changed since it was found.
+            UserError: The file changed since it was found, or a weight is NaN or infinite.
         """
         with torch.device("meta"):
             model = CoCa(self.config)
@@ -69,6 +69,13 @@ class Checkpoint:
         model.to_empty(device="cpu")
         state = open_clip.from_open_clip(_read(self.path, "cpu"), self.config)
         model.load_state_dict(state, strict=True)
+        for name, value in model.state_dict().items():
+            # aminmax hands NaN on and needs no memory of the tensor's size
+            if not all(bool(end.isfinite()) for end in torch.aminmax(value)):
+                raise UserError(
+                    f"{self.path} has values that are NaN or infinite, the first in {name}: take "
+                    "another checkpoint"
+                )
         return model
 
 

@@ -397,7 +397,7 @@ class Trainer:
         if self.policy is not None:
             top = sorted(self.pulls.items(), key=lambda item: -item[1])[:2]
             rounds = max(1, sum(self.pulls.values()))
-            shown["arms"] = ", ".join(f"{n} {c / rounds:.0%}" for n, c in top)
+            shown["arms"] = ", ".join(f"{n} {c / rounds:.0%}" for n, c in top if c)
         shown["samples/s"] = f"{rate:.0f}"
         stage.update(self.step, shown)
 

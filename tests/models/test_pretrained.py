@@ -8,6 +8,7 @@ import functools
 import hashlib
 import http.server
 import json
+import math
 import os
 import pickle
 import subprocess
@@ -298,6 +299,16 @@ def test_weights_of_a_file_that_changed(tmp_path: Path) -> None:
     save(path, {name: value for name, value in weights().items() if name != "visual.proj"})
     with pytest.raises(UserError, match=r"1 missing \(visual\.proj\)"):
         checkpoint.load()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_no_numbers(value: float, tmp_path: Path) -> None:
+    describe(tmp_path)
+    broken = weights()
+    broken["visual.proj"][1, 2] = value
+    save(tmp_path / SAFE, broken)
+    with pytest.raises(UserError, match=r"NaN or infinite, the first in image_projection"):
+        found(tmp_path).load()
 
 
 LOAD = """

@@ -211,8 +211,12 @@ def test_a_kept_teacher_is_of_its_checkpoint_s_description(tmp_path):
     names = []
     same = open_clip.model_cfg(shape)
     other = open_clip.model_cfg(dataclasses.replace(shape, pooler_heads=2))
-    half = [0.5, 0.5, 0.5]
-    for model, options in ((same, {}), (same, {"mean": half}), (same, {"std": half}), (other, {})):
+    for model, options in (
+        (same, {}),
+        (same, {"mean": [0.5, 0.5, 0.5]}),
+        (same, {"std": [0.5, 0.5, 0.5]}),
+        (other, {}),
+    ):
         described = {"model_cfg": model, "preprocess_cfg": options}
         (folder / "open_clip_config.json").write_text(json.dumps(described))
         names.append(kept(config(tmp_path, task="coco", teacher=str(folder), student="coca_tiny6")))
