@@ -136,6 +136,14 @@ def test_a_form_that_a_student_cannot_take_is_told(tmp_path):
             sources.plan(settings)
 
 
+def test_a_step_without_a_teacher_is_tried_before_it_is_taken(finished, tmp_path, monkeypatch):
+    settings = config(tmp_path, data=data_of(finished), method="finetune", teacher=None)
+    monkeypatch.setattr(sources, "sized", lambda shape, data, start: shape)  # one channel, not 3
+    with pytest.raises(UserError, match=r"--student digits_student .*: images must be \[I, 1, 24"):
+        experiment.run(settings, QUIET)
+    assert not Path(settings.out).exists()
+
+
 def test_texts_fit_the_shorter_of_both_models(tmp_path):
     shapes = [dataclasses.replace(SHAPE, text_length=n) for n in (9, 7)]
     for student, teacher in (shapes, shapes[::-1]):
