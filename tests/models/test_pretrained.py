@@ -304,9 +304,9 @@ def test_weights_of_a_file_that_changed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_weights_that_are_no_numbers(value: float, tmp_path: Path) -> None:
     describe(tmp_path)
-    broken = weights()
-    broken["visual.proj"][1, 2] = value
-    save(tmp_path / SAFE, broken)
+    projection = weights()["visual.proj"].clone()
+    projection[1, 2] = value
+    save(tmp_path / SAFE, {**weights(), "visual.proj": projection})
     with pytest.raises(UserError, match=r"NaN or infinite, the first in image_projection"):
         found(tmp_path).load()
 
