@@ -104,12 +104,11 @@ def find(name: str, flag: str) -> Source:
             f"{flag} {name!r} is no run folder and no checkpoint: there is nothing of that name"
         )
     try:
-        presets.get(name)
+        return Source(name, presets.get(name))
     except UserError as error:
         raise UserError(
             f"{flag} {name!r} is no run folder and no checkpoint, and {error}"
         ) from None
-    raise AssertionError
 
 
 @dataclass(frozen=True)
