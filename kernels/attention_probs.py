@@ -9,14 +9,15 @@
 What does not count may hold nan or inf: it changes no value and no gradient. R is kept, in the
 students' dtype and only when a gradient is wanted: one map, whatever the number of heads.
 
-Above 128 queries or keys (``probs_large.py``), with H heads in all, H_s of them the students':
+Up to 272 keys of 16 bits (``probs_rows.py``) rows of a map lie in registers: one launch forward and
+one backward for all layers of a form. Above (``probs_sweeps.py``), with H heads in all, H_s of them
+the students':
   log-sum-exp  H Q K^T and H exponentials a pair; skipped for a model whose attention gave it
   residual     the same once more: a tile's loop over all heads, the sum in float32
   dQ           one sweep: dQ_h = s (U - r V), U = (P o R) K, V = P K, r = sum P o R / sum P of the
                products as rounded. 3 products and 1 exponential a pair and head of the students
   dK           2 products and 1 exponential
 Bytes: Q and K of both models each time a tile needs them, from L2; R is 1 element a pair.
-Up to 128 (``probs_small.py``): one launch forward and one backward for all layers, no log-sum-exp.
 
 Products and sums are kept in float32, for float64 in float64; float32 inputs have IEEE products.
 There are no atomics: every sum has a fixed order and results are bit-reproducible.
@@ -24,16 +25,18 @@ There are no atomics: every sum has a fixed order and results are bit-reproducib
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from . import probs_large, probs_small
+from . import launch, probs_rows, probs_sweeps
 from .core import accumulator, device_refusals, dtype_refusals
-from .probs_layers import ROW_UNIT, Counted, Model, groups, is_dense
+from .launch import LaunchConfig
+from .layers import groups, in_order
+from .probs_rows import Tiles
+from .probs_tiles import Counted, Model, is_dense, residual_width, width
 
-SMALL = 128  # queries and keys at most, where a row of a map lies in registers
 MAX_WIDTH = 128
 
 
@@ -51,20 +54,6 @@ def not_served(
     if widest > MAX_WIDTH:
         reasons.append(f"head sizes must be at most {MAX_WIDTH}, got {widest}")
     return reasons
-
-
-def is_small(queries: int, keys: int, dtype: torch.dtype) -> bool:
-    """Whether rows of the map lie in registers: such a layer keeps no log-sum-exp.
-
-    Not for float32: without tensor cores, products of whole rows take too many registers.
-    Layers whose teacher is float32 take the other way forward, which changes nothing for the rest.
-    """
-    return max(queries, keys) <= SMALL and dtype != torch.float32
-
-
-def residual_width(keys: int) -> int:
-    """The length of a stored residual's rows: aligned, so that 16 bytes are read at a time."""
-    return -(-keys // ROW_UNIT) * ROW_UNIT
 
 
 def attention_probs_forward(
@@ -98,43 +87,50 @@ def attention_probs_forward(
     Returns:
         losses ``[L]``; residuals, L x ``[B, Nq, residual_width(Nk)]`` in the students' dtype, zero
         where nothing counts, times ``2**SHIFTS[dtype][1]`` for float16; the students' log-sum-exp,
-        L x ``[B, H_s, Nq]``, or ``[B, H_s, 0]`` where ``is_small``; scales ``[L]`` (2 / n, n at
-        least 1). Losses, log-sum-exp and scales are float32 or float64. The two lists are
-        empty if no gradient is wanted. A log-sum-exp that was given is returned itself.
+        L x ``[B, H_s, Nq]``; scales ``[L]`` (2 / n, n at least 1). Losses, log-sum-exp and scales
+        are float32 or float64. The two lists are empty if no gradient is wanted. A log-sum-exp
+        that was given is returned itself.
     """
     student = Model.of(student_q, student_k, student_scale)
     teacher = Model.of(teacher_q, teacher_k, teacher_scale)
-    counted = Counted(query_masks, key_masks, causal)
+    pairs = Counted(query_masks, key_masks, causal)
     L = len(student_q)
     residuals = [
         q.new_empty(q.shape[0], q.shape[2], residual_width(k.shape[2])) if need_residual else q
         for q, k in zip(student_q, student_k, strict=True)
     ]
-    found: dict[int, tuple[Tensor, Tensor]] = {}
     with torch.cuda.device_of(student_q[0]):
-        small = [_is_small(student, i) and _is_small(teacher, i) for i in range(L)]
+        tiles = [_forward_tiles(student, teacher, i) for i in range(L)]
         lses, teacher_lses = (
-            _log_sums(model, counted, given, small)
+            _log_sums(model, pairs, given, tiles)
             for model, given in ((student, student_lse), (teacher, teacher_lse))
         )
-        kinds = {i: (small[i], student.width(i), teacher.width(i)) for i in range(L)}
-        for (within, *_), layers in groups(kinds):
-            if within:
-                results = probs_small.residual(
-                    student, teacher, counted, layers, residuals, need_residual
-                )
+        given = [
+            (s is not None, t is not None) for s, t in zip(student_lse, teacher_lse, strict=True)
+        ]
+        forms = {
+            i: (tiles[i], student.form(i), teacher.form(i), pairs.form(i), tiles[i] and given[i])
+            for i in range(L)
+        }
+        losses: dict[int, Tensor] = {}
+        scales: dict[int, Tensor] = {}
+        launches = groups(forms)
+        for (tile, *_), layers in launches:
+            models = (student, teacher, pairs, layers, lses, teacher_lses)
+            if tile is None:
+                found = probs_sweeps.residual(*models, residuals, need_residual)
             else:
-                results = probs_large.residual(
-                    student, teacher, counted, layers, lses, teacher_lses, residuals, need_residual
+                found = probs_rows.residual(
+                    *models, given[layers[0]], residuals, need_residual, tile
                 )
-            found.update(zip(layers, zip(*results, strict=True), strict=True))
-        losses, scales = results
-        if layers != list(range(L)):  # several launches
-            losses, scales = (torch.stack([found[i][j] for i in range(L)]) for j in range(2))
-    if not need_residual:
-        return losses, [], [], scales
-    kept = [x[:, :, :0] if _is_small(student, i) else x for i, x in enumerate(lses)]
-    return losses, residuals, kept, scales
+            if len(launches) == 1:
+                break
+            losses.update(zip(layers, found[0], strict=True))
+            scales.update(zip(layers, found[1], strict=True))
+        else:
+            found = in_order(losses), in_order(scales)
+    kept = (residuals, lses) if need_residual else ([], [])
+    return found[0], *kept, found[1]
 
 
 def attention_probs_backward(
@@ -169,7 +165,7 @@ def attention_probs_backward(
         ``torch.empty_like`` gives; None where none was asked for.
     """
     student = Model.of(student_q, student_k, student_scale)
-    counted = Counted(query_masks, key_masks, causal)
+    pairs = Counted(query_masks, key_masks, causal)
     factor = (grad * scales).to(scales.dtype).contiguous()
     wanted = [i for i, needs in enumerate(zip(need_q, need_k, strict=True)) if any(needs)]
     # dQ is needed on the way to dK
@@ -180,15 +176,15 @@ def attention_probs_backward(
         {i: x if is_dense(x) else x.new_empty(x.shape) for i, x in y.items()} for y in (d_q, d_k)
     )
     with torch.cuda.device_of(student_q[0]):
-        kinds = {i: (_is_small(student, i), student.width(i)) for i in wanted}
-        for (within, _), layers in groups(kinds):
-            if within:
-                probs_small.gradients(student, counted, layers, residuals, factor, to_q, to_k)
-            else:
+        tiles = {i: _tiles(launch.PROBS_ROWS_BACKWARD, student, i) for i in wanted}
+        forms = {i: (tiles[i], student.form(i), pairs.form(i)) for i in wanted}
+        for (tile, *_), layers in groups(forms):
+            inputs = (student, pairs, layers, student_lses, residuals, factor)
+            if tile is None:
                 asked = {i: x for i, x in to_k.items() if need_k[i]}
-                probs_large.gradients(
-                    student, counted, layers, student_lses, residuals, factor, to_q, asked
-                )
+                probs_sweeps.gradients(*inputs, to_q, asked)
+            else:
+                probs_rows.gradients(*inputs, to_q, to_k, tile)
     for out, written in ((d_q, to_q), (d_k, to_k)):
         for i in wanted:
             if out[i] is not written[i]:
@@ -199,21 +195,39 @@ def attention_probs_backward(
     )
 
 
-def _is_small(model: Model, layer: int) -> bool:
-    return is_small(*model.lengths(layer), model.q[layer].dtype)
+def _tiles(
+    table: Mapping[tuple[int, ...], LaunchConfig], model: Model, layer: int, columns: int = 0
+) -> Tiles | None:
+    """How rows of the layer's maps lie in registers; None where they do not.
+
+    float32 has no tensor cores, without which products of whole rows take too many registers.
+    """
+    x = model.q[layer]
+    if x.dtype == torch.float32:
+        return None
+    return probs_rows.tiles(table, model.k[layer].shape[2], max(columns, width(x)), x)
+
+
+def _forward_tiles(student: Model, teacher: Model, layer: int) -> Tiles | None:
+    x = teacher.q[layer]
+    if x.dtype == torch.float32:
+        return None
+    return _tiles(launch.PROBS_ROWS_FORWARD, student, layer, width(x))
 
 
 def _log_sums(
-    model: Model, counted: Counted, given: Sequence[Tensor | None], small: Sequence[bool]
+    model: Model, pairs: Counted, given: Sequence[Tensor | None], tiles: Sequence[Tiles | None]
 ) -> list[Tensor]:
-    """[B, H, Nq] of each layer as given or computed, or nothing where the layer is small."""
+    """[B, H, Nq] of each layer: as given, computed, or room for what the residual's kernel finds."""
     dtype, _ = accumulator(model.q[0])
-    missing = [i for i, lse in enumerate(given) if lse is None and not small[i]]
-    computed = probs_large.log_sums(model, counted, missing)
-    lses = []
-    for i, (q, lse) in enumerate(zip(model.q, given, strict=True)):
-        if small[i]:
-            lses.append(q.new_empty(*q.shape[:2], 0, dtype=dtype))
-        else:
-            lses.append(computed[i] if lse is None else lse.to(dtype).contiguous())
-    return lses
+    missing = [
+        i for i, (lse, tile) in enumerate(zip(given, tiles, strict=True))
+        if lse is None and tile is None
+    ]  # fmt: skip
+    computed = probs_sweeps.log_sums_of(model, pairs, missing)
+    return [
+        computed[i] if i in computed
+        else q.new_empty(q.shape[:3], dtype=dtype) if lse is None
+        else lse.to(dtype).contiguous()
+        for i, (q, lse) in enumerate(zip(model.q, given, strict=True))
+    ]  # fmt: skip

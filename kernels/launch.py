@@ -29,6 +29,12 @@ class LaunchConfig(NamedTuple):
     maxnreg: int = 0
     """Registers that a thread may have; 0: as many as there are."""
 
+    def fitted(self, queries: int) -> LaunchConfig:
+        """Half the rows and warps where 128 rows would be half empty."""
+        if queries <= 64 and self.block_m == 128 and self.num_warps == 8:
+            return self._replace(block_m=64, num_warps=4)
+        return self
+
 
 # Keys: (compute capability's major number, bytes an element). From 8.x entries, which load plainly,
 # come those of data that TMA cannot address.
@@ -103,8 +109,6 @@ PROBS_LSE = {
     (8, 4, 128): LaunchConfig(64, 32, 16, 4, 2),
     (10, 4, 64): LaunchConfig(32, 32, 16, 4, 2),
     (10, 4, 128): LaunchConfig(32, 32, 16, 4, 2),
-    (8, 8, 64): LaunchConfig(32, 32, 16, 4, 1),
-    (8, 8, 128): LaunchConfig(32, 32, 16, 4, 1),
 }
 PROBS_RESIDUAL = {
     (8, 2, 64): LaunchConfig(64, 64, 128, 4, 3),
@@ -117,8 +121,6 @@ PROBS_RESIDUAL = {
     (8, 4, 128): LaunchConfig(64, 32, 16, 4, 2),
     (10, 4, 64): LaunchConfig(32, 32, 16, 4, 2),
     (10, 4, 128): LaunchConfig(32, 32, 16, 4, 2),
-    (8, 8, 64): LaunchConfig(32, 32, 16, 4, 1),
-    (8, 8, 128): LaunchConfig(32, 32, 16, 4, 1),
 }
 PROBS_DQ = {
     (8, 2, 64): LaunchConfig(64, 32, 128, 4, 2),
@@ -129,8 +131,6 @@ PROBS_DQ = {
     (10, 2, 128): LaunchConfig(64, 64, 128, 4, 2),
     (8, 4, 64): LaunchConfig(32, 32, 16, 8, 1),
     (8, 4, 128): LaunchConfig(32, 32, 16, 8, 1),
-    (8, 8, 64): LaunchConfig(32, 32, 16, 4, 1),
-    (8, 8, 128): LaunchConfig(32, 32, 16, 4, 1),
 }
 PROBS_DK = {
     (8, 2, 64): LaunchConfig(64, 64, 128, 4, 2),
@@ -141,30 +141,25 @@ PROBS_DK = {
     (10, 2, 128): LaunchConfig(64, 32, 128, 4, 2),
     (8, 4, 64): LaunchConfig(32, 32, 16, 4, 1),
     (8, 4, 128): LaunchConfig(32, 32, 16, 4, 1),
-    (8, 8, 64): LaunchConfig(32, 32, 16, 4, 1),
-    (8, 8, 128): LaunchConfig(32, 32, 16, 4, 1),
 }
-# Up to 128 queries and keys; block_n: of the keys' first tile, beside which the rest is its tail.
-# float32 has no tensor cores, and whole rows take too many registers without.
-PROBS_SMALL_FORWARD = {
-    (8, 2, 64): LaunchConfig(32, 64, 128, 4, 2),
-    (8, 2, 128): LaunchConfig(32, 64, 128, 4, 1),
-    (9, 2, 64): LaunchConfig(64, 64, 128, 4, 2),
-    (9, 2, 128): LaunchConfig(64, 64, 128, 4, 2),
-    (10, 2, 64): LaunchConfig(64, 64, 128, 4, 2),
-    (10, 2, 128): LaunchConfig(64, 64, 128, 4, 1),
-    (8, 8, 64): LaunchConfig(16, 64, 16, 4, 1),
-    (8, 8, 128): LaunchConfig(16, 64, 16, 4, 1),
+# Rows in registers. Keys: (capability's major number, keys of a tile, columns of a head). 16 bits.
+PROBS_ROWS_FORWARD = {
+    (8, 64, 64): LaunchConfig(32, 64, 0, 4, 2),
+    (8, 64, 128): LaunchConfig(32, 64, 0, 4, 1),
+    (8, 128, 64): LaunchConfig(32, 128, 0, 4, 2),
+    (9, 64, 64): LaunchConfig(64, 64, 0, 4, 3),
+    (9, 64, 128): LaunchConfig(64, 64, 0, 4, 2),
+    (9, 128, 64): LaunchConfig(64, 128, 0, 4, 2),
+    (9, 128, 128): LaunchConfig(64, 128, 0, 8, 2),
+    (9, 256, 64): LaunchConfig(64, 256, 0, 8, 2),
 }
-PROBS_SMALL_BACKWARD = {
-    (8, 2, 64): LaunchConfig(32, 64, 128, 4, 1),
-    (8, 2, 128): LaunchConfig(16, 64, 128, 4, 1),
-    (9, 2, 64): LaunchConfig(32, 64, 128, 4, 1),
-    (9, 2, 128): LaunchConfig(16, 64, 128, 4, 1),
-    (10, 2, 64): LaunchConfig(32, 64, 128, 4, 1),
-    (10, 2, 128): LaunchConfig(16, 64, 128, 4, 1),
-    (8, 8, 64): LaunchConfig(16, 64, 16, 4, 1),
-    (8, 8, 128): LaunchConfig(16, 64, 16, 4, 1),
+PROBS_ROWS_BACKWARD = {
+    (8, 64, 64): LaunchConfig(32, 64, 0, 4, 1),
+    (8, 64, 128): LaunchConfig(16, 64, 0, 4, 1),
+    (9, 64, 64): LaunchConfig(64, 64, 0, 4, 2),
+    (9, 64, 128): LaunchConfig(64, 64, 0, 4, 1),
+    (9, 128, 64): LaunchConfig(64, 128, 0, 8, 2),
+    (9, 256, 64): LaunchConfig(64, 256, 0, 8, 2),
 }
 
 CANDIDATES = {
@@ -224,9 +219,20 @@ def lookup(
     return table[max(served)]
 
 
+def has(table: Mapping[tuple[int, ...], LaunchConfig], major: int, *key: int) -> bool:
+    """Whether ``lookup`` finds an entry."""
+    major = 8 if major >= 12 else major
+    return any(entry[1:] == key and entry[0] <= major for entry in table)
+
+
 def capability(x: Tensor) -> tuple[int, int]:
     """The tensor's device's, and the least that the kernels serve where there is none."""
     return torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
+
+
+def settles(x: Tensor) -> bool:
+    """Whether products are added up by wgmma, whose accumulators need ``layers.settle``."""
+    return capability(x)[0] == 9 and x.element_size() == 2
 
 
 def grid(config: LaunchConfig, tiles: int, x: Tensor) -> tuple[int]:

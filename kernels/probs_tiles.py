@@ -1,172 +1,246 @@
-"""What the kernels of head-averaged attention maps share: their arguments, their loads, Q K^T."""
+"""What the kernels of head-averaged attention maps share: their arguments, tiles, Q K^T."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .core import pick
+from . import launch
+from .launch import LaunchConfig
+from .layers import pointers, stride
 
 LOG2E = tl.constexpr(1.4426950408889634)
+MAX_STRIDE = 2**24  # a tile has at most 2**7 rows
+ROW_UNIT = 16  # elements that a stored residual's rows are padded to a multiple of
+# Powers of two for P and for R, which never exceed 1, that keep both and their product among
+# float16's normal numbers.
+SHIFTS = {torch.float16: (8, 7)}
 
 
 class Heads(NamedTuple):
-    """The queries and keys of one model. Each field has an entry a layer, the strides one a dim."""
+    """The queries and keys of one model's layers, as a kernel takes them."""
 
-    q: Any  # pointers, [B, H, Nq, d]
-    k: Any  # pointers, [B, H, Nk, d]
-    q_strides: Any  # of B, H and Nq in units: see load_rows
-    k_strides: Any
-    heads: Any
-    units: Any  # d in units
-    scale: Any
+    q: Any  # pointers, one a layer, to [B, H, Nq, D]
+    k: Any  # to [B, H, Nk, D]
+    q_stride: Any  # of B, H and Nq; D lies side by side
+    k_stride: Any
 
 
-class Pairs(NamedTuple):
-    """Which pairs there are and which of them count, an entry a layer."""
+class Masks(NamedTuple):
+    """Which queries and keys count; never read where nothing is masked."""
 
-    queries: Any
-    keys: Any
-    causal: Any  # 0 or 1, as all flags
-    query_mask: Any  # pointers, [B, Nq] bool; unused without the flag
-    key_mask: Any
-    has_query_mask: Any
-    has_key_mask: Any
+    query: Any  # pointers, one a layer, to [B, Nq] bool
+    key: Any  # to [B, Nk] bool
 
 
 @triton.jit
-def counts(
-    masks, flags, layer, item, start, length, end, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr
-):
-    """[BLOCK] bool: which positions from ``start`` on lie before ``end`` and are not masked."""
-    n = tl.arange(0, BLOCK)
-    inside = n < end - start
-    if HAS_MASK:
-        mask = pick(masks, layer) + item.to(tl.int64) * length + start
-        given = n < (end - start) * pick(flags, layer)
-        inside &= tl.load(mask + n, mask=given, other=1) != 0
-    return inside
+def place(ptr, strides, item, head, row):
+    """Where a head's row is. B H N d passes 2**31; offsets within a tile do not."""
+    offset = strides[0] * item.to(tl.int64) + strides[1] * tl.cast(head, tl.int64)
+    return ptr + (offset + strides[2] * tl.cast(row, tl.int64))
 
 
 @triton.jit
-def count_queries(pairs, layer, item, start, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr):
-    queries = pick(pairs.queries, layer)
-    return counts(
-        pairs.query_mask,
-        pairs.has_query_mask,
-        layer,
-        item,
-        start,
-        queries,
-        queries,
-        HAS_MASK,
-        BLOCK,
-    )
-
-
-@triton.jit
-def count_keys(pairs, layer, item, start, end, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr):
-    keys = pick(pairs.keys, layer)
-    return counts(
-        pairs.key_mask, pairs.has_key_mask, layer, item, start, keys, end, HAS_MASK, BLOCK
-    )
-
-
-@triton.jit
-def valid_pairs(rows, cols, row, col, causal):
-    """[M, N] bool, from which of the queries at ``row`` and the keys at ``col`` on count."""
-    i, j = row + tl.arange(0, rows.shape[0]), col + tl.arange(0, cols.shape[0])
-    return rows[:, None] & cols[None, :] & (i[:, None] >= j[None, :] * causal)
-
-
-@triton.jit
-def keys_seen(rows, row, causal, keys):
-    """Up to where a block of queries sees keys: nowhere if none of them counts."""
-    last = tl.max(tl.where(rows, row + tl.arange(0, rows.shape[0]), -1), axis=0)
-    return tl.where(causal != 0, tl.minimum(last + 1, keys), tl.where(last >= 0, keys, 0))
-
-
-@triton.jit
-def seen_from(cols, col, causal, queries):
-    """From where on queries see a block of keys: nowhere if none of them counts."""
-    never = 2147483647
-    first = tl.min(tl.where(cols, col + tl.arange(0, cols.shape[0]), never), axis=0)
-    return tl.where(causal != 0, first, tl.where(first < never, 0, queries))
-
-
-@triton.jit
-def place(pointers, strides, layer, item, head, row, UNIT: tl.constexpr):
-    """Where a head's row is; int64: B * H * N * d passes 2**31, offsets within a tile do not."""
-    offset = pick(strides[0], layer).to(tl.int64) * item
-    offset += pick(strides[1], layer).to(tl.int64) * head
-    offset += pick(strides[2], layer).to(tl.int64) * row
-    return pick(pointers, layer) + offset * UNIT
-
-
-@triton.jit
-def load_rows(
-    ptr, stride, inside, units, START: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr
-):
-    """[BLOCK, WIDTH] of a head: zeros outside.
-
-    Strides and d come in units of 8 elements where all are multiples of it, so that the compiler
-    knows that 16 bytes at a time are aligned.
-    """
+def load_rows(ptr, stride, inside, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
+              WHOLE: tl.constexpr):  # fmt: skip
+    """[N, WIDTH] of a head; zeros outside. WHOLE: no row is outside."""
     n, e = tl.arange(0, inside.shape[0]), START + tl.arange(0, WIDTH)
-    mask = inside[:, None] & (e < units * UNIT)[None, :]
-    return tl.load(ptr + n[:, None] * (stride * UNIT) + e[None, :], mask=mask, other=0.0)
+    tile = ptr + n[:, None] * stride + e[None, :]
+    if WHOLE and D % WIDTH == 0:
+        x = tl.load(tile)
+    elif WHOLE:
+        x = tl.load(tile, mask=(e < D)[None, :], other=0.0)
+    elif D % WIDTH == 0:
+        x = tl.load(tile, mask=inside[:, None], other=0.0)
+    else:
+        x = tl.load(tile, mask=inside[:, None] & (e < D)[None, :], other=0.0)
+    return x
 
 
 @triton.jit
-def store_rows(ptr, values, stride, inside, units, UNIT: tl.constexpr):
+def store_rows(ptr, values, stride, inside, D: tl.constexpr):
     n, e = tl.arange(0, values.shape[0]), tl.arange(0, values.shape[1])
-    mask = inside[:, None] & (e < units * UNIT)[None, :]
+    mask = inside[:, None] & (e < D)[None, :]
     values = values.to(ptr.dtype.element_ty)
-    tl.store(ptr + n[:, None] * (stride * UNIT) + e[None, :], values, mask=mask)
+    tl.store(ptr + n[:, None] * stride + e[None, :], values, mask=mask)
 
 
 @triton.jit
 def products(
     q,  # [M, WIDTH], the tile at q_ptr
     k,  # [N, WIDTH], the tile at k_ptr
-    q_ptr,
-    k_ptr,
-    stride_q,
-    stride_k,
+    q_ptr, k_ptr, stride_q, stride_k,
     rows,  # [M] bool: which to load
     cols,  # [N] bool
-    units,
-    WIDTH: tl.constexpr,
-    CHUNK: tl.constexpr,
-    UNIT: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    WIDTH: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """q k^T, in chunks where whole rows take too many registers: float32, without tensor cores."""
     if CHUNK >= WIDTH:
         s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC)
     else:
         s = tl.zeros((rows.shape[0], cols.shape[0]), ACC)
         for start in tl.static_range(0, WIDTH, CHUNK):
-            a = load_rows(q_ptr, stride_q, rows, units, start, CHUNK, UNIT)
-            b = load_rows(k_ptr, stride_k, cols, units, start, CHUNK, UNIT)
+            a = load_rows(q_ptr, stride_q, rows, start, CHUNK, D, False)
+            b = load_rows(k_ptr, stride_k, cols, start, CHUNK, D, False)
             s = tl.dot(a, tl.trans(b), s, input_precision="ieee", out_dtype=ACC)
     return s
 
 
 @triton.jit
-def load_residual(ptr, stride, row, col, queries, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """[BLOCK_M, BLOCK_N] of one item's residual, whose rows are padded with zeros."""
-    m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    tile = ptr + (stride.to(tl.int64) * row * 16 + col) + m[:, None] * (stride * 16) + n[None, :]
-    mask = (m < queries - row)[:, None] & (n < stride * 16 - col)[None, :]
-    return tl.load(tile, mask=mask, other=0.0)
+def counted(mask, item, start, length, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+    """[BLOCK] bool: which positions from ``start`` on are before ``length`` and not masked."""
+    n = tl.arange(0, BLOCK)
+    inside = n < length - start
+    if MASKED:
+        at = mask + item.to(tl.int64) * length + start
+        inside &= tl.load(at + n, mask=inside, other=0) != 0
+    return inside
+
+
+@triton.jit
+def valid_pairs(rows, cols, row, col, CAUSAL: tl.constexpr):
+    """[M, N] bool, from which of the queries at ``row`` and the keys at ``col`` on count."""
+    valid = rows[:, None] & cols[None, :]
+    if CAUSAL:
+        i, j = tl.arange(0, rows.shape[0]) + row, tl.arange(0, cols.shape[0]) + col
+        valid &= i[:, None] >= j[None, :]
+    return valid
+
+
+@triton.jit
+def keys_seen(rows, row, keys, CAUSAL: tl.constexpr):
+    """Up to where a block of queries sees keys: nowhere if none of them counts."""
+    last = tl.max(tl.where(rows, row + tl.arange(0, rows.shape[0]), -1), axis=0)
+    if CAUSAL:
+        return tl.minimum(last + 1, keys)
+    else:
+        return tl.where(last >= 0, keys, 0)
+
+
+@triton.jit
+def log_sums(ptr, rows, SHIFT, MASKED: tl.constexpr):
+    """Of the rows at ptr: log2 sums less SHIFT, and which rows are to be read.
+
+    A query that counts but sees no key has -inf, or anything where the log-sum-exp was given: it
+    is not read, for it may hold nan.
+    """
+    lse = tl.load(ptr + tl.arange(0, rows.shape[0]), mask=rows, other=0.0)
+    if MASKED:
+        rows &= lse > -float("inf")
+        lse = tl.where(rows, lse, 0.0)
+    return lse * LOG2E - SHIFT, rows
+
+
+@triton.jit
+def load_residual(ptr, stride, row, col, in_rows, in_cols):
+    """[M, N] of one item's residual, whose rows are padded with zeros; zeros outside."""
+    m, n = tl.arange(0, in_rows.shape[0]), tl.arange(0, in_cols.shape[0])
+    tile = ptr + (tl.cast(row, tl.int64) * stride + col) + m[:, None] * stride + n[None, :]
+    return tl.load(tile, mask=in_rows[:, None] & in_cols[None, :], other=0.0)
 
 
 @triton.jit
 def store_residual(ptr, values, stride, row, col, queries, SHIFT: tl.constexpr):
     m, n = tl.arange(0, values.shape[0]), tl.arange(0, values.shape[1])
-    tile = ptr + (stride.to(tl.int64) * row * 16 + col) + m[:, None] * (stride * 16) + n[None, :]
-    mask = (m < queries - row)[:, None] & (n < stride * 16 - col)[None, :]
+    tile = ptr + (tl.cast(row, tl.int64) * stride + col) + m[:, None] * stride + n[None, :]
+    mask = (m < queries - row)[:, None] & (n < stride - col)[None, :]
     tl.store(tile, (values * 2.0**SHIFT).to(ptr.dtype.element_ty), mask=mask)
+
+
+class Model(NamedTuple):
+    """One model's queries and keys, an entry a layer."""
+
+    q: list[Tensor]
+    k: list[Tensor]
+    scale: Sequence[float]
+
+    @classmethod
+    def of(cls, q: Sequence[Tensor], k: Sequence[Tensor], scale: Sequence[float]) -> Model:
+        """Reads heads in place where their rows are dense, and copies them elsewhere."""
+        dense = ([x if is_dense(x) else x.contiguous() for x in y] for y in (q, k))
+        return cls(*dense, scale)
+
+    def form(self, layer: int) -> tuple[object, ...]:
+        """What layers of one launch share."""
+        q, k = self.q[layer], self.k[layer]
+        return q.shape, k.shape[2], self.scale[layer], strides(q), strides(k)
+
+    def arguments(self, layers: Sequence[int]) -> Heads:
+        """What a launch passes."""
+        i = layers[0]
+        q, k = pointers(self.q, layers), pointers(self.k, layers)
+        return Heads(q, k, strides(self.q[i]), strides(self.k[i]))
+
+
+class Counted(NamedTuple):
+    """Which pairs count, an entry a layer."""
+
+    query_masks: Sequence[Tensor | None]
+    key_masks: Sequence[Tensor | None]
+    causal: Sequence[bool]
+
+    def form(self, layer: int) -> tuple[bool, bool]:
+        """Whether anything is masked, and causality."""
+        masked = self.query_masks[layer] is not None or self.key_masks[layer] is not None
+        return masked, self.causal[layer]
+
+    def arguments(self, model: Model, layers: Sequence[int], masked: bool) -> Masks:
+        """What a launch passes: where only queries or only keys are masked, all others count."""
+        if not masked:
+            return Masks(*(pointers([x[layers[0]]], [0]) for x in (model.q, model.k)))
+        both = (
+            [
+                x.new_ones(len(x), x.shape[2], dtype=torch.bool) if m is None else m.contiguous()
+                for x, m in ((tensors[i], masks[i]) for i in layers)
+            ]
+            for tensors, masks in ((model.q, self.query_masks), (model.k, self.key_masks))
+        )
+        return Masks(*(pointers(x, range(len(layers))) for x in both))
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether offsets within a tile of [B, H, N, d] fit 32 bits, d side by side."""
+    return (x.stride(3) == 1 or x.shape[3] == 1) and x.stride(2) < MAX_STRIDE
+
+
+def strides(x: Tensor) -> tuple[int, int, int]:
+    """Of B, H and N."""
+    return stride(x, 0), stride(x, 1), stride(x, 2)
+
+
+def width(x: Tensor) -> int:
+    """The columns of a tile of a head."""
+    return max(16, triton.next_power_of_2(x.shape[3]))
+
+
+def shifts(x: Tensor) -> tuple[int, int]:
+    """The powers of two of P and R."""
+    return SHIFTS.get(x.dtype, (0, 0))
+
+
+def residual_width(keys: int) -> int:
+    """The length of a stored residual's rows: aligned, so that 16 bytes are read at a time."""
+    return -(-keys // ROW_UNIT) * ROW_UNIT
+
+
+def valid_count(shape: torch.Size, keys: int, causal: bool) -> int:
+    """Pairs of queries ``[B, H, Nq, d]`` and keys, where nothing is masked."""
+    items, _, queries, _ = shape
+    if not causal:
+        return items * queries * keys
+    square = min(queries, keys)
+    return items * (square * (square + 1) // 2 + (queries - square) * keys)
+
+
+def config(
+    table: Mapping[tuple[int, ...], LaunchConfig], columns: int, *examples: Tensor
+) -> LaunchConfig:
+    """The table's entry for heads of so many columns; float64 takes float32's."""
+    itemsize = min(4, max(x.element_size() for x in examples))
+    bucket = 64 if columns <= 64 else 128
+    return launch.lookup(table, launch.capability(examples[0]), itemsize, bucket)

@@ -272,7 +272,7 @@ def _triton_attention(x: AttentionInputs) -> tuple[Tensor, list[Tensor]]:
         return losses, []
     # one that was given is an input, which an operator does not return
     kept = [
-        lse if given is None and lse.numel() else like
+        lse if given is None else like
         for lse, given, like in zip(lses, x.student_lse, _lses_like(x), strict=True)
     ]
     return losses, [*residuals, *kept, scales]
@@ -294,15 +294,11 @@ def _triton_attention_saved(x: AttentionInputs) -> list[Tensor]:
 
 
 def _lses_like(x: AttentionInputs) -> list[Tensor]:
-    """Room for each layer's log-sum-exp; none where it was given, or is not kept."""
-    from optima_fast.kernels import attention_probs as probs
-
+    """Room for each layer's log-sum-exp; none where it was given."""
     dtype = accumulator(*x.tensors)
     shapes = [
-        (*q.shape[:2], 0)
-        if given is not None or probs.is_small(q.shape[2], k.shape[2], q.dtype)
-        else q.shape[:3]
-        for q, k, given in zip(x.student_q, x.student_k, x.student_lse, strict=True)
+        q.shape[:3] if given is None else (*q.shape[:2], 0)
+        for q, given in zip(x.student_q, x.student_lse, strict=True)
     ]
     return [x.student_q[0].new_empty(shape, dtype=dtype) for shape in shapes]
 

@@ -1,0 +1,600 @@
+"""Kernels of head-averaged attention maps whose rows fit in registers: up to 272 keys.
+
+A program holds whole rows, so that the softmax needs no second sweep: one launch forward, with the
+log-sum-exp as a by-product, and one backward for both gradients. Keys are a tile of 64, 128 or 256,
+and queries blocks of 64, each with a tail of up to 16: 77 tokens take 64 + 16, not 128.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .core import accumulator
+from .launch import LaunchConfig
+from .layers import groups, of_layers, pick, pointers, settle, total
+from .probs_tiles import (
+    LOG2E,
+    Counted,
+    Model,
+    counted,
+    load_residual,
+    load_rows,
+    log_sums,
+    place,
+    residual_width,
+    shifts,
+    store_residual,
+    store_rows,
+    strides,
+    valid_count,
+    valid_pairs,
+    width,
+)
+
+TAIL_ROWS = tl.constexpr(16)
+TAIL = 16
+# heads that a program of the backward pass takes, if the device is full all the same
+HEADS_AT_ONCE = 6
+ENOUGH_PROGRAMS = 1024
+
+
+@triton.jit
+def _scores(q, k, c, valid, EDGE: tl.constexpr, ACC: tl.constexpr):
+    s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC) * c
+    if EDGE:
+        # before the exponential: a key that does not count may hold nan or inf
+        s = tl.where(valid, s, -float("inf"))
+    return s
+
+
+@triton.jit
+def _add_map(
+    acc,  # [M, N]
+    acc_tail,  # [M, TAIL]; anything without TAIL
+    valid, valid_tail,
+    sign: tl.constexpr,
+    model, lse_ptr, heads, scale, layer, item, row, queries, rows, cols, cols_tail,
+    GIVEN: tl.constexpr,  # the log-sum-exp is read; else computed
+    STORE: tl.constexpr,  # and written
+    EDGE: tl.constexpr, ROWS_WHOLE: tl.constexpr, KEYS_WHOLE: tl.constexpr, TAIL: tl.constexpr,
+    WIDTH: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """acc + sign times two tiles of the heads' mean map; with GIVEN, anything where none counts."""
+    BLOCK_N: tl.constexpr = cols.shape[0]
+    stride_q, stride_k = model.q_stride[2], model.k_stride[2]
+    q_ptr = place(pick(model.q, layer), model.q_stride, item, 0, row)
+    k_ptr = place(pick(model.k, layer), model.k_stride, item, 0, 0)
+    m = tl.arange(0, rows.shape[0])
+    lse_ptr += item.to(tl.int64) * heads * queries + row + m
+    c = tl.cast(scale, ACC) * LOG2E
+    weight = sign / tl.cast(heads, ACC)
+    for _ in tl.range(0, heads):
+        q = load_rows(q_ptr, stride_q, rows, 0, WIDTH, D, ROWS_WHOLE)
+        k = load_rows(k_ptr, stride_k, cols, 0, WIDTH, D, KEYS_WHOLE)
+        s = _scores(q, k, c, valid, EDGE and not GIVEN, ACC)
+        if TAIL:
+            k = load_rows(k_ptr + BLOCK_N * stride_k, stride_k, cols_tail, 0, WIDTH, D, False)
+            s_tail = _scores(q, k, c, valid_tail, not GIVEN, ACC)
+        if GIVEN:
+            lse = tl.load(lse_ptr, mask=rows, other=0.0) * LOG2E
+            acc += weight * tl.exp2(s - lse[:, None])
+            if TAIL:
+                acc_tail += weight * tl.exp2(s_tail - lse[:, None])
+        else:
+            top = tl.max(s, axis=1)
+            if TAIL:
+                top = tl.maximum(top, tl.max(s_tail, axis=1))
+            top = tl.where(top == -float("inf"), 0.0, top)  # inf - inf is nan
+            p = tl.exp2(s - top[:, None])
+            sums = tl.sum(p, axis=1)
+            if TAIL:
+                p_tail = tl.exp2(s_tail - top[:, None])
+                sums += tl.sum(p_tail, axis=1)
+            some = tl.where(sums == 0, 1.0, sums)
+            share = weight / some
+            acc += p * share[:, None]
+            if TAIL:
+                acc_tail += p_tail * share[:, None]
+            if STORE:
+                lse = tl.where(sums == 0, -float("inf"), (top + tl.log2(some)) / LOG2E)
+                tl.store(lse_ptr, lse, mask=rows)
+        q_ptr += model.q_stride[1]
+        k_ptr += model.k_stride[1]
+        lse_ptr += queries
+    return acc, acc_tail
+
+
+@triton.jit
+def _forward_block(
+    student, teacher, masks, student_lse, teacher_lse, r_ptrs, sum_ptr, count_ptr,
+    student_heads, student_scale, teacher_heads, teacher_scale, queries, keys, stride_r,
+    layer, item, row, at,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, ROWS_WHOLE: tl.constexpr, KEYS_WHOLE: tl.constexpr,
+    STUDENT_GIVEN: tl.constexpr, TEACHER_GIVEN: tl.constexpr,
+    STORE: tl.constexpr, SHIFT: tl.constexpr,
+    STUDENT_D: tl.constexpr, STUDENT_WIDTH: tl.constexpr,
+    TEACHER_D: tl.constexpr, TEACHER_WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
+    UNSEEN: tl.constexpr,  # a tail that no query of the block sees
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """The rows of one block."""
+    EDGE: tl.constexpr = MASKED or CAUSAL or not KEYS_WHOLE
+    rows, cols = tl.arange(0, BLOCK_M) < queries - row, tl.arange(0, BLOCK_N) < keys
+    key_mask = pick(masks.key, layer)
+    counted_cols = counted(key_mask, item, 0, keys, MASKED, BLOCK_N)
+    valid = valid_pairs(rows, counted_cols, row, 0, CAUSAL)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    if TAIL:
+        cols_tail = tl.arange(0, TAIL) < keys - BLOCK_N
+        counted_tail = counted(key_mask, item, BLOCK_N, keys, MASKED, TAIL)
+        valid_tail = valid_pairs(rows, counted_tail, row, BLOCK_N, CAUSAL)
+        acc_tail = tl.zeros((BLOCK_M, TAIL), ACC)
+    else:
+        cols_tail, valid_tail, acc_tail = cols, valid, acc
+    acc, acc_tail = _add_map(
+        acc, acc_tail, valid, valid_tail, 1.0, student, pick(student_lse, layer), student_heads,
+        student_scale, layer, item, row, queries, rows, cols, cols_tail, STUDENT_GIVEN, STORE,
+        EDGE, ROWS_WHOLE, KEYS_WHOLE, TAIL, STUDENT_WIDTH, STUDENT_D, ACC,
+    )  # fmt: skip
+    acc, acc_tail = _add_map(
+        acc, acc_tail, valid, valid_tail, -1.0, teacher, pick(teacher_lse, layer), teacher_heads,
+        teacher_scale, layer, item, row, queries, rows, cols, cols_tail, TEACHER_GIVEN, False,
+        EDGE, ROWS_WHOLE, KEYS_WHOLE, TAIL, TEACHER_WIDTH, TEACHER_D, ACC,
+    )  # fmt: skip
+    if MASKED:
+        rows = counted(pick(masks.query, layer), item, row, queries, True, BLOCK_M)
+        valid = valid_pairs(rows, counted_cols, row, 0, CAUSAL)
+        count = tl.sum(valid.to(tl.int32))
+    if EDGE or not ROWS_WHOLE:
+        acc = tl.where(valid, acc, 0.0)
+    square = tl.sum(acc * acc)
+    if TAIL:
+        if MASKED:
+            valid_tail = valid_pairs(rows, counted_tail, row, BLOCK_N, CAUSAL)
+            count += tl.sum(valid_tail.to(tl.int32))
+        acc_tail = tl.where(valid_tail, acc_tail, 0.0)
+        square += tl.sum(acc_tail * acc_tail)
+    tl.store(sum_ptr + at, square)
+    if MASKED:
+        tl.store(count_ptr + at, count)
+    if STORE:
+        r_ptr = pick(r_ptrs, layer) + item.to(tl.int64) * queries * stride_r
+        store_residual(r_ptr, acc, stride_r, row, 0, queries, SHIFT)
+        if TAIL:
+            store_residual(r_ptr, acc_tail, stride_r, row, BLOCK_N, queries, SHIFT)
+        if UNSEEN:
+            zeros = tl.zeros((BLOCK_M, UNSEEN), ACC)
+            store_residual(r_ptr, zeros, stride_r, row, BLOCK_N, queries, SHIFT)
+
+
+@triton.jit(do_not_specialize=[
+    "student_heads", "student_scale", "teacher_heads", "teacher_scale", "queries", "keys",
+])  # fmt: skip
+def _forward_kernel(
+    student,  # Heads
+    teacher,
+    masks,  # Masks
+    student_lse,  # [B, H_s, Nq]: read where GIVEN, else written where STORE
+    teacher_lse,  # [B, H_t, Nq]: read where GIVEN
+    r_ptrs,  # [B, Nq, stride_r] out; unused without STORE
+    sum_ptr,  # [L, blocks] out: sum of R^2 over the block
+    count_ptr,  # [L, blocks] int32 out: pairs that count; unused unless MASKED
+    student_heads,
+    student_scale,
+    teacher_heads,
+    teacher_scale,
+    queries,
+    keys,
+    stride_r,
+    MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    ROWS_WHOLE: tl.constexpr,  # queries are whole blocks
+    ROW_TAIL: tl.constexpr,  # the last block has at most 16
+    FIRST_ONLY: tl.constexpr,  # blocks but that one are the first, and see no key of the tail
+    KEYS_WHOLE: tl.constexpr,  # there are BLOCK_N keys or more
+    STUDENT_GIVEN: tl.constexpr,
+    TEACHER_GIVEN: tl.constexpr,
+    STORE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    STUDENT_D: tl.constexpr,
+    STUDENT_WIDTH: tl.constexpr,
+    TEACHER_D: tl.constexpr,
+    TEACHER_WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TAIL: tl.constexpr,  # keys after the first BLOCK_N, rounded up; or 0
+    ACC: tl.constexpr,
+):
+    layer = tl.program_id(1)
+    tile, down = tl.program_id(0), tl.cdiv(queries, BLOCK_M)
+    row, item = tile % down * BLOCK_M, tile // down
+    at = layer.to(tl.int64) * tl.num_programs(0) + tile
+    if ROW_TAIL:
+        if row + BLOCK_M > queries:
+            _forward_block(
+                student, teacher, masks, student_lse, teacher_lse, r_ptrs, sum_ptr, count_ptr,
+                student_heads, student_scale, teacher_heads, teacher_scale, queries, keys, stride_r,
+                layer, item, row, at, MASKED, CAUSAL, False, KEYS_WHOLE,
+                STUDENT_GIVEN, TEACHER_GIVEN, STORE, SHIFT, STUDENT_D, STUDENT_WIDTH, TEACHER_D,
+                TEACHER_WIDTH, TAIL_ROWS, BLOCK_N, TAIL, 0, ACC,
+            )  # fmt: skip
+        else:
+            _forward_block(
+                student, teacher, masks, student_lse, teacher_lse, r_ptrs, sum_ptr, count_ptr,
+                student_heads, student_scale, teacher_heads, teacher_scale, queries, keys, stride_r,
+                layer, item, row, at, MASKED, CAUSAL, True, KEYS_WHOLE,
+                STUDENT_GIVEN, TEACHER_GIVEN, STORE, SHIFT, STUDENT_D, STUDENT_WIDTH, TEACHER_D,
+                TEACHER_WIDTH, BLOCK_M, BLOCK_N, 0 if FIRST_ONLY else TAIL,
+                TAIL if FIRST_ONLY else 0, ACC,
+            )  # fmt: skip
+    else:
+        _forward_block(
+            student, teacher, masks, student_lse, teacher_lse, r_ptrs, sum_ptr, count_ptr,
+            student_heads, student_scale, teacher_heads, teacher_scale, queries, keys, stride_r,
+            layer, item, row, at, MASKED, CAUSAL, ROWS_WHOLE, KEYS_WHOLE,
+            STUDENT_GIVEN, TEACHER_GIVEN, STORE, SHIFT, STUDENT_D, STUDENT_WIDTH, TEACHER_D,
+            TEACHER_WIDTH, BLOCK_M, BLOCK_N, TAIL, 0, ACC,
+        )  # fmt: skip
+
+
+@triton.jit
+def _queries_up_to(mask, item, queries, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+    """The place after the last query that counts; 0 if none does."""
+    end = queries
+    if MASKED:
+        end = queries * 0
+        for start in range(0, queries, BLOCK):
+            rows = counted(mask, item, start, queries, MASKED, BLOCK)
+            places = start + tl.arange(0, BLOCK) + 1
+            end = tl.maximum(end, tl.max(tl.where(rows, places, 0), axis=0))
+    return end
+
+
+@triton.jit
+def _turned(x, BY_KEYS: tl.constexpr):
+    """A tile of queries by keys, or of keys by queries."""
+    return tl.trans(x) if BY_KEYS else x
+
+
+@triton.jit
+def _over(x, BY_KEYS: tl.constexpr):
+    """A value a query, along a tile."""
+    return x[None, :] if BY_KEYS else x[:, None]
+
+
+@triton.jit
+def _map(q, k, c, lse, rows, cols, row, col, EDGE: tl.constexpr, CAUSAL: tl.constexpr,
+         BY_KEYS: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """A tile of a head's map; with EDGE 0 where a pair does not count."""
+    if BY_KEYS:
+        s = tl.dot(k, tl.trans(q), input_precision="ieee", out_dtype=ACC)
+    else:
+        s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC)
+    p = tl.exp2(s * c - _over(lse, BY_KEYS))
+    if EDGE:
+        i, j = tl.arange(0, rows.shape[0]) + row, tl.arange(0, cols.shape[0]) + col
+        valid = _over(rows, BY_KEYS) & _over(cols, not BY_KEYS)
+        if CAUSAL:
+            valid &= _over(i, BY_KEYS) >= _over(j, not BY_KEYS)
+        p = tl.where(valid, p, 0.0)
+    return p
+
+
+@triton.jit
+def _add_products(dk, dq, ds, q, k, BY_KEYS: tl.constexpr, ACC: tl.constexpr):
+    """dK + dS^T Q and dQ + dS K."""
+    if BY_KEYS:
+        dk = tl.dot(ds, q, dk, input_precision="ieee", out_dtype=ACC)
+        dq = tl.dot(tl.trans(ds), k, dq, input_precision="ieee", out_dtype=ACC)
+    else:
+        dq = tl.dot(ds, k, dq, input_precision="ieee", out_dtype=ACC)
+        dk = tl.dot(tl.trans(ds), q, dk, input_precision="ieee", out_dtype=ACC)
+    return dk, dq
+
+
+@triton.jit
+def _add_rows(
+    dk, dk_tail, q, k, k_tail, r, r_tail, lse, c, alpha, dq_ptr, stride_dq,
+    rows, in_rows, cols, cols_tail, row,
+    EDGE: tl.constexpr, CAUSAL: tl.constexpr, BY_KEYS: tl.constexpr, SETTLE: tl.constexpr,
+    P_SHIFT: tl.constexpr, TAIL: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """dK and its tail after a block of queries, whose dQ is written.
+
+    Where tiles are wide their rows are keys (BY_KEYS): dS^T then enters dK from the registers that
+    it was computed in.
+    """
+    BLOCK_N: tl.constexpr = k.shape[0]
+    AXIS: tl.constexpr = 0 if BY_KEYS else 1
+    p = _map(q, k, c, lse, rows, cols, row, 0, EDGE, CAUSAL, BY_KEYS, ACC)
+    term = tl.sum(p * r, axis=AXIS)
+    if TAIL:
+        p_tail = _map(q, k_tail, c, lse, rows, cols_tail, row, BLOCK_N, True, CAUSAL, BY_KEYS, ACC)
+        term += tl.sum(p_tail * r_tail, axis=AXIS)
+    term *= 2.0**-P_SHIFT
+    dq = tl.zeros(q.shape, ACC)
+    ds = (p * (r - _over(term, BY_KEYS))).to(q.dtype)
+    dk, dq = _add_products(dk, dq, ds, q, k, BY_KEYS, ACC)
+    if TAIL:
+        ds = (p_tail * (r_tail - _over(term, BY_KEYS))).to(q.dtype)
+        dk_tail, dq = _add_products(dk_tail, dq, ds, q, k_tail, BY_KEYS, ACC)
+    store_rows(dq_ptr, alpha * dq, stride_dq, in_rows, D)
+    return settle(dk, SETTLE), dk_tail
+
+
+@triton.jit(do_not_specialize=["heads", "scale", "queries", "keys", "heads_at_once"])
+def _backward_kernel(
+    student,  # Heads
+    masks,  # Masks
+    lse_ptrs,  # [B, H, Nq]
+    r_ptrs,  # [B, Nq, stride_r]
+    dq_ptrs,  # [B, H, Nq, D] out
+    dk_ptrs,  # [B, H, Nk, D] out
+    factor_ptr,  # [L]: 2 g / n
+    heads,
+    scale,
+    queries,
+    keys,
+    stride_r,
+    dq_stride,  # of B, H and Nq
+    dk_stride,
+    heads_at_once,  # of a program, with ONE_BLOCK; else it takes one
+    MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,  # queries are one block, or one and its tail
+    ROWS_WHOLE: tl.constexpr,
+    ROW_TAIL: tl.constexpr,
+    FIRST_ONLY: tl.constexpr,
+    KEYS_WHOLE: tl.constexpr,
+    SETTLE: tl.constexpr,
+    P_SHIFT: tl.constexpr,
+    R_SHIFT: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TAIL: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    EDGE: tl.constexpr = MASKED or CAUSAL or not KEYS_WHOLE
+    BY_KEYS: tl.constexpr = BLOCK_N > 128
+    SEEN: tl.constexpr = 0 if FIRST_ONLY else TAIL  # the tail, by blocks but that of ROW_TAIL
+    layer = tl.program_id(1)
+    parts = tl.cdiv(heads, heads_at_once)
+    head = tl.program_id(0) % parts * heads_at_once
+    item = tl.program_id(0) // parts
+    some = tl.minimum(heads_at_once, heads - head)
+    query_mask, key_mask = pick(masks.query, layer), pick(masks.key, layer)
+    # a key that no query sees reads as 0: it may hold nan, and 0 * nan is nan
+    end = _queries_up_to(query_mask, item, queries, MASKED, 64)
+    end = tl.minimum(end, keys) if CAUSAL else tl.where(end > 0, keys, 0)
+    n = tl.arange(0, BLOCK_N)
+    cols, in_cols = counted(key_mask, item, 0, keys, MASKED, BLOCK_N) & (n < end), n < stride_r
+    stride_q, stride_k = student.q_stride[2], student.k_stride[2]
+    q_ptr = place(pick(student.q, layer), student.q_stride, item, head, 0)
+    k_ptr = place(pick(student.k, layer), student.k_stride, item, head, 0)
+    dq_ptr = place(pick(dq_ptrs, layer), dq_stride, item, head, 0)
+    dk_ptr = place(pick(dk_ptrs, layer), dk_stride, item, head, 0)
+    lse_ptr = pick(lse_ptrs, layer) + (item.to(tl.int64) * heads + head) * queries
+    r_ptr = pick(r_ptrs, layer) + item.to(tl.int64) * queries * stride_r
+    scale = tl.cast(scale, ACC)
+    c = scale * LOG2E
+    alpha = tl.load(factor_ptr + layer) * scale / heads * 2.0 ** -(P_SHIFT + R_SHIFT)
+    m = tl.arange(0, BLOCK_M)
+    if TAIL:
+        t = tl.arange(0, TAIL)
+        cols_tail = counted(key_mask, item, BLOCK_N, keys, MASKED, TAIL) & (t < end - BLOCK_N)
+        in_tail = t < stride_r - BLOCK_N
+    if ONE_BLOCK:
+        in_rows = m < queries
+        counts = counted(query_mask, item, 0, queries, MASKED, BLOCK_M)
+        r = load_residual(r_ptr, stride_r, 0, 0, in_rows, in_cols)
+        if SEEN:
+            r_tail = load_residual(r_ptr, stride_r, 0, BLOCK_N, in_rows, in_tail)
+        if ROW_TAIL:
+            in_last = tl.arange(0, TAIL_ROWS) < queries - BLOCK_M
+            counts_last = counted(query_mask, item, BLOCK_M, queries, MASKED, TAIL_ROWS)
+            r_last = load_residual(r_ptr, stride_r, BLOCK_M, 0, in_last, in_cols)
+            if TAIL:
+                r_both = load_residual(r_ptr, stride_r, BLOCK_M, BLOCK_N, in_last, in_tail)
+        for _ in tl.range(0, some):
+            k = load_rows(k_ptr, stride_k, cols, 0, WIDTH, D, not EDGE)
+            dk = tl.zeros((BLOCK_N, WIDTH), ACC)
+            if TAIL:
+                k_tail = load_rows(
+                    k_ptr + BLOCK_N * stride_k, stride_k, cols_tail, 0, WIDTH, D, False
+                )
+                dk_tail = tl.zeros((TAIL, WIDTH), ACC)
+            lse, rows = log_sums(lse_ptr, counts, P_SHIFT, MASKED)
+            q = load_rows(q_ptr, stride_q, rows, 0, WIDTH, D, ROWS_WHOLE and not MASKED)
+            dk, dk_tail = _add_rows(
+                dk, dk_tail if TAIL else dk, q, k, k_tail if TAIL else k,
+                _turned(r, BY_KEYS), _turned(r_tail if SEEN else r, BY_KEYS), lse, c, alpha,
+                dq_ptr, dq_stride[2], rows, in_rows, cols, cols_tail if TAIL else cols, 0,
+                EDGE, CAUSAL, BY_KEYS, SETTLE, P_SHIFT, SEEN, D, ACC,
+            )  # fmt: skip
+            if ROW_TAIL:
+                lse, rows = log_sums(lse_ptr + BLOCK_M, counts_last, P_SHIFT, MASKED)
+                q = load_rows(q_ptr + BLOCK_M * stride_q, stride_q, rows, 0, WIDTH, D, False)
+                dk, dk_tail = _add_rows(
+                    dk, dk_tail, q, k, k_tail if TAIL else k, _turned(r_last, BY_KEYS),
+                    _turned(r_both if TAIL else r_last, BY_KEYS), lse, c, alpha, dq_ptr + BLOCK_M * dq_stride[2], dq_stride[2], rows, in_last,
+                    cols, cols_tail if TAIL else cols, BLOCK_M,
+                    EDGE, CAUSAL, BY_KEYS, SETTLE, P_SHIFT, TAIL, D, ACC,
+                )  # fmt: skip
+            store_rows(dk_ptr, alpha * dk, dk_stride[2], n < keys, D)
+            if TAIL:
+                store_rows(
+                    dk_ptr + BLOCK_N * dk_stride[2], alpha * dk_tail, dk_stride[2],
+                    t < keys - BLOCK_N, D,
+                )  # fmt: skip
+            q_ptr += student.q_stride[1]
+            k_ptr += student.k_stride[1]
+            dq_ptr += dq_stride[1]
+            dk_ptr += dk_stride[1]
+            lse_ptr += queries
+    else:
+        k = load_rows(k_ptr, stride_k, cols, 0, WIDTH, D, not EDGE)
+        dk = tl.zeros((BLOCK_N, WIDTH), ACC)
+        if TAIL:
+            k_tail = load_rows(k_ptr + BLOCK_N * stride_k, stride_k, cols_tail, 0, WIDTH, D, False)
+            dk_tail = tl.zeros((TAIL, WIDTH), ACC)
+        else:
+            dk_tail = dk
+        for row in tl.range(0, queries, BLOCK_M):
+            in_rows = m < queries - row
+            counts = counted(query_mask, item, row, queries, MASKED, BLOCK_M)
+            lse, rows = log_sums(lse_ptr + row, counts, P_SHIFT, MASKED)
+            at = q_ptr + tl.cast(row, tl.int64) * stride_q
+            q = load_rows(at, stride_q, rows, 0, WIDTH, D, ROWS_WHOLE and not MASKED)
+            r = load_residual(r_ptr, stride_r, row, 0, in_rows, in_cols)
+            if TAIL:
+                r_tail = load_residual(r_ptr, stride_r, row, BLOCK_N, in_rows, in_tail)
+            to = dq_ptr + tl.cast(row, tl.int64) * dq_stride[2]
+            dk, dk_tail = _add_rows(
+                dk, dk_tail, q, k, k_tail if TAIL else k, _turned(r, BY_KEYS),
+                _turned(r_tail if TAIL else r, BY_KEYS), lse, c, alpha, to, dq_stride[2], rows, in_rows, cols, cols_tail if TAIL else cols, row,
+                EDGE, CAUSAL, BY_KEYS, SETTLE, P_SHIFT, TAIL, D, ACC,
+            )  # fmt: skip
+        store_rows(dk_ptr, alpha * dk, dk_stride[2], n < keys, D)
+        if TAIL:
+            store_rows(
+                dk_ptr + BLOCK_N * dk_stride[2], alpha * dk_tail, dk_stride[2],
+                t < keys - BLOCK_N, D,
+            )  # fmt: skip
+
+
+class Tiles(NamedTuple):
+    """How rows of so many keys lie in registers."""
+
+    config: LaunchConfig
+    tail: int
+
+
+def tiles(
+    table: Mapping[tuple[int, ...], LaunchConfig], keys: int, columns: int, x: Tensor
+) -> Tiles | None:
+    """The tile of keys and its tail, or None where a row does not fit. Of 16 bits an element."""
+    major = launch.capability(x)[0]
+    for block in (64, 128, 256):
+        key = block, 64 if columns <= 64 else 128
+        if keys <= block + TAIL and launch.has(table, major, *key):
+            chosen = launch.lookup(table, (major, 0), *key)
+            if keys <= block:
+                small = max(16, triton.next_power_of_2(keys))
+                return Tiles(chosen._replace(block_n=min(block, small)), 0)
+            return Tiles(chosen, TAIL)
+    return None
+
+
+def _blocks(queries: int, keys: int, causal: bool, chosen: Tiles) -> dict[str, object]:
+    """The constants of a launch that follow from sizes."""
+    block_m = chosen.config.block_m
+    row_tail = 0 < queries % block_m <= TAIL < block_m
+    return {
+        "ROWS_WHOLE": queries % block_m == 0,
+        "ROW_TAIL": row_tail and queries > block_m,
+        "FIRST_ONLY": bool(
+            chosen.tail and row_tail and causal and block_m <= chosen.config.block_n
+            and block_m < queries <= block_m + TAIL
+        ),
+        "KEYS_WHOLE": keys >= chosen.config.block_n,
+        "TAIL": chosen.tail,
+    }  # fmt: skip
+
+
+def residual(
+    student: Model,
+    teacher: Model,
+    pairs: Counted,
+    layers: Sequence[int],
+    student_lses: Sequence[Tensor],
+    teacher_lses: Sequence[Tensor],
+    given: tuple[bool, bool],
+    residuals: Sequence[Tensor],
+    store: bool,
+    chosen: Tiles,
+) -> tuple[Tensor, Tensor]:
+    """Losses and scales of layers of one form; with ``store`` fills residuals and, unless given,
+    the students' log-sum-exp."""
+    first = layers[0]
+    x, y = student.q[first], teacher.q[first]
+    dtype, acc = accumulator(x)
+    (B, H, queries, d), keys = x.shape, student.k[first].shape[2]
+    masked, causal = pairs.form(first)
+    blocks = B * triton.cdiv(queries, chosen.config.block_m) if keys else 0
+    sums = x.new_empty(len(layers), blocks, dtype=dtype)
+    counts = x.new_empty(len(layers), blocks, dtype=torch.int32) if masked else None
+    if blocks:
+        _forward_kernel[(blocks, len(layers))](
+            student.arguments(layers),
+            teacher.arguments(layers),
+            pairs.arguments(student, layers, masked),
+            pointers(student_lses, layers),
+            pointers(teacher_lses, layers),
+            pointers(residuals, layers),
+            sums, sums if counts is None else counts,
+            H, student.scale[first], y.shape[1], teacher.scale[first],
+            queries, keys, residual_width(keys),
+            MASKED=masked, CAUSAL=causal, STUDENT_GIVEN=given[0], TEACHER_GIVEN=given[1],
+            STORE=store, SHIFT=shifts(x)[1],
+            STUDENT_D=d, STUDENT_WIDTH=width(x), TEACHER_D=y.shape[3], TEACHER_WIDTH=width(y),
+            ACC=acc, **_blocks(queries, keys, causal, chosen), **_options(chosen),
+        )  # fmt: skip
+    return total(sums, counts, 1 if masked else valid_count(x.shape, keys, causal))
+
+
+def gradients(
+    student: Model,
+    pairs: Counted,
+    layers: Sequence[int],
+    lses: Sequence[Tensor],
+    residuals: Sequence[Tensor],
+    factor: Tensor,
+    d_q: Mapping[int, Tensor],
+    d_k: Mapping[int, Tensor],
+    chosen: Tiles,
+) -> None:
+    """Fills d_q and d_k of layers of one form."""
+    x = student.q[layers[0]]
+    (B, H, queries, d), keys = x.shape, student.k[layers[0]].shape[2]
+    masked, causal = pairs.form(layers[0])
+    block_m = chosen.config.block_m
+    constants = _blocks(queries, keys, causal, chosen)
+    one_block = queries <= block_m or bool(constants["ROW_TAIL"] and queries <= block_m + TAIL)
+    if not one_block:
+        constants |= {"ROW_TAIL": False, "FIRST_ONLY": False}
+    forms = {i: (strides(d_q[i]), strides(d_k[i])) for i in layers}
+    for (dq_stride, dk_stride), part in groups(forms):
+        at_once = 1
+        if one_block:
+            at_once = max(1, min(HEADS_AT_ONCE, B * H * len(part) // ENOUGH_PROGRAMS))
+        programs = B * triton.cdiv(H, at_once)
+        if programs:
+            p_shift, r_shift = shifts(x)
+            _backward_kernel[(programs, len(part))](
+                student.arguments(part),
+                pairs.arguments(student, part, masked),
+                pointers(lses, part),
+                pointers(residuals, part),
+                pointers(d_q, part),
+                pointers(d_k, part),
+                of_layers(factor, part),
+                H, student.scale[part[0]], queries, keys, residual_width(keys),
+                dq_stride, dk_stride, at_once,
+                MASKED=masked, CAUSAL=causal, ONE_BLOCK=one_block, SETTLE=launch.settles(x),
+                P_SHIFT=p_shift, R_SHIFT=r_shift, D=d, WIDTH=width(x), ACC=accumulator(x)[1],
+                **constants, **_options(chosen),
+            )  # fmt: skip
+
+
+def _options(chosen: Tiles) -> dict[str, object]:
+    return {k: v for k, v in launch.options(chosen.config).items() if k != "BLOCK_K"}

@@ -1,0 +1,527 @@
+"""Kernels of head-averaged attention maps of any size: log-sum-exp, residual, dQ and dK.
+
+One sweep over the heads needs each head's normaliser first, hence two passes over Q K^T; the first
+is skipped where a model's own attention gave the log-sum-exp. Each sweep over keys or queries runs
+twice: where every pair counts nothing is tested, and only the blocks at an edge pay for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .core import accumulator
+from .layers import groups, of_layers, pick, pointers, settle, total
+from .probs_tiles import (
+    LOG2E,
+    Counted,
+    Model,
+    config,
+    counted,
+    keys_seen,
+    load_residual,
+    load_rows,
+    log_sums,
+    place,
+    products,
+    residual_width,
+    shifts,
+    store_residual,
+    store_rows,
+    strides,
+    valid_count,
+    valid_pairs,
+    width,
+)
+
+
+@triton.jit
+def _lse_sweep(
+    top, total, q, c, q_ptr, k_base, stride_q, stride_k, mask, rows, item, row, start, stop, keys,
+    EDGE: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
+    BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """The running maximum and sum of exponentials after the keys from start to stop."""
+    for col in tl.range(start, stop, BLOCK_N):
+        cols = counted(mask, item, col, keys, MASKED and EDGE, BLOCK_N)
+        k_ptr = k_base + tl.cast(col, tl.int64) * stride_k
+        k = load_rows(k_ptr, stride_k, cols, 0, WIDTH, D, not EDGE)
+        s = products(q, k, q_ptr, k_ptr, stride_q, stride_k, rows, cols, WIDTH, CHUNK, D, ACC) * c
+        if EDGE:
+            # before the exponential: a key that does not count may hold nan or inf
+            s = tl.where(valid_pairs(rows, cols, row, col, CAUSAL), s, -float("inf"))
+        higher = tl.maximum(top, tl.max(s, axis=1))
+        safe = higher
+        if EDGE:  # inf - inf is nan
+            safe = tl.where(higher == -float("inf"), 0.0, higher)
+        total = total * tl.exp2(top - safe) + tl.sum(tl.exp2(s - safe[:, None]), axis=1)
+        top = higher
+    return top, total
+
+
+@triton.jit(do_not_specialize=["heads", "scale", "queries", "keys"])
+def _lse_kernel(
+    model,  # Heads
+    masks,  # Masks
+    lse_ptrs,  # [B, H, Nq] out
+    heads,
+    scale,
+    queries,
+    keys,
+    MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    layer = tl.program_id(1)
+    # query blocks fastest: those of one head share its keys in L2
+    tile, blocks = tl.program_id(0), tl.cdiv(queries, BLOCK_M)
+    row, head, item = tile % blocks * BLOCK_M, tile // blocks % heads, tile // blocks // heads
+    rows = counted(pick(masks.query, layer), item, row, queries, MASKED, BLOCK_M)
+    end = keys_seen(rows, row, keys, CAUSAL)
+    stride_q, stride_k = model.q_stride[2], model.k_stride[2]
+    q_ptr = place(pick(model.q, layer), model.q_stride, item, head, row)
+    k_base = place(pick(model.k, layer), model.k_stride, item, head, 0)
+    q = load_rows(q_ptr, stride_q, rows, 0, WIDTH, D, False)
+    key_mask = pick(masks.key, layer)
+    c = tl.cast(scale, ACC) * LOG2E
+    top = tl.full((BLOCK_M,), -float("inf"), ACC)
+    total = tl.zeros((BLOCK_M,), ACC)
+    # the keys that all of the block see, none of them masked
+    inner = 0
+    if not MASKED:
+        inner = (tl.minimum(row + 1, end) if CAUSAL else end) // BLOCK_N * BLOCK_N
+        top, total = _lse_sweep(
+            top, total, q, c, q_ptr, k_base, stride_q, stride_k, key_mask, rows, item, row,
+            0, inner, end, False, MASKED, CAUSAL, BLOCK_N, WIDTH, BLOCK_K, D, ACC,
+        )  # fmt: skip
+    top, total = _lse_sweep(
+        top, total, q, c, q_ptr, k_base, stride_q, stride_k, key_mask, rows, item, row,
+        inner, end, keys, True, MASKED, CAUSAL, BLOCK_N, WIDTH, BLOCK_K, D, ACC,
+    )  # fmt: skip
+    m = tl.arange(0, BLOCK_M)
+    lse_ptr = pick(lse_ptrs, layer) + (item.to(tl.int64) * heads + head) * queries + row
+    lse = tl.where(total == 0, -float("inf"), top + tl.log2(tl.where(total == 0, 1.0, total)))
+    tl.store(lse_ptr + m, lse / LOG2E, mask=m < queries - row)
+
+
+@triton.jit
+def _add_map(
+    acc,  # [M, N]
+    sign: tl.constexpr,
+    model, lse_ptr, heads, scale, layer, item, row, col, queries, rows, cols,
+    WHOLE: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """acc + sign times a tile of the heads' mean map; pairs that do not count get anything."""
+    stride_q, stride_k = model.q_stride[2], model.k_stride[2]
+    q_ptr = place(pick(model.q, layer), model.q_stride, item, 0, row)
+    k_ptr = place(pick(model.k, layer), model.k_stride, item, 0, col)
+    lse_ptr += item.to(tl.int64) * heads * queries + row + tl.arange(0, rows.shape[0])
+    c = tl.cast(scale, ACC) * LOG2E
+    log_heads = tl.log2(tl.cast(heads, ACC))  # 1 / H in the exponent costs nothing an element
+    for _ in tl.range(0, heads):
+        q = load_rows(q_ptr, stride_q, rows, 0, WIDTH, D, WHOLE)
+        k = load_rows(k_ptr, stride_k, cols, 0, WIDTH, D, WHOLE)
+        lse = tl.load(lse_ptr, mask=rows, other=0.0) * LOG2E + log_heads
+        s = products(q, k, q_ptr, k_ptr, stride_q, stride_k, rows, cols, WIDTH, CHUNK, D, ACC)
+        acc += sign * tl.exp2(s * c - lse[:, None])
+        q_ptr += model.q_stride[1]
+        k_ptr += model.k_stride[1]
+        lse_ptr += queries
+    return acc
+
+
+@triton.jit(do_not_specialize=[
+    "student_heads", "student_scale", "teacher_heads", "teacher_scale", "queries", "keys",
+])  # fmt: skip
+def _residual_kernel(
+    student,  # Heads
+    teacher,
+    masks,  # Masks
+    student_lse,  # [B, H_s, Nq]
+    teacher_lse,
+    r_ptrs,  # [B, Nq, stride_r] out; unused without STORE
+    sum_ptr,  # [L, tiles] out: sum of R^2 over the tile
+    count_ptr,  # [L, tiles] int32 out: pairs that count; unused unless MASKED
+    student_heads,
+    student_scale,
+    teacher_heads,
+    teacher_scale,
+    queries,
+    keys,
+    stride_r,
+    MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WHOLE: tl.constexpr,  # every pair of every tile counts, or causality alone decides
+    STORE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    STUDENT_D: tl.constexpr,
+    STUDENT_WIDTH: tl.constexpr,
+    TEACHER_D: tl.constexpr,
+    TEACHER_WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    layer = tl.program_id(1)
+    # an item's tiles side by side: they share its queries and keys in L2
+    tile, across, down = tl.program_id(0), tl.cdiv(keys, BLOCK_N), tl.cdiv(queries, BLOCK_M)
+    col, row = tile % across * BLOCK_N, tile // across % down * BLOCK_M
+    item = tile // across // down
+    rows, cols = tl.arange(0, BLOCK_M) < queries - row, tl.arange(0, BLOCK_N) < keys - col
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    if CAUSAL:  # a tile above the diagonal has no heads to sum over
+        live = (col < row + BLOCK_M).to(tl.int32)
+        student_heads, teacher_heads = student_heads * live, teacher_heads * live
+    acc = _add_map(
+        acc, 1.0, student, pick(student_lse, layer), student_heads, student_scale, layer, item,
+        row, col, queries, rows, cols, WHOLE, STUDENT_WIDTH, BLOCK_K, STUDENT_D, ACC,
+    )  # fmt: skip
+    acc = _add_map(
+        acc, -1.0, teacher, pick(teacher_lse, layer), teacher_heads, teacher_scale, layer, item,
+        row, col, queries, rows, cols, WHOLE, TEACHER_WIDTH, BLOCK_K, TEACHER_D, ACC,
+    )  # fmt: skip
+    at = layer.to(tl.int64) * tl.num_programs(0) + tile
+    if not WHOLE or CAUSAL:
+        if MASKED:
+            rows = counted(pick(masks.query, layer), item, row, queries, True, BLOCK_M)
+            cols = counted(pick(masks.key, layer), item, col, keys, True, BLOCK_N)
+        valid = valid_pairs(rows, cols, row, col, CAUSAL)
+        acc = tl.where(valid, acc, 0.0)
+        if MASKED:
+            tl.store(count_ptr + at, tl.sum(valid.to(tl.int32)))
+    tl.store(sum_ptr + at, tl.sum(acc * acc))
+    if STORE:
+        r_ptr = pick(r_ptrs, layer) + item.to(tl.int64) * queries * stride_r
+        store_residual(r_ptr, acc, stride_r, row, col, queries, SHIFT)
+
+
+@triton.jit
+def _row_sum(total, x, one, ACC: tl.constexpr):
+    """total + the sum of each row of a tile as rounded; by tensor cores where it is of 16 bits."""
+    if x.dtype.primitive_bitwidth == 16:
+        total = tl.dot(x, one, total, out_dtype=ACC)
+    else:
+        total += tl.sum(x, axis=1)[:, None]
+    return total
+
+
+@triton.jit
+def _dq_sweep(
+    u, v, u_sum, v_sum, q, c, lse, q_ptr, k_base, r_ptr, stride_q, stride_k, stride_r,
+    mask, rows, in_rows, item, row, start, stop, keys,
+    EDGE: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, SETTLE: tl.constexpr,
+    BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """u, v and their sums after the keys from start to stop."""
+    one = tl.full((BLOCK_N, 16), 1.0, q.dtype)
+    for col in tl.range(start, stop, BLOCK_N):
+        cols = counted(mask, item, col, keys, MASKED and EDGE, BLOCK_N)
+        in_cols = tl.arange(0, BLOCK_N) < BLOCK_N
+        if EDGE:
+            # a key that no query of the block sees reads as 0: it may hold nan, and 0 * nan is nan
+            cols &= tl.arange(0, BLOCK_N) < stop - col
+            in_cols = tl.arange(0, BLOCK_N) < stride_r - col
+        k_ptr = k_base + tl.cast(col, tl.int64) * stride_k
+        k = load_rows(k_ptr, stride_k, cols, 0, WIDTH, D, not EDGE)
+        r = load_residual(r_ptr, stride_r, row, col, in_rows, in_cols)
+        s = products(q, k, q_ptr, k_ptr, stride_q, stride_k, rows, cols, WIDTH, CHUNK, D, ACC)
+        p = tl.exp2(s * c - lse[:, None])
+        if EDGE:
+            p = tl.where(valid_pairs(rows, cols, row, col, CAUSAL), p, 0.0)
+        pr = (p * r).to(k.dtype)
+        p = p.to(k.dtype)
+        # of the rounded factors, so that their errors cancel in u - term v
+        u_sum = _row_sum(u_sum, pr, one, ACC)
+        v_sum = _row_sum(v_sum, p, one, ACC)
+        u = settle(tl.dot(pr, k, u, input_precision="ieee", out_dtype=ACC), SETTLE)
+        v = settle(tl.dot(p, k, v, input_precision="ieee", out_dtype=ACC), SETTLE)
+        u_sum, v_sum = settle(u_sum, SETTLE), settle(v_sum, SETTLE)
+    return u, v, u_sum, v_sum
+
+
+@triton.jit(do_not_specialize=["heads", "scale", "queries", "keys"])
+def _dq_kernel(
+    student,  # Heads
+    masks,  # Masks
+    lse_ptrs,  # [B, H, Nq]
+    r_ptrs,  # [B, Nq, stride_r]
+    term_ptrs,  # [B, H, Nq] out: sum_j P_ij R_ij, in the residual's units
+    dq_ptrs,  # [B, H, Nq, D] out
+    factor_ptr,  # [L]: 2 g / n
+    heads,
+    scale,
+    queries,
+    keys,
+    stride_r,
+    dq_stride,  # of B, H and Nq
+    MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    SETTLE: tl.constexpr,
+    P_SHIFT: tl.constexpr,
+    R_SHIFT: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    layer = tl.program_id(1)
+    # heads fastest: they share a strip of the residual in L2
+    tile, down = tl.program_id(0), tl.cdiv(queries, BLOCK_M)
+    head, row, item = tile % heads, tile // heads % down * BLOCK_M, tile // heads // down
+    inside = tl.arange(0, BLOCK_M) < queries - row
+    rows = counted(pick(masks.query, layer), item, row, queries, MASKED, BLOCK_M)
+    end = keys_seen(rows, row, keys, CAUSAL)
+    at = (item.to(tl.int64) * heads + head) * queries + row
+    lse, rows = log_sums(pick(lse_ptrs, layer) + at, rows, P_SHIFT, MASKED)
+    stride_q, stride_k = student.q_stride[2], student.k_stride[2]
+    q_ptr = place(pick(student.q, layer), student.q_stride, item, head, row)
+    k_base = place(pick(student.k, layer), student.k_stride, item, head, 0)
+    r_ptr = pick(r_ptrs, layer) + item.to(tl.int64) * queries * stride_r
+    key_mask = pick(masks.key, layer)
+    q = load_rows(q_ptr, stride_q, rows, 0, WIDTH, D, False)
+    scale = tl.cast(scale, ACC)
+    c = scale * LOG2E
+    u, v = tl.zeros((BLOCK_M, WIDTH), ACC), tl.zeros((BLOCK_M, WIDTH), ACC)
+    u_sum, v_sum = tl.zeros((BLOCK_M, 16), ACC), tl.zeros((BLOCK_M, 16), ACC)
+    inner = 0
+    if not MASKED:
+        inner = (tl.minimum(row + 1, end) if CAUSAL else end) // BLOCK_N * BLOCK_N
+        u, v, u_sum, v_sum = _dq_sweep(
+            u, v, u_sum, v_sum, q, c, lse, q_ptr, k_base, r_ptr, stride_q, stride_k, stride_r,
+            key_mask, rows, inside, item, row, 0, inner, keys,
+            False, MASKED, CAUSAL, SETTLE, BLOCK_N, WIDTH, BLOCK_K, D, ACC,
+        )  # fmt: skip
+    u, v, u_sum, v_sum = _dq_sweep(
+        u, v, u_sum, v_sum, q, c, lse, q_ptr, k_base, r_ptr, stride_q, stride_k, stride_r,
+        key_mask, rows, inside, item, row, inner, end, keys,
+        True, MASKED, CAUSAL, SETTLE, BLOCK_N, WIDTH, BLOCK_K, D, ACC,
+    )  # fmt: skip
+    # 16 columns that are alike
+    u_row, v_row = tl.max(u_sum, axis=1), tl.max(v_sum, axis=1)
+    term = u_row / tl.where(v_row == 0, 1.0, v_row)
+    tl.store(pick(term_ptrs, layer) + at + tl.arange(0, BLOCK_M), term, mask=inside)
+    alpha = tl.load(factor_ptr + layer) * scale / heads * 2.0 ** -(P_SHIFT + R_SHIFT)
+    dq_ptr = place(pick(dq_ptrs, layer), dq_stride, item, head, row)
+    store_rows(dq_ptr, alpha * (u - term[:, None] * v), dq_stride[2], inside, D)
+
+
+@triton.jit
+def _dk_sweep(
+    dk, k, c, k_ptr, q_base, r_ptr, lse_ptr, term_ptr, stride_q, stride_k, stride_r,
+    mask, cols, item, col, start, stop, queries,
+    EDGE: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, SETTLE: tl.constexpr,
+    P_SHIFT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """dk after the queries from start to stop."""
+    m = tl.arange(0, BLOCK_M)
+    in_cols = tl.arange(0, BLOCK_N) < stride_r - col
+    for row in tl.range(start, stop, BLOCK_M):
+        rows = counted(mask, item, row, queries, MASKED and EDGE, BLOCK_M)
+        in_rows = m < BLOCK_M
+        if EDGE:
+            in_rows = m < queries - row
+            lse, rows = log_sums(lse_ptr + row, rows, P_SHIFT, MASKED)
+            term = tl.load(term_ptr + row + m, mask=rows, other=0.0)
+        else:
+            lse = tl.load(lse_ptr + row + m) * LOG2E - P_SHIFT
+            term = tl.load(term_ptr + row + m)
+        q_ptr = q_base + tl.cast(row, tl.int64) * stride_q
+        q = load_rows(q_ptr, stride_q, rows, 0, WIDTH, D, not EDGE)
+        r = load_residual(r_ptr, stride_r, row, col, in_rows, in_cols)
+        s = products(q, k, q_ptr, k_ptr, stride_q, stride_k, rows, cols, WIDTH, CHUNK, D, ACC)
+        p = tl.exp2(s * c - lse[:, None])
+        if EDGE:
+            p = tl.where(valid_pairs(rows, cols, row, col, CAUSAL), p, 0.0)
+        ds = (p * (r - term[:, None])).to(q.dtype)
+        dk = settle(tl.dot(tl.trans(ds), q, dk, input_precision="ieee", out_dtype=ACC), SETTLE)
+    return dk
+
+
+@triton.jit(do_not_specialize=["heads", "scale", "queries", "keys"])
+def _dk_kernel(
+    student,  # Heads
+    masks,  # Masks
+    lse_ptrs,  # [B, H, Nq]
+    r_ptrs,  # [B, Nq, stride_r]
+    term_ptrs,  # [B, H, Nq], as _dq_kernel wrote it
+    dk_ptrs,  # [B, H, Nk, D] out
+    factor_ptr,  # [L]
+    heads,
+    scale,
+    queries,
+    keys,
+    stride_r,
+    dk_stride,  # of B, H and Nk
+    MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    SETTLE: tl.constexpr,
+    P_SHIFT: tl.constexpr,
+    R_SHIFT: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    layer = tl.program_id(1)
+    tile, across = tl.program_id(0), tl.cdiv(keys, BLOCK_N)
+    head, col, item = tile % heads, tile // heads % across * BLOCK_N, tile // heads // across
+    inside = tl.arange(0, BLOCK_N) < keys - col
+    cols = counted(pick(masks.key, layer), item, col, keys, MASKED, BLOCK_N)
+    stride_q, stride_k = student.q_stride[2], student.k_stride[2]
+    k_ptr = place(pick(student.k, layer), student.k_stride, item, head, col)
+    k = load_rows(k_ptr, stride_k, cols, 0, WIDTH, D, False)
+    q_base = place(pick(student.q, layer), student.q_stride, item, head, 0)
+    r_ptr = pick(r_ptrs, layer) + item.to(tl.int64) * queries * stride_r
+    at = (item.to(tl.int64) * heads + head) * queries
+    lse_ptr, term_ptr = pick(lse_ptrs, layer) + at, pick(term_ptrs, layer) + at
+    query_mask = pick(masks.query, layer)
+    scale = tl.cast(scale, ACC)
+    c = scale * LOG2E
+    dk = tl.zeros((BLOCK_N, WIDTH), ACC)
+    # queries that see some of the keys, those that see all of them, and what is left of a block
+    low = col // BLOCK_M * BLOCK_M if CAUSAL else 0
+    high = low
+    if not MASKED:
+        if CAUSAL:
+            high = tl.minimum(tl.cdiv(col + BLOCK_N - 1, BLOCK_M) * BLOCK_M, queries)
+            dk = _dk_sweep(
+                dk, k, c, k_ptr, q_base, r_ptr, lse_ptr, term_ptr, stride_q, stride_k, stride_r,
+                query_mask, cols, item, col, low, high, queries,
+                True, MASKED, CAUSAL, SETTLE, P_SHIFT, BLOCK_M, BLOCK_N, WIDTH,
+                BLOCK_K, D, ACC,
+            )  # fmt: skip
+            high = tl.cdiv(high, BLOCK_M) * BLOCK_M
+        low, high = high, tl.maximum(queries // BLOCK_M * BLOCK_M, high)
+        dk = _dk_sweep(
+            dk, k, c, k_ptr, q_base, r_ptr, lse_ptr, term_ptr, stride_q, stride_k, stride_r,
+            query_mask, cols, item, col, low, high, queries,
+            False, MASKED, CAUSAL, SETTLE, P_SHIFT, BLOCK_M, BLOCK_N, WIDTH,
+                BLOCK_K, D, ACC,
+        )  # fmt: skip
+    dk = _dk_sweep(
+        dk, k, c, k_ptr, q_base, r_ptr, lse_ptr, term_ptr, stride_q, stride_k, stride_r,
+        query_mask, cols, item, col, high, queries, queries,
+        True, MASKED, CAUSAL, SETTLE, P_SHIFT, BLOCK_M, BLOCK_N, WIDTH,
+                BLOCK_K, D, ACC,
+    )  # fmt: skip
+    alpha = tl.load(factor_ptr + layer) * scale / heads * 2.0 ** -(P_SHIFT + R_SHIFT)
+    dk_ptr = place(pick(dk_ptrs, layer), dk_stride, item, head, col)
+    store_rows(dk_ptr, alpha * dk, dk_stride[2], inside, D)
+
+
+def log_sums_of(model: Model, pairs: Counted, layers: Sequence[int]) -> dict[int, Tensor]:
+    """[B, H, Nq] of each layer: log-sum-exp of the scaled scores over the keys that count."""
+    dtype, acc = accumulator(model.q[0])
+    lses = {i: model.q[i].new_empty(model.q[i].shape[:3], dtype=dtype) for i in layers}
+    forms = {i: (*model.form(i), pairs.form(i)) for i in layers if lses[i].numel()}
+    for ((B, H, queries, d), keys, scale, *_, (masked, causal)), part in groups(forms):
+        x = model.q[part[0]]
+        chosen = config(launch.PROBS_LSE, width(x), x).fitted(queries)
+        _lse_kernel[(triton.cdiv(queries, chosen.block_m) * H * B, len(part))](
+            model.arguments(part),
+            pairs.arguments(model, part, masked),
+            pointers(lses, part),
+            H, scale, queries, keys,
+            MASKED=masked, CAUSAL=causal, D=d, WIDTH=width(x), ACC=acc,
+            **launch.options(chosen),
+        )  # fmt: skip
+    return lses
+
+
+def residual(
+    student: Model,
+    teacher: Model,
+    pairs: Counted,
+    layers: Sequence[int],
+    student_lses: Sequence[Tensor],
+    teacher_lses: Sequence[Tensor],
+    residuals: Sequence[Tensor],
+    store: bool,
+) -> tuple[Tensor, Tensor]:
+    """Losses and scales of layers of one form; fills their residuals if asked to."""
+    first = layers[0]
+    x, y = student.q[first], teacher.q[first]
+    dtype, acc = accumulator(x)
+    (B, H, queries, d), keys = x.shape, student.k[first].shape[2]
+    masked, causal = pairs.form(first)
+    chosen = config(launch.PROBS_RESIDUAL, max(width(x), width(y)), x, y).fitted(queries)
+    tiles = B * triton.cdiv(queries, chosen.block_m) * triton.cdiv(keys, chosen.block_n)
+    sums = x.new_empty(len(layers), tiles, dtype=dtype)
+    counts = x.new_empty(len(layers), tiles, dtype=torch.int32) if masked else None
+    if tiles:
+        _residual_kernel[(tiles, len(layers))](
+            student.arguments(layers),
+            teacher.arguments(layers),
+            pairs.arguments(student, layers, masked),
+            pointers(student_lses, layers),
+            pointers(teacher_lses, layers),
+            pointers(residuals, layers),
+            sums, sums if counts is None else counts,
+            H, student.scale[first], y.shape[1], teacher.scale[first],
+            queries, keys, residual_width(keys),
+            MASKED=masked, CAUSAL=causal,
+            WHOLE=not (masked or queries % chosen.block_m or keys % chosen.block_n),
+            STORE=store, SHIFT=shifts(x)[1],
+            STUDENT_D=d, STUDENT_WIDTH=width(x), TEACHER_D=y.shape[3], TEACHER_WIDTH=width(y),
+            ACC=acc, **launch.options(chosen),
+        )  # fmt: skip
+    return total(sums, counts, 1 if masked else valid_count(x.shape, keys, causal))
+
+
+def gradients(
+    student: Model,
+    pairs: Counted,
+    layers: Sequence[int],
+    lses: Sequence[Tensor],
+    residuals: Sequence[Tensor],
+    factor: Tensor,
+    d_q: Mapping[int, Tensor],
+    d_k: Mapping[int, Tensor],
+) -> None:
+    """Fills d_q and d_k of layers of one form; d_k may lack some."""
+    x, (dtype, acc) = student.q[layers[0]], accumulator(student.q[0])
+    (B, H, queries, d), keys = x.shape, student.k[layers[0]].shape[2]
+    masked, causal = pairs.form(layers[0])
+    p_shift, r_shift = shifts(x)
+    terms = {i: x.new_empty(x.shape[:3], dtype=dtype) for i in layers}
+    for kernel, table, out, length in (
+        (_dq_kernel, launch.PROBS_DQ, d_q, queries),
+        (_dk_kernel, launch.PROBS_DK, d_k, keys),
+    ):
+        chosen = config(table, width(x), x).fitted(queries)
+        block = chosen.block_m if kernel is _dq_kernel else chosen.block_n
+        tiles = B * H * triton.cdiv(length, block)
+        for dx_stride, part in groups({i: strides(out[i]) for i in layers if i in out}):
+            if tiles:
+                kernel[(tiles, len(part))](
+                    student.arguments(part),
+                    pairs.arguments(student, part, masked),
+                    pointers(lses, part),
+                    pointers(residuals, part),
+                    pointers(terms, part),
+                    pointers(out, part),
+                    of_layers(factor, part),
+                    H, student.scale[part[0]], queries, keys, residual_width(keys), dx_stride,
+                    MASKED=masked, CAUSAL=causal, SETTLE=launch.settles(x),
+                    P_SHIFT=p_shift, R_SHIFT=r_shift, D=d, WIDTH=width(x), ACC=acc,
+                    **launch.options(chosen),
+                )  # fmt: skip
