@@ -91,8 +91,8 @@ def attention_probs_forward(
         are float32 or float64. The two lists are empty if no gradient is wanted. A log-sum-exp
         that was given is returned itself.
     """
-    student = Model.of(student_q, student_k, student_scale)
-    teacher = Model.of(teacher_q, teacher_k, teacher_scale)
+    student = Model.of(student_q, student_k, student_scale).positive()
+    teacher = Model.of(teacher_q, teacher_k, teacher_scale).positive()
     pairs = Counted(query_masks, key_masks, causal)
     L = len(student_q)
     residuals = [

@@ -28,6 +28,7 @@ from .probs_tiles import (
     load_rows,
     log_sums,
     place,
+    positive,
     residual_width,
     shifts,
     store_residual,
@@ -46,8 +47,8 @@ ENOUGH_PROGRAMS = 1024
 
 
 @triton.jit
-def _scores(q, k, c, valid, EDGE: tl.constexpr, ACC: tl.constexpr):
-    s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC) * c
+def _scores(q, k, valid, EDGE: tl.constexpr, ACC: tl.constexpr):
+    s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC)
     if EDGE:
         # before the exponential: a key that does not count may hold nan or inf
         s = tl.where(valid, s, -float("inf"))
@@ -73,29 +74,29 @@ def _add_map(
     k_ptr = place(pick(model.k, layer), model.k_stride, item, 0, 0)
     m = tl.arange(0, rows.shape[0])
     lse_ptr += item.to(tl.int64) * heads * queries + row + m
-    c = tl.cast(scale, ACC) * LOG2E
+    c = positive(scale, ACC)
     weight = sign / tl.cast(heads, ACC)
     for _ in tl.range(0, heads):
         q = load_rows(q_ptr, stride_q, rows, 0, WIDTH, D, ROWS_WHOLE)
         k = load_rows(k_ptr, stride_k, cols, 0, WIDTH, D, KEYS_WHOLE)
-        s = _scores(q, k, c, valid, EDGE and not GIVEN, ACC)
+        s = _scores(q, k, valid, EDGE and not GIVEN, ACC)
         if TAIL:
             k = load_rows(k_ptr + BLOCK_N * stride_k, stride_k, cols_tail, 0, WIDTH, D, False)
-            s_tail = _scores(q, k, c, valid_tail, not GIVEN, ACC)
+            s_tail = _scores(q, k, valid_tail, not GIVEN, ACC)
         if GIVEN:
             lse = tl.load(lse_ptr, mask=rows, other=0.0) * LOG2E
-            acc += weight * tl.exp2(s - lse[:, None])
+            acc += weight * tl.exp2(s * c - lse[:, None])
             if TAIL:
-                acc_tail += weight * tl.exp2(s_tail - lse[:, None])
+                acc_tail += weight * tl.exp2(s_tail * c - lse[:, None])
         else:
             top = tl.max(s, axis=1)
             if TAIL:
                 top = tl.maximum(top, tl.max(s_tail, axis=1))
-            top = tl.where(top == -float("inf"), 0.0, top)  # inf - inf is nan
-            p = tl.exp2(s - top[:, None])
+            top = tl.where(top == -float("inf"), 0.0, top * c)  # inf - inf is nan
+            p = tl.exp2(s * c - top[:, None])
             sums = tl.sum(p, axis=1)
             if TAIL:
-                p_tail = tl.exp2(s_tail - top[:, None])
+                p_tail = tl.exp2(s_tail * c - top[:, None])
                 sums += tl.sum(p_tail, axis=1)
             some = tl.where(sums == 0, 1.0, sums)
             share = weight / some
@@ -362,10 +363,12 @@ def _backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TAIL: tl.constexpr,
+    RELOAD: tl.constexpr,
+    FLIP: tl.constexpr,
     ACC: tl.constexpr,
 ):
     EDGE: tl.constexpr = MASKED or CAUSAL or not KEYS_WHOLE
-    BY_KEYS: tl.constexpr = BLOCK_N > 128
+    BY_KEYS: tl.constexpr = BLOCK_N > 128 and not FLIP
     SEEN: tl.constexpr = 0 if FIRST_ONLY else TAIL  # the tail, by blocks but that of ROW_TAIL
     layer = tl.program_id(1)
     parts = tl.cdiv(heads, heads_at_once)
@@ -413,6 +416,8 @@ def _backward_kernel(
                     k_ptr + BLOCK_N * stride_k, stride_k, cols_tail, 0, WIDTH, D, False
                 )
                 dk_tail = tl.zeros((TAIL, WIDTH), ACC)
+            if RELOAD:
+                r = load_residual(r_ptr, stride_r, 0, 0, in_rows, in_cols)
             lse, rows = log_sums(lse_ptr, counts, P_SHIFT, MASKED)
             q = load_rows(q_ptr, stride_q, rows, 0, WIDTH, D, ROWS_WHOLE and not MASKED)
             dk, dk_tail = _add_rows(
@@ -592,6 +597,7 @@ def gradients(
                 dq_stride, dk_stride, at_once,
                 MASKED=masked, CAUSAL=causal, ONE_BLOCK=one_block, SETTLE=launch.settles(x),
                 P_SHIFT=p_shift, R_SHIFT=r_shift, D=d, WIDTH=width(x), ACC=accumulator(x)[1],
+                RELOAD=chosen.config.split in (2,4), FLIP=chosen.config.split in (3,4),
                 **constants, **_options(chosen),
             )  # fmt: skip
 

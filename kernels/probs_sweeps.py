@@ -28,6 +28,7 @@ from .probs_tiles import (
     load_rows,
     log_sums,
     place,
+    positive,
     products,
     residual_width,
     shifts,
@@ -52,15 +53,15 @@ def _lse_sweep(
         cols = counted(mask, item, col, keys, MASKED and EDGE, BLOCK_N)
         k_ptr = k_base + tl.cast(col, tl.int64) * stride_k
         k = load_rows(k_ptr, stride_k, cols, 0, WIDTH, D, not EDGE)
-        s = products(q, k, q_ptr, k_ptr, stride_q, stride_k, rows, cols, WIDTH, CHUNK, D, ACC) * c
+        s = products(q, k, q_ptr, k_ptr, stride_q, stride_k, rows, cols, WIDTH, CHUNK, D, ACC)
         if EDGE:
             # before the exponential: a key that does not count may hold nan or inf
             s = tl.where(valid_pairs(rows, cols, row, col, CAUSAL), s, -float("inf"))
-        higher = tl.maximum(top, tl.max(s, axis=1))
+        higher = tl.maximum(top, tl.max(s, axis=1) * c)
         safe = higher
         if EDGE:  # inf - inf is nan
             safe = tl.where(higher == -float("inf"), 0.0, higher)
-        total = total * tl.exp2(top - safe) + tl.sum(tl.exp2(s - safe[:, None]), axis=1)
+        total = total * tl.exp2(top - safe) + tl.sum(tl.exp2(s * c - safe[:, None]), axis=1)
         top = higher
     return top, total
 
@@ -94,7 +95,7 @@ def _lse_kernel(
     k_base = place(pick(model.k, layer), model.k_stride, item, head, 0)
     q = load_rows(q_ptr, stride_q, rows, 0, WIDTH, D, False)
     key_mask = pick(masks.key, layer)
-    c = tl.cast(scale, ACC) * LOG2E
+    c = positive(scale, ACC)
     top = tl.full((BLOCK_M,), -float("inf"), ACC)
     total = tl.zeros((BLOCK_M,), ACC)
     # the keys that all of the block see, none of them masked
@@ -117,13 +118,14 @@ def _lse_kernel(
 
 @triton.jit
 def _add_map(
-    acc,  # [M, N]
+    left, right,  # [M, N]; right is anything unless SPLIT
     sign: tl.constexpr,
-    model, lse_ptr, heads, scale, layer, item, row, col, queries, rows, cols,
-    WHOLE: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr,
-    ACC: tl.constexpr,
+    model, lse_ptr, heads, scale, layer, item, row, col, queries, rows, cols, cols_right,
+    WHOLE: tl.constexpr, SPLIT: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """acc + sign times a tile of the heads' mean map; pairs that do not count get anything."""
+    """A tile in two parts and sign times the heads' mean map; anything where a pair counts not."""
+    BLOCK_N: tl.constexpr = cols.shape[0]
     stride_q, stride_k = model.q_stride[2], model.k_stride[2]
     q_ptr = place(pick(model.q, layer), model.q_stride, item, 0, row)
     k_ptr = place(pick(model.k, layer), model.k_stride, item, 0, col)
@@ -135,11 +137,35 @@ def _add_map(
         k = load_rows(k_ptr, stride_k, cols, 0, WIDTH, D, WHOLE)
         lse = tl.load(lse_ptr, mask=rows, other=0.0) * LOG2E + log_heads
         s = products(q, k, q_ptr, k_ptr, stride_q, stride_k, rows, cols, WIDTH, CHUNK, D, ACC)
-        acc += sign * tl.exp2(s * c - lse[:, None])
+        left += sign * tl.exp2(s * c - lse[:, None])
+        if SPLIT:
+            at = k_ptr + BLOCK_N * stride_k
+            k = load_rows(at, stride_k, cols_right, 0, WIDTH, D, WHOLE)
+            s = products(q, k, q_ptr, at, stride_q, stride_k, rows, cols_right, WIDTH, CHUNK, D, ACC)
+            right += sign * tl.exp2(s * c - lse[:, None])
         q_ptr += model.q_stride[1]
         k_ptr += model.k_stride[1]
         lse_ptr += queries
-    return acc
+    return left, right
+
+
+@triton.jit
+def _store_part(
+    acc, masks, count, square, r_ptr, layer, item, row, col, queries, keys, stride_r, rows, cols,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, WHOLE: tl.constexpr, STORE: tl.constexpr,
+    SHIFT: tl.constexpr,
+):  # fmt: skip
+    """The pairs that count and the sum of squares, with those of this part of a tile."""
+    if not WHOLE or CAUSAL:
+        if MASKED:
+            rows = counted(pick(masks.query, layer), item, row, queries, True, acc.shape[0])
+            cols = counted(pick(masks.key, layer), item, col, keys, True, acc.shape[1])
+        valid = valid_pairs(rows, cols, row, col, CAUSAL)
+        acc = tl.where(valid, acc, 0.0)
+        count += tl.sum(valid.to(tl.int32))
+    if STORE:
+        store_residual(r_ptr, acc, stride_r, row, col, queries, SHIFT)
+    return count, square + tl.sum(acc * acc)
 
 
 @triton.jit(do_not_specialize=[
@@ -173,48 +199,56 @@ def _residual_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr,  # a tile has two parts of BLOCK_N keys, one after the other in registers
     ACC: tl.constexpr,
 ):
     layer = tl.program_id(1)
     # an item's tiles side by side: they share its queries and keys in L2
-    tile, across, down = tl.program_id(0), tl.cdiv(keys, BLOCK_N), tl.cdiv(queries, BLOCK_M)
-    col, row = tile % across * BLOCK_N, tile // across % down * BLOCK_M
+    PARTS: tl.constexpr = 2 if SPLIT else 1
+    WIDE: tl.constexpr = BLOCK_N * PARTS
+    tile, across, down = tl.program_id(0), tl.cdiv(keys, WIDE), tl.cdiv(queries, BLOCK_M)
+    col, row = tile % across * WIDE, tile // across % down * BLOCK_M
     item = tile // across // down
-    rows, cols = tl.arange(0, BLOCK_M) < queries - row, tl.arange(0, BLOCK_N) < keys - col
-    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    n = tl.arange(0, BLOCK_N)
+    rows, cols, right = tl.arange(0, BLOCK_M) < queries - row, n < keys - col, n < keys - col - BLOCK_N
+    acc, acc_right = tl.zeros((BLOCK_M, BLOCK_N), ACC), tl.zeros((BLOCK_M, BLOCK_N), ACC)
     if CAUSAL:  # a tile above the diagonal has no heads to sum over
         live = (col < row + BLOCK_M).to(tl.int32)
         student_heads, teacher_heads = student_heads * live, teacher_heads * live
-    acc = _add_map(
-        acc, 1.0, student, pick(student_lse, layer), student_heads, student_scale, layer, item,
-        row, col, queries, rows, cols, WHOLE, STUDENT_WIDTH, BLOCK_K, STUDENT_D, ACC,
+    acc, acc_right = _add_map(
+        acc, acc_right, 1.0, student, pick(student_lse, layer), student_heads, student_scale, layer,
+        item, row, col, queries, rows, cols, right, WHOLE, SPLIT, STUDENT_WIDTH, BLOCK_K, STUDENT_D,
+        ACC,
     )  # fmt: skip
-    acc = _add_map(
-        acc, -1.0, teacher, pick(teacher_lse, layer), teacher_heads, teacher_scale, layer, item,
-        row, col, queries, rows, cols, WHOLE, TEACHER_WIDTH, BLOCK_K, TEACHER_D, ACC,
+    acc, acc_right = _add_map(
+        acc, acc_right, -1.0, teacher, pick(teacher_lse, layer), teacher_heads, teacher_scale,
+        layer, item, row, col, queries, rows, cols, right, WHOLE, SPLIT, TEACHER_WIDTH, BLOCK_K,
+        TEACHER_D, ACC,
     )  # fmt: skip
     at = layer.to(tl.int64) * tl.num_programs(0) + tile
-    if not WHOLE or CAUSAL:
-        if MASKED:
-            rows = counted(pick(masks.query, layer), item, row, queries, True, BLOCK_M)
-            cols = counted(pick(masks.key, layer), item, col, keys, True, BLOCK_N)
-        valid = valid_pairs(rows, cols, row, col, CAUSAL)
-        acc = tl.where(valid, acc, 0.0)
-        if MASKED:
-            tl.store(count_ptr + at, tl.sum(valid.to(tl.int32)))
-    tl.store(sum_ptr + at, tl.sum(acc * acc))
-    if STORE:
-        r_ptr = pick(r_ptrs, layer) + item.to(tl.int64) * queries * stride_r
-        store_residual(r_ptr, acc, stride_r, row, col, queries, SHIFT)
+    r_ptr = pick(r_ptrs, layer) + item.to(tl.int64) * queries * stride_r
+    count, square = tile * 0, tl.zeros((), ACC)
+    count, square = _store_part(
+        acc, masks, count, square, r_ptr, layer, item, row, col, queries, keys, stride_r, rows,
+        cols, MASKED, CAUSAL, WHOLE, STORE, SHIFT,
+    )  # fmt: skip
+    if SPLIT:
+        count, square = _store_part(
+            acc_right, masks, count, square, r_ptr, layer, item, row, col + BLOCK_N, queries, keys,
+            stride_r, rows, right, MASKED, CAUSAL, WHOLE, STORE, SHIFT,
+        )  # fmt: skip
+    tl.store(sum_ptr + at, square)
+    if MASKED:
+        tl.store(count_ptr + at, count)
 
 
 @triton.jit
-def _row_sum(total, x, one, ACC: tl.constexpr):
+def _row_sum(total, x, one, PLAIN: tl.constexpr, ACC: tl.constexpr):
     """total + the sum of each row of a tile as rounded; by tensor cores where it is of 16 bits."""
-    if x.dtype.primitive_bitwidth == 16:
+    if x.dtype.primitive_bitwidth == 16 and not PLAIN:
         total = tl.dot(x, one, total, out_dtype=ACC)
     else:
-        total += tl.sum(x, axis=1)[:, None]
+        total += tl.sum(x.to(ACC), axis=1)[:, None]
     return total
 
 
@@ -224,7 +258,7 @@ def _dq_sweep(
     mask, rows, in_rows, item, row, start, stop, keys,
     EDGE: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, SETTLE: tl.constexpr,
     BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr,
-    ACC: tl.constexpr,
+    PLAIN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """u, v and their sums after the keys from start to stop."""
     one = tl.full((BLOCK_N, 16), 1.0, q.dtype)
@@ -242,11 +276,16 @@ def _dq_sweep(
         p = tl.exp2(s * c - lse[:, None])
         if EDGE:
             p = tl.where(valid_pairs(rows, cols, row, col, CAUSAL), p, 0.0)
-        pr = (p * r).to(k.dtype)
+        pr = p * r
+        if PLAIN:
+            u_sum = _row_sum(u_sum, pr, one, PLAIN, ACC)
+            v_sum = _row_sum(v_sum, p, one, PLAIN, ACC)
+        pr = pr.to(k.dtype)
         p = p.to(k.dtype)
         # of the rounded factors, so that their errors cancel in u - term v
-        u_sum = _row_sum(u_sum, pr, one, ACC)
-        v_sum = _row_sum(v_sum, p, one, ACC)
+        if not PLAIN:
+            u_sum = _row_sum(u_sum, pr, one, PLAIN, ACC)
+            v_sum = _row_sum(v_sum, p, one, PLAIN, ACC)
         u = settle(tl.dot(pr, k, u, input_precision="ieee", out_dtype=ACC), SETTLE)
         v = settle(tl.dot(p, k, v, input_precision="ieee", out_dtype=ACC), SETTLE)
         u_sum, v_sum = settle(u_sum, SETTLE), settle(v_sum, SETTLE)
@@ -278,6 +317,7 @@ def _dq_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BY_KEYS: tl.constexpr,
     ACC: tl.constexpr,
 ):
     layer = tl.program_id(1)
@@ -305,12 +345,12 @@ def _dq_kernel(
         u, v, u_sum, v_sum = _dq_sweep(
             u, v, u_sum, v_sum, q, c, lse, q_ptr, k_base, r_ptr, stride_q, stride_k, stride_r,
             key_mask, rows, inside, item, row, 0, inner, keys,
-            False, MASKED, CAUSAL, SETTLE, BLOCK_N, WIDTH, BLOCK_K, D, ACC,
+            False, MASKED, CAUSAL, SETTLE, BLOCK_N, WIDTH, BLOCK_K, D, BY_KEYS, ACC,
         )  # fmt: skip
     u, v, u_sum, v_sum = _dq_sweep(
         u, v, u_sum, v_sum, q, c, lse, q_ptr, k_base, r_ptr, stride_q, stride_k, stride_r,
         key_mask, rows, inside, item, row, inner, end, keys,
-        True, MASKED, CAUSAL, SETTLE, BLOCK_N, WIDTH, BLOCK_K, D, ACC,
+        True, MASKED, CAUSAL, SETTLE, BLOCK_N, WIDTH, BLOCK_K, D, BY_KEYS, ACC,
     )  # fmt: skip
     # 16 columns that are alike
     u_row, v_row = tl.max(u_sum, axis=1), tl.max(v_sum, axis=1)
@@ -327,7 +367,7 @@ def _dk_sweep(
     mask, cols, item, col, start, stop, queries,
     EDGE: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, SETTLE: tl.constexpr,
     P_SHIFT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
-    CHUNK: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr,
+    CHUNK: tl.constexpr, D: tl.constexpr, BY_KEYS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dk after the queries from start to stop."""
     m = tl.arange(0, BLOCK_M)
@@ -345,12 +385,20 @@ def _dk_sweep(
         q_ptr = q_base + tl.cast(row, tl.int64) * stride_q
         q = load_rows(q_ptr, stride_q, rows, 0, WIDTH, D, not EDGE)
         r = load_residual(r_ptr, stride_r, row, col, in_rows, in_cols)
-        s = products(q, k, q_ptr, k_ptr, stride_q, stride_k, rows, cols, WIDTH, CHUNK, D, ACC)
-        p = tl.exp2(s * c - lse[:, None])
-        if EDGE:
-            p = tl.where(valid_pairs(rows, cols, row, col, CAUSAL), p, 0.0)
-        ds = (p * (r - term[:, None])).to(q.dtype)
-        dk = settle(tl.dot(tl.trans(ds), q, dk, input_precision="ieee", out_dtype=ACC), SETTLE)
+        if BY_KEYS:
+            s = products(k, q, k_ptr, q_ptr, stride_k, stride_q, cols, rows, WIDTH, CHUNK, D, ACC)
+            p = tl.exp2(s * c - lse[None, :])
+            if EDGE:
+                p = tl.where(tl.trans(valid_pairs(rows, cols, row, col, CAUSAL)), p, 0.0)
+            ds = (p * (tl.trans(r) - term[None, :])).to(q.dtype)
+            dk = settle(tl.dot(ds, q, dk, input_precision="ieee", out_dtype=ACC), SETTLE)
+        else:
+            s = products(q, k, q_ptr, k_ptr, stride_q, stride_k, rows, cols, WIDTH, CHUNK, D, ACC)
+            p = tl.exp2(s * c - lse[:, None])
+            if EDGE:
+                p = tl.where(valid_pairs(rows, cols, row, col, CAUSAL), p, 0.0)
+            ds = (p * (r - term[:, None])).to(q.dtype)
+            dk = settle(tl.dot(tl.trans(ds), q, dk, input_precision="ieee", out_dtype=ACC), SETTLE)
     return dk
 
 
@@ -379,6 +427,7 @@ def _dk_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BY_KEYS: tl.constexpr,
     ACC: tl.constexpr,
 ):
     layer = tl.program_id(1)
@@ -407,7 +456,7 @@ def _dk_kernel(
                 dk, k, c, k_ptr, q_base, r_ptr, lse_ptr, term_ptr, stride_q, stride_k, stride_r,
                 query_mask, cols, item, col, low, high, queries,
                 True, MASKED, CAUSAL, SETTLE, P_SHIFT, BLOCK_M, BLOCK_N, WIDTH,
-                BLOCK_K, D, ACC,
+                BLOCK_K, D, BY_KEYS, ACC,
             )  # fmt: skip
             high = tl.cdiv(high, BLOCK_M) * BLOCK_M
         low, high = high, tl.maximum(queries // BLOCK_M * BLOCK_M, high)
@@ -415,13 +464,13 @@ def _dk_kernel(
             dk, k, c, k_ptr, q_base, r_ptr, lse_ptr, term_ptr, stride_q, stride_k, stride_r,
             query_mask, cols, item, col, low, high, queries,
             False, MASKED, CAUSAL, SETTLE, P_SHIFT, BLOCK_M, BLOCK_N, WIDTH,
-                BLOCK_K, D, ACC,
+                BLOCK_K, D, BY_KEYS, ACC,
         )  # fmt: skip
     dk = _dk_sweep(
         dk, k, c, k_ptr, q_base, r_ptr, lse_ptr, term_ptr, stride_q, stride_k, stride_r,
         query_mask, cols, item, col, high, queries, queries,
         True, MASKED, CAUSAL, SETTLE, P_SHIFT, BLOCK_M, BLOCK_N, WIDTH,
-                BLOCK_K, D, ACC,
+                BLOCK_K, D, BY_KEYS, ACC,
     )  # fmt: skip
     alpha = tl.load(factor_ptr + layer) * scale / heads * 2.0 ** -(P_SHIFT + R_SHIFT)
     dk_ptr = place(pick(dk_ptrs, layer), dk_stride, item, head, col)
@@ -464,7 +513,8 @@ def residual(
     (B, H, queries, d), keys = x.shape, student.k[first].shape[2]
     masked, causal = pairs.form(first)
     chosen = config(launch.PROBS_RESIDUAL, max(width(x), width(y)), x, y).fitted(queries)
-    tiles = B * triton.cdiv(queries, chosen.block_m) * triton.cdiv(keys, chosen.block_n)
+    wide = chosen.block_n * chosen.split
+    tiles = B * triton.cdiv(queries, chosen.block_m) * triton.cdiv(keys, wide)
     sums = x.new_empty(len(layers), tiles, dtype=dtype)
     counts = x.new_empty(len(layers), tiles, dtype=torch.int32) if masked else None
     if tiles:
@@ -479,7 +529,7 @@ def residual(
             H, student.scale[first], y.shape[1], teacher.scale[first],
             queries, keys, residual_width(keys),
             MASKED=masked, CAUSAL=causal,
-            WHOLE=not (masked or queries % chosen.block_m or keys % chosen.block_n),
+            WHOLE=not (masked or queries % chosen.block_m or keys % wide), SPLIT=chosen.split == 2,
             STORE=store, SHIFT=shifts(x)[1],
             STUDENT_D=d, STUDENT_WIDTH=width(x), TEACHER_D=y.shape[3], TEACHER_WIDTH=width(y),
             ACC=acc, **launch.options(chosen),
@@ -523,5 +573,6 @@ def gradients(
                     H, student.scale[part[0]], queries, keys, residual_width(keys), dx_stride,
                     MASKED=masked, CAUSAL=causal, SETTLE=launch.settles(x),
                     P_SHIFT=p_shift, R_SHIFT=r_shift, D=d, WIDTH=width(x), ACC=acc,
+                    BY_KEYS=chosen.split == 2,
                     **launch.options(chosen),
                 )  # fmt: skip

@@ -92,6 +92,12 @@ def products(
 
 
 @triton.jit
+def positive(scale, ACC: tl.constexpr):
+    """The scale of scores in powers of two, above 0: so that -inf stays itself."""
+    return tl.maximum(tl.cast(scale, ACC) * LOG2E, 1e-30)
+
+
+@triton.jit
 def counted(mask, item, start, length, MASKED: tl.constexpr, BLOCK: tl.constexpr):
     """[BLOCK] bool: which positions from ``start`` on are before ``length`` and not masked."""
     n = tl.arange(0, BLOCK)
@@ -164,6 +170,11 @@ class Model(NamedTuple):
         """Reads heads in place where their rows are dense, and copies them elsewhere."""
         dense = ([x if is_dense(x) else x.contiguous() for x in y] for y in (q, k))
         return cls(*dense, scale)
+
+    def positive(self) -> Model:
+        """The same maps with no scale below 0, as the forward kernels need them."""
+        q = [-x if s < 0 else x for x, s in zip(self.q, self.scale, strict=True)]
+        return Model(q, self.k, [abs(s) for s in self.scale])
 
     def form(self, layer: int) -> tuple[object, ...]:
         """What layers of one launch share."""
