@@ -9,9 +9,9 @@
 What does not count may hold nan or inf: it changes no value and no gradient. R is kept, in the
 students' dtype and only when a gradient is wanted: one map, whatever the number of heads.
 
-Up to 272 keys of 16 bits (``probs_rows.py``) rows of a map lie in registers: one launch forward and
-one backward for all layers of a form. Above (``probs_sweeps.py``), with H heads in all, H_s of them
-the students':
+Up to 256 keys of 16 bits rows of a map lie in registers (``probs_rows.py``), and up to 80 tokens
+those of the backward pass: one launch each for all layers of a form. Else (``probs_sweeps.py``), with
+H heads in all, H_s of them the students':
   log-sum-exp  H Q K^T and H exponentials a pair; skipped for a model whose attention gave it
   residual     the same once more: a tile's loop over all heads, the sum in float32
   dQ           one sweep: dQ_h = s (U - r V), U = (P o R) K, V = P K, r = sum P o R / sum P of the
@@ -25,14 +25,13 @@ There are no atomics: every sum has a fixed order and results are bit-reproducib
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import launch, probs_rows, probs_sweeps
 from .core import accumulator, device_refusals, dtype_refusals
-from .launch import LaunchConfig
 from .layers import groups, in_order
 from .probs_rows import Tiles
 from .probs_tiles import Counted, Model, is_dense, residual_width, width
@@ -176,13 +175,12 @@ def attention_probs_backward(
         {i: x if is_dense(x) else x.new_empty(x.shape) for i, x in y.items()} for y in (d_q, d_k)
     )
     with torch.cuda.device_of(student_q[0]):
-        tiles = {i: _tiles(launch.PROBS_ROWS_BACKWARD, student, i) for i in wanted}
+        tiles = {i: _backward_tiles(student, i) for i in wanted}
         forms = {i: (tiles[i], student.form(i), pairs.form(i)) for i in wanted}
         for (tile, *_), layers in groups(forms):
             inputs = (student, pairs, layers, student_lses, residuals, factor)
             if tile is None:
-                asked = {i: x for i, x in to_k.items() if need_k[i]}
-                probs_sweeps.gradients(*inputs, to_q, asked)
+                probs_sweeps.gradients(*inputs, to_q, to_k, need_k)
             else:
                 probs_rows.gradients(*inputs, to_q, to_k, tile)
     for out, written in ((d_q, to_q), (d_k, to_k)):
@@ -195,30 +193,24 @@ def attention_probs_backward(
     )
 
 
-def _tiles(
-    table: Mapping[tuple[int, ...], LaunchConfig], model: Model, layer: int, columns: int = 0
-) -> Tiles | None:
-    """How rows of the layer's maps lie in registers; None where they do not.
-
-    float32 has no tensor cores, without which products of whole rows take too many registers.
-    """
-    x = model.q[layer]
-    if x.dtype == torch.float32:
-        return None
-    return probs_rows.tiles(table, model.k[layer].shape[2], max(columns, width(x)), x)
-
-
 def _forward_tiles(student: Model, teacher: Model, layer: int) -> Tiles | None:
-    x = teacher.q[layer]
-    if x.dtype == torch.float32:
+    """How rows of the layer's maps lie in registers; None where they do not."""
+    x, y = student.q[layer], teacher.q[layer]
+    if y.dtype == torch.float32:
         return None
-    return _tiles(launch.PROBS_ROWS_FORWARD, student, layer, width(x))
+    keys, columns = student.k[layer].shape[2], max(width(x), width(y))
+    return probs_rows.tiles(launch.PROBS_ROWS_FORWARD, keys, columns, x)
+
+
+def _backward_tiles(student: Model, layer: int) -> Tiles | None:
+    x = student.q[layer]
+    return probs_rows.backward_tiles(x.shape[2], student.k[layer].shape[2], width(x), x)
 
 
 def _log_sums(
     model: Model, pairs: Counted, given: Sequence[Tensor | None], tiles: Sequence[Tiles | None]
 ) -> list[Tensor]:
-    """[B, H, Nq] of each layer: as given, computed, or room for what the residual's kernel finds."""
+    """[B, H, Nq] of each layer: as given, computed, or room for what the residual finds."""
     dtype, _ = accumulator(model.q[0])
     missing = [
         i for i, (lse, tile) in enumerate(zip(given, tiles, strict=True))

@@ -142,6 +142,15 @@ PROBS_DK = {
     (8, 4, 64): LaunchConfig(32, 32, 16, 4, 1),
     (8, 4, 128): LaunchConfig(32, 32, 16, 4, 1),
 }
+# dQ and dK together, for queries of one block.
+PROBS_ONE_BLOCK = {
+    (8, 2, 64): LaunchConfig(64, 64, 128, 4, 2),
+    (8, 2, 128): LaunchConfig(32, 64, 128, 4, 2),
+    (9, 2, 64): LaunchConfig(64, 64, 128, 4, 3),
+    (9, 2, 128): LaunchConfig(64, 64, 128, 4, 2),
+    (8, 4, 64): LaunchConfig(32, 32, 16, 4, 1),
+    (8, 4, 128): LaunchConfig(32, 32, 16, 4, 1),
+}
 # Rows in registers. Keys: (capability's major number, keys of a tile, columns of a head). 16 bits.
 PROBS_ROWS_FORWARD = {
     (8, 64, 64): LaunchConfig(32, 64, 0, 4, 2),
@@ -154,12 +163,10 @@ PROBS_ROWS_FORWARD = {
     (9, 256, 64): LaunchConfig(64, 256, 0, 8, 2),
 }
 PROBS_ROWS_BACKWARD = {
-    (8, 64, 64): LaunchConfig(32, 64, 0, 4, 1),
+    (8, 64, 64): LaunchConfig(64, 64, 0, 4, 2),
     (8, 64, 128): LaunchConfig(16, 64, 0, 4, 1),
-    (9, 64, 64): LaunchConfig(64, 64, 0, 4, 2),
+    (9, 64, 64): LaunchConfig(64, 64, 0, 4, 3),
     (9, 64, 128): LaunchConfig(64, 64, 0, 4, 1),
-    (9, 128, 64): LaunchConfig(64, 128, 0, 8, 2),
-    (9, 256, 64): LaunchConfig(64, 256, 0, 8, 2),
 }
 
 CANDIDATES = {

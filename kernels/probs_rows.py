@@ -18,12 +18,13 @@ from torch import Tensor
 from . import launch
 from .core import accumulator
 from .launch import LaunchConfig
-from .layers import groups, of_layers, pick, pointers, settle, total
+from .layers import groups, of_layers, pick, pointers, total
 from .probs_tiles import (
     LOG2E,
     Counted,
     Model,
     counted,
+    keys_seen,
     load_residual,
     load_rows,
     log_sums,
@@ -47,24 +48,27 @@ ENOUGH_PROGRAMS = 1024
 
 
 @triton.jit
-def _scores(q, k, valid, EDGE: tl.constexpr, ACC: tl.constexpr):
-    s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC)
-    if EDGE:
-        # before the exponential: a key that does not count may hold nan or inf
-        s = tl.where(valid, s, -float("inf"))
-    return s
+def _hide(x, fill, cols, row, col, PARTIAL: tl.constexpr, CAUSAL: tl.constexpr):
+    """A tile where its query at ``row`` may see its key at ``col``; elsewhere fill."""
+    if CAUSAL:
+        i, j = tl.arange(0, x.shape[0]) + row, tl.arange(0, x.shape[1]) + col
+        x = tl.where(i[:, None] >= j[None, :], x, fill)
+    if PARTIAL:
+        x = tl.where(cols[None, :], x, fill)
+    return x
 
 
 @triton.jit
 def _add_map(
     acc,  # [M, N]
     acc_tail,  # [M, TAIL]; anything without TAIL
-    valid, valid_tail,
     sign: tl.constexpr,
     model, lse_ptr, heads, scale, layer, item, row, queries, rows, cols, cols_tail,
+    seen, seen_tail,  # which keys count
     GIVEN: tl.constexpr,  # the log-sum-exp is read; else computed
     STORE: tl.constexpr,  # and written
-    EDGE: tl.constexpr, ROWS_WHOLE: tl.constexpr, KEYS_WHOLE: tl.constexpr, TAIL: tl.constexpr,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr,
+    ROWS_WHOLE: tl.constexpr, KEYS_WHOLE: tl.constexpr, TAIL: tl.constexpr,
     WIDTH: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """acc + sign times two tiles of the heads' mean map; with GIVEN, anything where none counts."""
@@ -79,18 +83,21 @@ def _add_map(
     for _ in tl.range(0, heads):
         q = load_rows(q_ptr, stride_q, rows, 0, WIDTH, D, ROWS_WHOLE)
         k = load_rows(k_ptr, stride_k, cols, 0, WIDTH, D, KEYS_WHOLE)
-        s = _scores(q, k, valid, EDGE and not GIVEN, ACC)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC)
         if TAIL:
             k = load_rows(k_ptr + BLOCK_N * stride_k, stride_k, cols_tail, 0, WIDTH, D, False)
-            s_tail = _scores(q, k, valid_tail, not GIVEN, ACC)
+            s_tail = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC)
         if GIVEN:
             lse = tl.load(lse_ptr, mask=rows, other=0.0) * LOG2E
             acc += weight * tl.exp2(s * c - lse[:, None])
             if TAIL:
                 acc_tail += weight * tl.exp2(s_tail * c - lse[:, None])
         else:
+            # before the exponential: a key that does not count may hold nan or inf
+            s = _hide(s, -float("inf"), seen, row, 0, MASKED or not KEYS_WHOLE, CAUSAL)
             top = tl.max(s, axis=1)
             if TAIL:
+                s_tail = _hide(s_tail, -float("inf"), seen_tail, row, BLOCK_N, True, CAUSAL)
                 top = tl.maximum(top, tl.max(s_tail, axis=1))
             top = tl.where(top == -float("inf"), 0.0, top * c)  # inf - inf is nan
             p = tl.exp2(s * c - top[:, None])
@@ -127,42 +134,37 @@ def _forward_block(
     ACC: tl.constexpr,
 ):  # fmt: skip
     """The rows of one block."""
-    EDGE: tl.constexpr = MASKED or CAUSAL or not KEYS_WHOLE
-    rows, cols = tl.arange(0, BLOCK_M) < queries - row, tl.arange(0, BLOCK_N) < keys
     key_mask = pick(masks.key, layer)
-    counted_cols = counted(key_mask, item, 0, keys, MASKED, BLOCK_N)
-    valid = valid_pairs(rows, counted_cols, row, 0, CAUSAL)
+    rows, cols = tl.arange(0, BLOCK_M) < queries - row, tl.arange(0, BLOCK_N) < keys
+    seen = counted(key_mask, item, 0, keys, MASKED, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     if TAIL:
         cols_tail = tl.arange(0, TAIL) < keys - BLOCK_N
-        counted_tail = counted(key_mask, item, BLOCK_N, keys, MASKED, TAIL)
-        valid_tail = valid_pairs(rows, counted_tail, row, BLOCK_N, CAUSAL)
+        seen_tail = counted(key_mask, item, BLOCK_N, keys, MASKED, TAIL)
         acc_tail = tl.zeros((BLOCK_M, TAIL), ACC)
     else:
-        cols_tail, valid_tail, acc_tail = cols, valid, acc
+        cols_tail, seen_tail, acc_tail = cols, seen, acc
     acc, acc_tail = _add_map(
-        acc, acc_tail, valid, valid_tail, 1.0, student, pick(student_lse, layer), student_heads,
-        student_scale, layer, item, row, queries, rows, cols, cols_tail, STUDENT_GIVEN, STORE,
-        EDGE, ROWS_WHOLE, KEYS_WHOLE, TAIL, STUDENT_WIDTH, STUDENT_D, ACC,
+        acc, acc_tail, 1.0, student, pick(student_lse, layer), student_heads, student_scale, layer,
+        item, row, queries, rows, cols, cols_tail, seen, seen_tail, STUDENT_GIVEN, STORE,
+        MASKED, CAUSAL, ROWS_WHOLE, KEYS_WHOLE, TAIL, STUDENT_WIDTH, STUDENT_D, ACC,
     )  # fmt: skip
     acc, acc_tail = _add_map(
-        acc, acc_tail, valid, valid_tail, -1.0, teacher, pick(teacher_lse, layer), teacher_heads,
-        teacher_scale, layer, item, row, queries, rows, cols, cols_tail, TEACHER_GIVEN, False,
-        EDGE, ROWS_WHOLE, KEYS_WHOLE, TAIL, TEACHER_WIDTH, TEACHER_D, ACC,
+        acc, acc_tail, -1.0, teacher, pick(teacher_lse, layer), teacher_heads, teacher_scale, layer,
+        item, row, queries, rows, cols, cols_tail, seen, seen_tail, TEACHER_GIVEN, False,
+        MASKED, CAUSAL, ROWS_WHOLE, KEYS_WHOLE, TAIL, TEACHER_WIDTH, TEACHER_D, ACC,
     )  # fmt: skip
-    if MASKED:
-        rows = counted(pick(masks.query, layer), item, row, queries, True, BLOCK_M)
-        valid = valid_pairs(rows, counted_cols, row, 0, CAUSAL)
-        count = tl.sum(valid.to(tl.int32))
-    if EDGE or not ROWS_WHOLE:
+    rows = counted(pick(masks.query, layer), item, row, queries, MASKED, BLOCK_M)
+    valid = valid_pairs(rows, seen, row, 0, CAUSAL)
+    if MASKED or CAUSAL or not (KEYS_WHOLE and ROWS_WHOLE):
         acc = tl.where(valid, acc, 0.0)
     square = tl.sum(acc * acc)
+    count = tl.sum(valid.to(tl.int32))
     if TAIL:
-        if MASKED:
-            valid_tail = valid_pairs(rows, counted_tail, row, BLOCK_N, CAUSAL)
-            count += tl.sum(valid_tail.to(tl.int32))
-        acc_tail = tl.where(valid_tail, acc_tail, 0.0)
+        valid = valid_pairs(rows, seen_tail, row, BLOCK_N, CAUSAL)
+        acc_tail = tl.where(valid, acc_tail, 0.0)
         square += tl.sum(acc_tail * acc_tail)
+        count += tl.sum(valid.to(tl.int32))
     tl.store(sum_ptr + at, square)
     if MASKED:
         tl.store(count_ptr + at, count)
@@ -247,88 +249,31 @@ def _forward_kernel(
 
 
 @triton.jit
-def _queries_up_to(mask, item, queries, MASKED: tl.constexpr, BLOCK: tl.constexpr):
-    """The place after the last query that counts; 0 if none does."""
-    end = queries
-    if MASKED:
-        end = queries * 0
-        for start in range(0, queries, BLOCK):
-            rows = counted(mask, item, start, queries, MASKED, BLOCK)
-            places = start + tl.arange(0, BLOCK) + 1
-            end = tl.maximum(end, tl.max(tl.where(rows, places, 0), axis=0))
-    return end
-
-
-@triton.jit
-def _turned(x, BY_KEYS: tl.constexpr):
-    """A tile of queries by keys, or of keys by queries."""
-    return tl.trans(x) if BY_KEYS else x
-
-
-@triton.jit
-def _over(x, BY_KEYS: tl.constexpr):
-    """A value a query, along a tile."""
-    return x[None, :] if BY_KEYS else x[:, None]
-
-
-@triton.jit
-def _map(q, k, c, lse, rows, cols, row, col, EDGE: tl.constexpr, CAUSAL: tl.constexpr,
-         BY_KEYS: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    """A tile of a head's map; with EDGE 0 where a pair does not count."""
-    if BY_KEYS:
-        s = tl.dot(k, tl.trans(q), input_precision="ieee", out_dtype=ACC)
-    else:
-        s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC)
-    p = tl.exp2(s * c - _over(lse, BY_KEYS))
-    if EDGE:
-        i, j = tl.arange(0, rows.shape[0]) + row, tl.arange(0, cols.shape[0]) + col
-        valid = _over(rows, BY_KEYS) & _over(cols, not BY_KEYS)
-        if CAUSAL:
-            valid &= _over(i, BY_KEYS) >= _over(j, not BY_KEYS)
-        p = tl.where(valid, p, 0.0)
-    return p
-
-
-@triton.jit
-def _add_products(dk, dq, ds, q, k, BY_KEYS: tl.constexpr, ACC: tl.constexpr):
-    """dK + dS^T Q and dQ + dS K."""
-    if BY_KEYS:
-        dk = tl.dot(ds, q, dk, input_precision="ieee", out_dtype=ACC)
-        dq = tl.dot(tl.trans(ds), k, dq, input_precision="ieee", out_dtype=ACC)
-    else:
-        dq = tl.dot(ds, k, dq, input_precision="ieee", out_dtype=ACC)
-        dk = tl.dot(tl.trans(ds), q, dk, input_precision="ieee", out_dtype=ACC)
-    return dk, dq
-
-
-@triton.jit
 def _add_rows(
-    dk, dk_tail, q, k, k_tail, r, r_tail, lse, c, alpha, dq_ptr, stride_dq,
-    rows, in_rows, cols, cols_tail, row,
-    EDGE: tl.constexpr, CAUSAL: tl.constexpr, BY_KEYS: tl.constexpr, SETTLE: tl.constexpr,
-    P_SHIFT: tl.constexpr, TAIL: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr,
+    dk, dk_tail, q, k, k_tail, r, r_tail, lse, c, alpha, dq_ptr, stride_dq, in_rows, row,
+    cols, cols_tail,
+    PARTIAL: tl.constexpr, CAUSAL: tl.constexpr, P_SHIFT: tl.constexpr, TAIL: tl.constexpr,
+    D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dK and its tail after a block of queries, whose dQ is written.
-
-    Where tiles are wide their rows are keys (BY_KEYS): dS^T then enters dK from the registers that
-    it was computed in.
-    """
-    BLOCK_N: tl.constexpr = k.shape[0]
-    AXIS: tl.constexpr = 0 if BY_KEYS else 1
-    p = _map(q, k, c, lse, rows, cols, row, 0, EDGE, CAUSAL, BY_KEYS, ACC)
-    term = tl.sum(p * r, axis=AXIS)
+    """dK and its tail after a block of queries, whose dQ is written."""
+    s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC)
+    p = _hide(tl.exp2(s * c - lse[:, None]), 0.0, cols, row, 0, PARTIAL, CAUSAL)
+    term = tl.sum(p * r, axis=1)
     if TAIL:
-        p_tail = _map(q, k_tail, c, lse, rows, cols_tail, row, BLOCK_N, True, CAUSAL, BY_KEYS, ACC)
-        term += tl.sum(p_tail * r_tail, axis=AXIS)
+        s = tl.dot(q, tl.trans(k_tail), input_precision="ieee", out_dtype=ACC)
+        p_tail = tl.exp2(s * c - lse[:, None])
+        p_tail = _hide(p_tail, 0.0, cols_tail, row, k.shape[0], True, CAUSAL)
+        term += tl.sum(p_tail * r_tail, axis=1)
     term *= 2.0**-P_SHIFT
-    dq = tl.zeros(q.shape, ACC)
-    ds = (p * (r - _over(term, BY_KEYS))).to(q.dtype)
-    dk, dq = _add_products(dk, dq, ds, q, k, BY_KEYS, ACC)
+    ds = (p * (r - term[:, None])).to(q.dtype)
+    dq = tl.dot(ds, k, input_precision="ieee", out_dtype=ACC)
+    dk = tl.dot(tl.trans(ds), q, dk, input_precision="ieee", out_dtype=ACC)
     if TAIL:
-        ds = (p_tail * (r_tail - _over(term, BY_KEYS))).to(q.dtype)
-        dk_tail, dq = _add_products(dk_tail, dq, ds, q, k_tail, BY_KEYS, ACC)
+        ds = (p_tail * (r_tail - term[:, None])).to(q.dtype)
+        dq = tl.dot(ds, k_tail, dq, input_precision="ieee", out_dtype=ACC)
+        dk_tail = tl.dot(tl.trans(ds), q, dk_tail, input_precision="ieee", out_dtype=ACC)
     store_rows(dq_ptr, alpha * dq, stride_dq, in_rows, D)
-    return settle(dk, SETTLE), dk_tail
+    return dk, dk_tail
 
 
 @triton.jit(do_not_specialize=["heads", "scale", "queries", "keys", "heads_at_once"])
@@ -347,15 +292,13 @@ def _backward_kernel(
     stride_r,
     dq_stride,  # of B, H and Nq
     dk_stride,
-    heads_at_once,  # of a program, with ONE_BLOCK; else it takes one
+    heads_at_once,  # of a program
     MASKED: tl.constexpr,
     CAUSAL: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,  # queries are one block, or one and its tail
     ROWS_WHOLE: tl.constexpr,
     ROW_TAIL: tl.constexpr,
     FIRST_ONLY: tl.constexpr,
     KEYS_WHOLE: tl.constexpr,
-    SETTLE: tl.constexpr,
     P_SHIFT: tl.constexpr,
     R_SHIFT: tl.constexpr,
     D: tl.constexpr,
@@ -363,118 +306,74 @@ def _backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TAIL: tl.constexpr,
-    RELOAD: tl.constexpr,
-    FLIP: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    EDGE: tl.constexpr = MASKED or CAUSAL or not KEYS_WHOLE
-    BY_KEYS: tl.constexpr = BLOCK_N > 128 and not FLIP
-    SEEN: tl.constexpr = 0 if FIRST_ONLY else TAIL  # the tail, by blocks but that of ROW_TAIL
+    PARTIAL: tl.constexpr = MASKED or not KEYS_WHOLE
+    FIRST_TAIL: tl.constexpr = 0 if FIRST_ONLY else TAIL  # that the first block sees
     layer = tl.program_id(1)
     parts = tl.cdiv(heads, heads_at_once)
-    head = tl.program_id(0) % parts * heads_at_once
-    item = tl.program_id(0) // parts
-    some = tl.minimum(heads_at_once, heads - head)
+    head, item = tl.program_id(0) % parts * heads_at_once, tl.program_id(0) // parts
     query_mask, key_mask = pick(masks.query, layer), pick(masks.key, layer)
+    r_ptr = pick(r_ptrs, layer) + item.to(tl.int64) * queries * stride_r
+    m, n, t = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, TAIL_ROWS)
+    in_rows, in_cols, in_tail = m < queries, n < stride_r, t < stride_r - BLOCK_N
+    rows = counted(query_mask, item, 0, queries, MASKED, BLOCK_M)
+    end = keys_seen(rows, 0, keys, CAUSAL)
+    r = load_residual(r_ptr, stride_r, 0, 0, in_rows, in_cols)
+    r_tail = r
+    if FIRST_TAIL:
+        r_tail = load_residual(r_ptr, stride_r, 0, BLOCK_N, in_rows, in_tail)
+    if ROW_TAIL:
+        in_last = t < queries - BLOCK_M
+        last_rows = counted(query_mask, item, BLOCK_M, queries, MASKED, TAIL_ROWS)
+        end = tl.maximum(end, keys_seen(last_rows, BLOCK_M, keys, CAUSAL))
+        r_last = load_residual(r_ptr, stride_r, BLOCK_M, 0, in_last, in_cols)
+        r_last_tail = r_last
+        if TAIL:
+            r_last_tail = load_residual(r_ptr, stride_r, BLOCK_M, BLOCK_N, in_last, in_tail)
     # a key that no query sees reads as 0: it may hold nan, and 0 * nan is nan
-    end = _queries_up_to(query_mask, item, queries, MASKED, 64)
-    end = tl.minimum(end, keys) if CAUSAL else tl.where(end > 0, keys, 0)
-    n = tl.arange(0, BLOCK_N)
-    cols, in_cols = counted(key_mask, item, 0, keys, MASKED, BLOCK_N) & (n < end), n < stride_r
+    cols = counted(key_mask, item, 0, keys, MASKED, BLOCK_N) & (n < end)
+    cols_tail = counted(key_mask, item, BLOCK_N, keys, MASKED, TAIL_ROWS) & (t < end - BLOCK_N)
     stride_q, stride_k = student.q_stride[2], student.k_stride[2]
     q_ptr = place(pick(student.q, layer), student.q_stride, item, head, 0)
     k_ptr = place(pick(student.k, layer), student.k_stride, item, head, 0)
     dq_ptr = place(pick(dq_ptrs, layer), dq_stride, item, head, 0)
     dk_ptr = place(pick(dk_ptrs, layer), dk_stride, item, head, 0)
     lse_ptr = pick(lse_ptrs, layer) + (item.to(tl.int64) * heads + head) * queries
-    r_ptr = pick(r_ptrs, layer) + item.to(tl.int64) * queries * stride_r
     scale = tl.cast(scale, ACC)
     c = scale * LOG2E
     alpha = tl.load(factor_ptr + layer) * scale / heads * 2.0 ** -(P_SHIFT + R_SHIFT)
-    m = tl.arange(0, BLOCK_M)
-    if TAIL:
-        t = tl.arange(0, TAIL)
-        cols_tail = counted(key_mask, item, BLOCK_N, keys, MASKED, TAIL) & (t < end - BLOCK_N)
-        in_tail = t < stride_r - BLOCK_N
-    if ONE_BLOCK:
-        in_rows = m < queries
-        counts = counted(query_mask, item, 0, queries, MASKED, BLOCK_M)
-        r = load_residual(r_ptr, stride_r, 0, 0, in_rows, in_cols)
-        if SEEN:
-            r_tail = load_residual(r_ptr, stride_r, 0, BLOCK_N, in_rows, in_tail)
-        if ROW_TAIL:
-            in_last = tl.arange(0, TAIL_ROWS) < queries - BLOCK_M
-            counts_last = counted(query_mask, item, BLOCK_M, queries, MASKED, TAIL_ROWS)
-            r_last = load_residual(r_ptr, stride_r, BLOCK_M, 0, in_last, in_cols)
-            if TAIL:
-                r_both = load_residual(r_ptr, stride_r, BLOCK_M, BLOCK_N, in_last, in_tail)
-        for _ in tl.range(0, some):
-            k = load_rows(k_ptr, stride_k, cols, 0, WIDTH, D, not EDGE)
-            dk = tl.zeros((BLOCK_N, WIDTH), ACC)
-            if TAIL:
-                k_tail = load_rows(
-                    k_ptr + BLOCK_N * stride_k, stride_k, cols_tail, 0, WIDTH, D, False
-                )
-                dk_tail = tl.zeros((TAIL, WIDTH), ACC)
-            if RELOAD:
-                r = load_residual(r_ptr, stride_r, 0, 0, in_rows, in_cols)
-            lse, rows = log_sums(lse_ptr, counts, P_SHIFT, MASKED)
-            q = load_rows(q_ptr, stride_q, rows, 0, WIDTH, D, ROWS_WHOLE and not MASKED)
-            dk, dk_tail = _add_rows(
-                dk, dk_tail if TAIL else dk, q, k, k_tail if TAIL else k,
-                _turned(r, BY_KEYS), _turned(r_tail if SEEN else r, BY_KEYS), lse, c, alpha,
-                dq_ptr, dq_stride[2], rows, in_rows, cols, cols_tail if TAIL else cols, 0,
-                EDGE, CAUSAL, BY_KEYS, SETTLE, P_SHIFT, SEEN, D, ACC,
-            )  # fmt: skip
-            if ROW_TAIL:
-                lse, rows = log_sums(lse_ptr + BLOCK_M, counts_last, P_SHIFT, MASKED)
-                q = load_rows(q_ptr + BLOCK_M * stride_q, stride_q, rows, 0, WIDTH, D, False)
-                dk, dk_tail = _add_rows(
-                    dk, dk_tail, q, k, k_tail if TAIL else k, _turned(r_last, BY_KEYS),
-                    _turned(r_both if TAIL else r_last, BY_KEYS), lse, c, alpha, dq_ptr + BLOCK_M * dq_stride[2], dq_stride[2], rows, in_last,
-                    cols, cols_tail if TAIL else cols, BLOCK_M,
-                    EDGE, CAUSAL, BY_KEYS, SETTLE, P_SHIFT, TAIL, D, ACC,
-                )  # fmt: skip
-            store_rows(dk_ptr, alpha * dk, dk_stride[2], n < keys, D)
-            if TAIL:
-                store_rows(
-                    dk_ptr + BLOCK_N * dk_stride[2], alpha * dk_tail, dk_stride[2],
-                    t < keys - BLOCK_N, D,
-                )  # fmt: skip
-            q_ptr += student.q_stride[1]
-            k_ptr += student.k_stride[1]
-            dq_ptr += dq_stride[1]
-            dk_ptr += dk_stride[1]
-            lse_ptr += queries
-    else:
-        k = load_rows(k_ptr, stride_k, cols, 0, WIDTH, D, not EDGE)
+    for _ in tl.range(0, tl.minimum(heads_at_once, heads - head)):
+        k = load_rows(k_ptr, stride_k, cols, 0, WIDTH, D, not PARTIAL and not CAUSAL)
         dk = tl.zeros((BLOCK_N, WIDTH), ACC)
+        k_tail, dk_tail = k, dk
         if TAIL:
-            k_tail = load_rows(k_ptr + BLOCK_N * stride_k, stride_k, cols_tail, 0, WIDTH, D, False)
+            at = k_ptr + BLOCK_N * stride_k
+            k_tail = load_rows(at, stride_k, cols_tail, 0, WIDTH, D, False)
             dk_tail = tl.zeros((TAIL, WIDTH), ACC)
-        else:
-            dk_tail = dk
-        for row in tl.range(0, queries, BLOCK_M):
-            in_rows = m < queries - row
-            counts = counted(query_mask, item, row, queries, MASKED, BLOCK_M)
-            lse, rows = log_sums(lse_ptr + row, counts, P_SHIFT, MASKED)
-            at = q_ptr + tl.cast(row, tl.int64) * stride_q
-            q = load_rows(at, stride_q, rows, 0, WIDTH, D, ROWS_WHOLE and not MASKED)
-            r = load_residual(r_ptr, stride_r, row, 0, in_rows, in_cols)
-            if TAIL:
-                r_tail = load_residual(r_ptr, stride_r, row, BLOCK_N, in_rows, in_tail)
-            to = dq_ptr + tl.cast(row, tl.int64) * dq_stride[2]
+        lse, read = log_sums(lse_ptr, rows, P_SHIFT, MASKED)
+        q = load_rows(q_ptr, stride_q, read, 0, WIDTH, D, (ROWS_WHOLE or ROW_TAIL) and not MASKED)
+        dk, dk_tail = _add_rows(
+            dk, dk_tail, q, k, k_tail, r, r_tail, lse, c, alpha, dq_ptr, dq_stride[2], in_rows, 0,
+            cols, cols_tail, PARTIAL, CAUSAL, P_SHIFT, FIRST_TAIL, D, ACC,
+        )  # fmt: skip
+        if ROW_TAIL:
+            lse, read = log_sums(lse_ptr + BLOCK_M, last_rows, P_SHIFT, MASKED)
+            q = load_rows(q_ptr + BLOCK_M * stride_q, stride_q, read, 0, WIDTH, D, False)
             dk, dk_tail = _add_rows(
-                dk, dk_tail, q, k, k_tail if TAIL else k, _turned(r, BY_KEYS),
-                _turned(r_tail if TAIL else r, BY_KEYS), lse, c, alpha, to, dq_stride[2], rows, in_rows, cols, cols_tail if TAIL else cols, row,
-                EDGE, CAUSAL, BY_KEYS, SETTLE, P_SHIFT, TAIL, D, ACC,
+                dk, dk_tail, q, k, k_tail, r_last, r_last_tail, lse, c, alpha,
+                dq_ptr + BLOCK_M * dq_stride[2], dq_stride[2], in_last, BLOCK_M,
+                cols, cols_tail, PARTIAL, CAUSAL, P_SHIFT, TAIL, D, ACC,
             )  # fmt: skip
         store_rows(dk_ptr, alpha * dk, dk_stride[2], n < keys, D)
         if TAIL:
-            store_rows(
-                dk_ptr + BLOCK_N * dk_stride[2], alpha * dk_tail, dk_stride[2],
-                t < keys - BLOCK_N, D,
-            )  # fmt: skip
+            at = dk_ptr + BLOCK_N * dk_stride[2]
+            store_rows(at, alpha * dk_tail, dk_stride[2], t < keys - BLOCK_N, D)
+        q_ptr += student.q_stride[1]
+        k_ptr += student.k_stride[1]
+        dq_ptr += dq_stride[1]
+        dk_ptr += dk_stride[1]
+        lse_ptr += queries
 
 
 class Tiles(NamedTuple):
@@ -487,17 +386,30 @@ class Tiles(NamedTuple):
 def tiles(
     table: Mapping[tuple[int, ...], LaunchConfig], keys: int, columns: int, x: Tensor
 ) -> Tiles | None:
-    """The tile of keys and its tail, or None where a row does not fit. Of 16 bits an element."""
+    """The tile of keys and its tail, or None where a row does not fit.
+
+    float32 has no tensor cores, without which products of whole rows take too many registers.
+    """
+    if x.dtype == torch.float32:
+        return None
     major = launch.capability(x)[0]
     for block in (64, 128, 256):
         key = block, 64 if columns <= 64 else 128
-        if keys <= block + TAIL and launch.has(table, major, *key):
+        tail = TAIL if block == 64 else 0  # beside a wider tile it would spill
+        if keys <= block + tail and launch.has(table, major, *key):
             chosen = launch.lookup(table, (major, 0), *key)
-            if keys <= block:
-                small = max(16, triton.next_power_of_2(keys))
-                return Tiles(chosen._replace(block_n=min(block, small)), 0)
-            return Tiles(chosen, TAIL)
+            if keys > block:
+                return Tiles(chosen, TAIL)
+            return Tiles(chosen._replace(block_n=max(16, triton.next_power_of_2(keys))), 0)
     return None
+
+
+def backward_tiles(queries: int, keys: int, columns: int, x: Tensor) -> Tiles | None:
+    """The same for the backward pass, which holds all queries at once."""
+    chosen = tiles(launch.PROBS_ROWS_BACKWARD, keys, columns, x)
+    if chosen is None or queries > chosen.config.block_m + TAIL:
+        return None
+    return chosen
 
 
 def _blocks(queries: int, keys: int, causal: bool, chosen: Tiles) -> dict[str, object]:
@@ -568,20 +480,13 @@ def gradients(
     d_k: Mapping[int, Tensor],
     chosen: Tiles,
 ) -> None:
-    """Fills d_q and d_k of layers of one form."""
+    """Fills d_q and d_k of layers of one form, all of whose queries are one block and its tail."""
     x = student.q[layers[0]]
     (B, H, queries, d), keys = x.shape, student.k[layers[0]].shape[2]
     masked, causal = pairs.form(layers[0])
-    block_m = chosen.config.block_m
-    constants = _blocks(queries, keys, causal, chosen)
-    one_block = queries <= block_m or bool(constants["ROW_TAIL"] and queries <= block_m + TAIL)
-    if not one_block:
-        constants |= {"ROW_TAIL": False, "FIRST_ONLY": False}
     forms = {i: (strides(d_q[i]), strides(d_k[i])) for i in layers}
     for (dq_stride, dk_stride), part in groups(forms):
-        at_once = 1
-        if one_block:
-            at_once = max(1, min(HEADS_AT_ONCE, B * H * len(part) // ENOUGH_PROGRAMS))
+        at_once = max(1, min(HEADS_AT_ONCE, B * H * len(part) // ENOUGH_PROGRAMS))
         programs = B * triton.cdiv(H, at_once)
         if programs:
             p_shift, r_shift = shifts(x)
@@ -595,10 +500,9 @@ def gradients(
                 of_layers(factor, part),
                 H, student.scale[part[0]], queries, keys, residual_width(keys),
                 dq_stride, dk_stride, at_once,
-                MASKED=masked, CAUSAL=causal, ONE_BLOCK=one_block, SETTLE=launch.settles(x),
+                MASKED=masked, CAUSAL=causal,
                 P_SHIFT=p_shift, R_SHIFT=r_shift, D=d, WIDTH=width(x), ACC=accumulator(x)[1],
-                RELOAD=chosen.config.split in (2,4), FLIP=chosen.config.split in (3,4),
-                **constants, **_options(chosen),
+                **_blocks(queries, keys, causal, chosen), **_options(chosen),
             )  # fmt: skip
 
 

@@ -141,7 +141,9 @@ def _add_map(
         if SPLIT:
             at = k_ptr + BLOCK_N * stride_k
             k = load_rows(at, stride_k, cols_right, 0, WIDTH, D, WHOLE)
-            s = products(q, k, q_ptr, at, stride_q, stride_k, rows, cols_right, WIDTH, CHUNK, D, ACC)
+            s = products(
+                q, k, q_ptr, at, stride_q, stride_k, rows, cols_right, WIDTH, CHUNK, D, ACC
+            )
             right += sign * tl.exp2(s * c - lse[:, None])
         q_ptr += model.q_stride[1]
         k_ptr += model.k_stride[1]
@@ -210,7 +212,8 @@ def _residual_kernel(
     col, row = tile % across * WIDE, tile // across % down * BLOCK_M
     item = tile // across // down
     n = tl.arange(0, BLOCK_N)
-    rows, cols, right = tl.arange(0, BLOCK_M) < queries - row, n < keys - col, n < keys - col - BLOCK_N
+    rows = tl.arange(0, BLOCK_M) < queries - row
+    cols, right = n < keys - col, n < keys - col - BLOCK_N
     acc, acc_right = tl.zeros((BLOCK_M, BLOCK_N), ACC), tl.zeros((BLOCK_M, BLOCK_N), ACC)
     if CAUSAL:  # a tile above the diagonal has no heads to sum over
         live = (col < row + BLOCK_M).to(tl.int32)
@@ -243,12 +246,12 @@ def _residual_kernel(
 
 
 @triton.jit
-def _row_sum(total, x, one, PLAIN: tl.constexpr, ACC: tl.constexpr):
+def _row_sum(total, x, one, ACC: tl.constexpr):
     """total + the sum of each row of a tile as rounded; by tensor cores where it is of 16 bits."""
-    if x.dtype.primitive_bitwidth == 16 and not PLAIN:
+    if x.dtype.primitive_bitwidth == 16:
         total = tl.dot(x, one, total, out_dtype=ACC)
     else:
-        total += tl.sum(x.to(ACC), axis=1)[:, None]
+        total += tl.sum(x, axis=1)[:, None]
     return total
 
 
@@ -258,7 +261,7 @@ def _dq_sweep(
     mask, rows, in_rows, item, row, start, stop, keys,
     EDGE: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, SETTLE: tl.constexpr,
     BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr,
-    PLAIN: tl.constexpr, ACC: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """u, v and their sums after the keys from start to stop."""
     one = tl.full((BLOCK_N, 16), 1.0, q.dtype)
@@ -276,16 +279,11 @@ def _dq_sweep(
         p = tl.exp2(s * c - lse[:, None])
         if EDGE:
             p = tl.where(valid_pairs(rows, cols, row, col, CAUSAL), p, 0.0)
-        pr = p * r
-        if PLAIN:
-            u_sum = _row_sum(u_sum, pr, one, PLAIN, ACC)
-            v_sum = _row_sum(v_sum, p, one, PLAIN, ACC)
-        pr = pr.to(k.dtype)
+        pr = (p * r).to(k.dtype)
         p = p.to(k.dtype)
         # of the rounded factors, so that their errors cancel in u - term v
-        if not PLAIN:
-            u_sum = _row_sum(u_sum, pr, one, PLAIN, ACC)
-            v_sum = _row_sum(v_sum, p, one, PLAIN, ACC)
+        u_sum = _row_sum(u_sum, pr, one, ACC)
+        v_sum = _row_sum(v_sum, p, one, ACC)
         u = settle(tl.dot(pr, k, u, input_precision="ieee", out_dtype=ACC), SETTLE)
         v = settle(tl.dot(p, k, v, input_precision="ieee", out_dtype=ACC), SETTLE)
         u_sum, v_sum = settle(u_sum, SETTLE), settle(v_sum, SETTLE)
@@ -317,7 +315,6 @@ def _dq_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BY_KEYS: tl.constexpr,
     ACC: tl.constexpr,
 ):
     layer = tl.program_id(1)
@@ -345,12 +342,12 @@ def _dq_kernel(
         u, v, u_sum, v_sum = _dq_sweep(
             u, v, u_sum, v_sum, q, c, lse, q_ptr, k_base, r_ptr, stride_q, stride_k, stride_r,
             key_mask, rows, inside, item, row, 0, inner, keys,
-            False, MASKED, CAUSAL, SETTLE, BLOCK_N, WIDTH, BLOCK_K, D, BY_KEYS, ACC,
+            False, MASKED, CAUSAL, SETTLE, BLOCK_N, WIDTH, BLOCK_K, D, ACC,
         )  # fmt: skip
     u, v, u_sum, v_sum = _dq_sweep(
         u, v, u_sum, v_sum, q, c, lse, q_ptr, k_base, r_ptr, stride_q, stride_k, stride_r,
         key_mask, rows, inside, item, row, inner, end, keys,
-        True, MASKED, CAUSAL, SETTLE, BLOCK_N, WIDTH, BLOCK_K, D, BY_KEYS, ACC,
+        True, MASKED, CAUSAL, SETTLE, BLOCK_N, WIDTH, BLOCK_K, D, ACC,
     )  # fmt: skip
     # 16 columns that are alike
     u_row, v_row = tl.max(u_sum, axis=1), tl.max(v_sum, axis=1)
@@ -367,7 +364,7 @@ def _dk_sweep(
     mask, cols, item, col, start, stop, queries,
     EDGE: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, SETTLE: tl.constexpr,
     P_SHIFT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
-    CHUNK: tl.constexpr, D: tl.constexpr, BY_KEYS: tl.constexpr, ACC: tl.constexpr,
+    CHUNK: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dk after the queries from start to stop."""
     m = tl.arange(0, BLOCK_M)
@@ -385,20 +382,12 @@ def _dk_sweep(
         q_ptr = q_base + tl.cast(row, tl.int64) * stride_q
         q = load_rows(q_ptr, stride_q, rows, 0, WIDTH, D, not EDGE)
         r = load_residual(r_ptr, stride_r, row, col, in_rows, in_cols)
-        if BY_KEYS:
-            s = products(k, q, k_ptr, q_ptr, stride_k, stride_q, cols, rows, WIDTH, CHUNK, D, ACC)
-            p = tl.exp2(s * c - lse[None, :])
-            if EDGE:
-                p = tl.where(tl.trans(valid_pairs(rows, cols, row, col, CAUSAL)), p, 0.0)
-            ds = (p * (tl.trans(r) - term[None, :])).to(q.dtype)
-            dk = settle(tl.dot(ds, q, dk, input_precision="ieee", out_dtype=ACC), SETTLE)
-        else:
-            s = products(q, k, q_ptr, k_ptr, stride_q, stride_k, rows, cols, WIDTH, CHUNK, D, ACC)
-            p = tl.exp2(s * c - lse[:, None])
-            if EDGE:
-                p = tl.where(valid_pairs(rows, cols, row, col, CAUSAL), p, 0.0)
-            ds = (p * (r - term[:, None])).to(q.dtype)
-            dk = settle(tl.dot(tl.trans(ds), q, dk, input_precision="ieee", out_dtype=ACC), SETTLE)
+        s = products(q, k, q_ptr, k_ptr, stride_q, stride_k, rows, cols, WIDTH, CHUNK, D, ACC)
+        p = tl.exp2(s * c - lse[:, None])
+        if EDGE:
+            p = tl.where(valid_pairs(rows, cols, row, col, CAUSAL), p, 0.0)
+        ds = (p * (r - term[:, None])).to(q.dtype)
+        dk = settle(tl.dot(tl.trans(ds), q, dk, input_precision="ieee", out_dtype=ACC), SETTLE)
     return dk
 
 
@@ -427,7 +416,6 @@ def _dk_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BY_KEYS: tl.constexpr,
     ACC: tl.constexpr,
 ):
     layer = tl.program_id(1)
@@ -456,7 +444,7 @@ def _dk_kernel(
                 dk, k, c, k_ptr, q_base, r_ptr, lse_ptr, term_ptr, stride_q, stride_k, stride_r,
                 query_mask, cols, item, col, low, high, queries,
                 True, MASKED, CAUSAL, SETTLE, P_SHIFT, BLOCK_M, BLOCK_N, WIDTH,
-                BLOCK_K, D, BY_KEYS, ACC,
+                BLOCK_K, D, ACC,
             )  # fmt: skip
             high = tl.cdiv(high, BLOCK_M) * BLOCK_M
         low, high = high, tl.maximum(queries // BLOCK_M * BLOCK_M, high)
@@ -464,17 +452,102 @@ def _dk_kernel(
             dk, k, c, k_ptr, q_base, r_ptr, lse_ptr, term_ptr, stride_q, stride_k, stride_r,
             query_mask, cols, item, col, low, high, queries,
             False, MASKED, CAUSAL, SETTLE, P_SHIFT, BLOCK_M, BLOCK_N, WIDTH,
-                BLOCK_K, D, BY_KEYS, ACC,
+                BLOCK_K, D, ACC,
         )  # fmt: skip
     dk = _dk_sweep(
         dk, k, c, k_ptr, q_base, r_ptr, lse_ptr, term_ptr, stride_q, stride_k, stride_r,
         query_mask, cols, item, col, high, queries, queries,
         True, MASKED, CAUSAL, SETTLE, P_SHIFT, BLOCK_M, BLOCK_N, WIDTH,
-                BLOCK_K, D, BY_KEYS, ACC,
+                BLOCK_K, D, ACC,
     )  # fmt: skip
     alpha = tl.load(factor_ptr + layer) * scale / heads * 2.0 ** -(P_SHIFT + R_SHIFT)
     dk_ptr = place(pick(dk_ptrs, layer), dk_stride, item, head, col)
     store_rows(dk_ptr, alpha * dk, dk_stride[2], inside, D)
+
+
+@triton.jit(do_not_specialize=["heads", "scale", "queries", "keys"])
+def _one_block_kernel(
+    student,  # Heads
+    masks,  # Masks
+    lse_ptrs,  # [B, H, Nq]
+    r_ptrs,  # [B, Nq, stride_r]
+    dq_ptrs,  # [B, H, Nq, D] out
+    dk_ptrs,  # [B, H, Nk, D] out
+    factor_ptr,  # [L]: 2 g / n
+    heads,
+    scale,
+    queries,
+    keys,
+    stride_r,
+    dq_stride,  # of B, H and Nq
+    dk_stride,
+    MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    EDGE: tl.constexpr,  # masked, causal, or a last block of keys that is not whole
+    SETTLE: tl.constexpr,
+    P_SHIFT: tl.constexpr,
+    R_SHIFT: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """dQ and dK where one block holds all queries: dK needs no sum over blocks."""
+    layer = tl.program_id(1)
+    head, item = tl.program_id(0) % heads, tl.program_id(0) // heads
+    m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    inside = m < queries
+    rows = counted(pick(masks.query, layer), item, 0, queries, MASKED, BLOCK_M)
+    end = keys_seen(rows, 0, keys, CAUSAL)
+    lse_ptr = pick(lse_ptrs, layer) + (item.to(tl.int64) * heads + head) * queries
+    lse, rows = log_sums(lse_ptr, rows, P_SHIFT, MASKED)
+    stride_q, stride_k = student.q_stride[2], student.k_stride[2]
+    q_ptr = place(pick(student.q, layer), student.q_stride, item, head, 0)
+    k_base = place(pick(student.k, layer), student.k_stride, item, head, 0)
+    r_ptr = pick(r_ptrs, layer) + item.to(tl.int64) * queries * stride_r
+    dk_base = place(pick(dk_ptrs, layer), dk_stride, item, head, 0)
+    key_mask = pick(masks.key, layer)
+    q = load_rows(q_ptr, stride_q, rows, 0, WIDTH, D, False)
+    scale = tl.cast(scale, ACC)
+    c = scale * LOG2E
+    alpha = tl.load(factor_ptr + layer) * scale / heads * 2.0 ** -(P_SHIFT + R_SHIFT)
+    term = tl.zeros((BLOCK_M,), ACC)
+    for col in tl.range(0, end, BLOCK_N):
+        cols = counted(key_mask, item, col, keys, MASKED, BLOCK_N) & (n < end - col)
+        k_ptr = k_base + tl.cast(col, tl.int64) * stride_k
+        k = load_rows(k_ptr, stride_k, cols, 0, WIDTH, D, not EDGE)
+        in_cols = (n < stride_r - col) if EDGE else (n < BLOCK_N)
+        r = load_residual(r_ptr, stride_r, 0, col, inside, in_cols)
+        s = products(q, k, q_ptr, k_ptr, stride_q, stride_k, rows, cols, WIDTH, BLOCK_K, D, ACC)
+        p = tl.exp2(s * c - lse[:, None])
+        if EDGE:
+            p = tl.where(valid_pairs(rows, cols, 0, col, CAUSAL), p, 0.0)
+        term += tl.sum(p * r, axis=1)
+    term *= 2.0**-P_SHIFT
+    dq = tl.zeros((BLOCK_M, WIDTH), ACC)
+    for col in tl.range(0, end, BLOCK_N):
+        cols = counted(key_mask, item, col, keys, MASKED, BLOCK_N) & (n < end - col)
+        k_ptr = k_base + tl.cast(col, tl.int64) * stride_k
+        k = load_rows(k_ptr, stride_k, cols, 0, WIDTH, D, not EDGE)
+        in_cols = (n < stride_r - col) if EDGE else (n < BLOCK_N)
+        r = load_residual(r_ptr, stride_r, 0, col, inside, in_cols)
+        s = products(q, k, q_ptr, k_ptr, stride_q, stride_k, rows, cols, WIDTH, BLOCK_K, D, ACC)
+        p = tl.exp2(s * c - lse[:, None])
+        if EDGE:
+            p = tl.where(valid_pairs(rows, cols, 0, col, CAUSAL), p, 0.0)
+        ds = (p * (r - term[:, None])).to(q.dtype)
+        dk = tl.dot(tl.trans(ds), q, input_precision="ieee", out_dtype=ACC)
+        dq = settle(tl.dot(ds, k, dq, input_precision="ieee", out_dtype=ACC), SETTLE)
+        dk_ptr = dk_base + tl.cast(col, tl.int64) * dk_stride[2]
+        store_rows(dk_ptr, alpha * dk, dk_stride[2], n < keys - col, D)
+    # keys after the last that a query sees
+    for col in tl.range(tl.cdiv(end, BLOCK_N) * BLOCK_N, keys, BLOCK_N):
+        dk_ptr = dk_base + tl.cast(col, tl.int64) * dk_stride[2]
+        store_rows(dk_ptr, tl.zeros((BLOCK_N, WIDTH), ACC), dk_stride[2], n < keys - col, D)
+    dq_ptr = place(pick(dq_ptrs, layer), dq_stride, item, head, 0)
+    store_rows(dq_ptr, alpha * dq, dq_stride[2], inside, D)
 
 
 def log_sums_of(model: Model, pairs: Counted, layers: Sequence[int]) -> dict[int, Tensor]:
@@ -545,13 +618,39 @@ def gradients(
     residuals: Sequence[Tensor],
     factor: Tensor,
     d_q: Mapping[int, Tensor],
-    d_k: Mapping[int, Tensor],
+    all_k: Mapping[int, Tensor],
+    need_k: Sequence[bool],
 ) -> None:
-    """Fills d_q and d_k of layers of one form; d_k may lack some."""
+    """Fills d_q and d_k of layers of one form; of d_k those that are needed at least."""
+    d_k = {i: x for i, x in all_k.items() if need_k[i]}
     x, (dtype, acc) = student.q[layers[0]], accumulator(student.q[0])
     (B, H, queries, d), keys = x.shape, student.k[layers[0]].shape[2]
     masked, causal = pairs.form(layers[0])
     p_shift, r_shift = shifts(x)
+    shared: dict[str, object] = {
+        "MASKED": masked, "CAUSAL": causal, "SETTLE": launch.settles(x),
+        "P_SHIFT": p_shift, "R_SHIFT": r_shift, "D": d, "WIDTH": width(x), "ACC": acc,
+    }  # fmt: skip
+    one = config(launch.PROBS_ONE_BLOCK, width(x), x)
+    if queries <= one.block_m:
+        for (dq_stride, dk_stride), part in groups(
+            {i: (strides(d_q[i]), strides(all_k[i])) for i in layers}
+        ):
+            if B * H:
+                _one_block_kernel[(B * H, len(part))](
+                    student.arguments(part),
+                    pairs.arguments(student, part, masked),
+                    pointers(lses, part),
+                    pointers(residuals, part),
+                    pointers(d_q, part),
+                    pointers(all_k, part),
+                    of_layers(factor, part),
+                    H, student.scale[part[0]], queries, keys, residual_width(keys),
+                    dq_stride, dk_stride,
+                    EDGE=masked or causal or keys % one.block_n > 0, **shared,
+                    **launch.options(one),
+                )  # fmt: skip
+        return
     terms = {i: x.new_empty(x.shape[:3], dtype=dtype) for i in layers}
     for kernel, table, out, length in (
         (_dq_kernel, launch.PROBS_DQ, d_q, queries),
@@ -571,8 +670,6 @@ def gradients(
                     pointers(out, part),
                     of_layers(factor, part),
                     H, student.scale[part[0]], queries, keys, residual_width(keys), dx_stride,
-                    MASKED=masked, CAUSAL=causal, SETTLE=launch.settles(x),
-                    P_SHIFT=p_shift, R_SHIFT=r_shift, D=d, WIDTH=width(x), ACC=acc,
-                    BY_KEYS=chosen.split == 2,
+                    **shared,
                     **launch.options(chosen),
                 )  # fmt: skip
