@@ -10,8 +10,8 @@ What does not count may hold nan or inf: it changes no value and no gradient. R 
 students' dtype and only when a gradient is wanted: one map, whatever the number of heads.
 
 Up to 256 keys of 16 bits rows of a map lie in registers (``probs_rows.py``), and up to 80 tokens
-those of the backward pass: one launch each for all layers of a form. Else (``probs_sweeps.py``), with
-H heads in all, H_s of them the students':
+those of the backward pass: one launch each for all layers of a form. Else, with H heads in all, H_s
+of them the students' (``probs_sweeps.py``):
   log-sum-exp  H Q K^T and H exponentials a pair; skipped for a model whose attention gave it
   residual     the same once more: a tile's loop over all heads, the sum in float32
   dQ           one sweep: dQ_h = s (U - r V), U = (P o R) K, V = P K, r = sum P o R / sum P of the
@@ -31,10 +31,10 @@ import torch
 from torch import Tensor
 
 from . import launch, probs_rows, probs_sweeps
+from .attention_tiles import Counted, Model, is_dense, residual_width, width
 from .core import accumulator, device_refusals, dtype_refusals
 from .layers import groups, in_order
 from .probs_rows import Tiles
-from .probs_tiles import Counted, Model, is_dense, residual_width, width
 
 MAX_WIDTH = 128
 

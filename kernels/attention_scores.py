@@ -24,67 +24,224 @@ sum has a fixed order and results are bit-reproducible.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .core import (
-    MAX_LAYERS,
-    accumulator,
-    bits,
-    device_refusals,
-    dtype_refusals,
-    first_tiles,
-    pad,
-    pad_raw,
-    total,
+from .attention_tiles import (
+    Counted,
+    Model,
+    counted,
+    is_dense,
+    place,
+    residual_width,
+    strides,
+    valid_count,
+    valid_pairs,
 )
+from .core import accumulator, add_product, device_refusals, dtype_refusals
 from .launch import LaunchConfig
-from .scores_kernels import attention_scores_bwd_kernel, attention_scores_fwd_kernel
-
-MAX_STRIDE = 2**24  # a tile has at most 2**7 rows
-ROW = 16  # elements that a row of R is padded to
+from .layers import groups, in_order, of_layers, pick, pointers, total
 
 
-class _Operand(NamedTuple):
-    """Queries, keys or a gradient of theirs as a launch takes them."""
-
-    x: Tensor
-    heads: int
-    width: int
-    stride_b: int
-    stride_h: int
-    stride_n: int
-
-
-def _operands(*tensors: Tensor) -> list[_Operand]:
-    """Tensors ``[B, H, N, d]`` of one H and d; as one head of H d if all their heads lie so."""
-    _, heads, _, d = tensors[0].shape
-    joined = heads == 1 or all(x.stride(1) == d for x in tensors)
-    heads, width = (1, heads * d) if joined else (heads, d)
-    operands = []
-    for x in tensors:
-        sizes = (len(x), heads, x.shape[2])
-        # a stride without a step is 0, like any multiple of 16
-        steps = (s if n > 1 else 0 for s, n in zip(x.stride(), sizes, strict=False))
-        operands.append(_Operand(x, heads, width, *steps))
-    return operands
+@triton.jit
+def _add_scores(
+    acc, model, layer, item, row, col, rows, cols, heads, width,
+    BLOCK_K: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """acc + a tile of the sum of Q K^T over one model's heads."""
+    q_ptr = place(pick(model.q, layer), model.q_stride, item, 0, row)
+    k_ptr = place(pick(model.k, layer), model.k_stride, item, 0, col)
+    return add_product(
+        acc, q_ptr, k_ptr, model.q_stride[1], model.q_stride[2], 1, model.k_stride[1], 1,
+        model.k_stride[2], rows, cols, heads, width, BLOCK_K, WHOLE,
+    )  # fmt: skip
 
 
-def _unit_stride(x: Tensor) -> Tensor:
-    """Rows that lie so that offsets within a tile fit 32 bits; a copy if they do not."""
-    near = x.stride(2) < MAX_STRIDE or x.shape[2] == 1
-    return x if x.stride(3) == 1 and near else x.contiguous()
+@triton.jit(do_not_specialize=[
+    "student_heads", "student_of", "student_scale", "teacher_heads", "teacher_of", "teacher_scale",
+    "queries", "keys",
+])  # fmt: skip
+def _forward_kernel(
+    student,  # Heads
+    teacher,
+    masks,  # Masks
+    r_ptrs,  # [B, Nq, stride_r] out; unused without STORE
+    sum_ptr,  # [L, tiles] out: sum of R^2 over the tile
+    count_ptr,  # [L, tiles] int32 out: valid pairs; unused unless MASKED
+    student_heads,  # as they lie in memory: all side by side are one
+    student_of,  # how many the mean is over
+    student_width,
+    student_scale,
+    teacher_heads,
+    teacher_of,
+    teacher_width,
+    teacher_scale,
+    queries,
+    keys,
+    stride_r,
+    MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WHOLE: tl.constexpr,  # sizes are multiples of the tile's
+    STORE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ACC: tl.constexpr,  # accumulator dtype: float32, or float64 for float64
+):
+    layer = tl.program_id(1)
+    # keys fastest: the tiles of one block of queries share its rows in L2
+    tile, across, down = tl.program_id(0), tl.cdiv(keys, BLOCK_N), tl.cdiv(queries, BLOCK_M)
+    row, col = tile // across % down * BLOCK_M, tile % across * BLOCK_N
+    item = tile // (across * down)
+    m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    in_rows, in_cols = m < queries - row, n < keys - col
+    if CAUSAL:  # a tile above the diagonal has no valid pair: no heads to sum over
+        live = (col < row + BLOCK_M).to(tl.int32)
+        student_heads, teacher_heads = student_heads * live, teacher_heads * live
+    # R = (T ratio + S) scale, so that one accumulator serves both; where the student's scale is 0,
+    # (T ratio) 1
+    scale = tl.cast(student_scale, ACC) / student_of
+    off = scale == 0
+    scale = tl.where(off, 1.0, scale)
+    ratio = -tl.cast(teacher_scale, ACC) / teacher_of / scale
+    student_heads = tl.where(off, 0, student_heads)
+    # what does not count is set to 0 at the end: a row that holds nan spoils no other
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+    acc = _add_scores(
+        acc, teacher, layer, item, row, col, in_rows, in_cols, teacher_heads, teacher_width,
+        BLOCK_K, WHOLE,
+    )  # fmt: skip
+    acc = _add_scores(
+        acc * ratio, student, layer, item, row, col, in_rows, in_cols, student_heads,
+        student_width, BLOCK_K, WHOLE,
+    )  # fmt: skip
+    r = acc * scale
+    at = layer.to(tl.int64) * tl.num_programs(0) + tile
+    if MASKED or CAUSAL:
+        rows = counted(pick(masks.query, layer), item, row, queries, MASKED, BLOCK_M)
+        cols = counted(pick(masks.key, layer), item, col, keys, MASKED, BLOCK_N)
+        valid = valid_pairs(rows, cols, row, col, CAUSAL)
+        r = tl.where(valid, r, 0.0)
+        if MASKED:
+            tl.store(count_ptr + at, tl.sum(valid.to(tl.int32)))
+    tl.store(sum_ptr + at, tl.sum(r * r))
+    if STORE:
+        r_ptr = pick(r_ptrs, layer) + (item.to(tl.int64) * queries + row) * stride_r + col
+        r_tile = r_ptr + m[:, None] * stride_r + n[None, :]
+        inside = in_rows[:, None] & (n < stride_r - col)[None, :]
+        tl.store(r_tile, r.to(r_ptr.dtype.element_ty), mask=inside)
 
 
-def _masks(masks: Sequence[Tensor | None], other: Tensor) -> tuple[list[Tensor], list[int]]:
-    """What a launch takes for masks, and which layers have one."""
-    flags = [int(m is not None) for m in masks]
-    return [other if m is None else m.contiguous() for m in masks], flags
+@triton.jit
+def _counts(ptr, at, length, MASKED: tl.constexpr):
+    """Which places count: inside, and the mask is True."""
+    inside = at < length
+    if MASKED:
+        inside &= tl.load(ptr + at, mask=inside, other=0) != 0
+    return inside
+
+
+@triton.jit
+def _extent(ptr, length, BLOCK: tl.constexpr):
+    """The first place that counts and the one after the last; (length, 0) where none does."""
+    low, high = length, length * 0
+    for start in range(0, length, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        counts = _counts(ptr, at, length, True)
+        low = tl.minimum(low, tl.min(tl.where(counts, at, length), axis=0))
+        high = tl.maximum(high, tl.max(tl.where(counts, at + 1, 0), axis=0))
+    return low, high
+
+
+@triton.jit(do_not_specialize=["heads", "of", "scale", "queries", "keys"])
+def _backward_kernel(
+    r_ptrs,  # [B, Nq, stride_r]
+    x_ptrs,  # [B, H, Nk, D] keys; TRANSPOSED: [B, H, Nq, D] queries
+    masks,  # Masks
+    dx_ptrs,  # [B, H, Nq, D] out: of the queries; TRANSPOSED: [B, H, Nk, D] of the keys
+    factor_ptr,  # [L]: 2 g / n
+    x_stride,  # of B, H and N
+    dx_stride,
+    heads,
+    of,
+    width,
+    scale,
+    queries,
+    keys,
+    stride_r,
+    TRANSPOSED: tl.constexpr,  # R^T Q rather than R K
+    MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    layer = tl.program_id(1)
+    length = keys if TRANSPOSED else queries
+    # columns, then heads fastest: they share the rows of R in L2
+    tile, across, down = tl.program_id(0), tl.cdiv(width, BLOCK_N), tl.cdiv(length, BLOCK_M)
+    col, head = tile % across * BLOCK_N, tile // across % heads
+    row, item = tile // (across * heads) % down * BLOCK_M, tile // (across * heads * down)
+    q_mask = pick(masks.query, layer) + item.to(tl.int64) * queries
+    k_mask = pick(masks.key, layer) + item.to(tl.int64) * keys
+    # the inner rows that can have a valid pair; what else they hold must not enter the product
+    if TRANSPOSED:
+        low, high = row * 0, queries
+        if CAUSAL:
+            low = row
+        if MASKED:
+            first_key, end_key = _extent(k_mask, keys, BLOCK_K * 8)
+            if CAUSAL:
+                low = tl.maximum(low, first_key)
+            high = tl.where(end_key == 0, 0, high)
+    else:
+        low, high = row * 0, keys
+        if CAUSAL:
+            high = tl.minimum(tl.minimum(high, queries), row + BLOCK_M)
+        if MASKED:
+            _, end_query = _extent(q_mask, queries, BLOCK_K * 8)
+            if CAUSAL:
+                high = tl.minimum(high, end_query)
+            high = tl.where(end_query == 0, 0, high)
+    m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    in_rows, in_cols = m < length - row, n < width - col
+    r_ptr = pick(r_ptrs, layer) + item.to(tl.int64) * queries * stride_r
+    x_ptr = place(pick(x_ptrs, layer), x_stride, item, head, 0) + col
+    stride_x = x_stride[2]
+    x_tile = k[:, None] * stride_x + n[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+    for start in tl.range(low, high, BLOCK_K):
+        inner = start + k
+        if TRANSPOSED:
+            r_tile = r_ptr + tl.cast(start, tl.int64) * stride_r + row
+            r_tile += k[:, None] * stride_r + m[None, :]
+            r_mask = (inner < high)[:, None] & (m < stride_r - row)[None, :]
+        else:
+            r_tile = r_ptr + tl.cast(row, tl.int64) * stride_r + start
+            r_tile += m[:, None] * stride_r + k[None, :]
+            r_mask = in_rows[:, None] & (k < stride_r - start)[None, :]
+        x_at = x_ptr + tl.cast(start, tl.int64) * stride_x + x_tile
+        if WHOLE:
+            r, x = tl.load(r_tile), tl.load(x_at)
+        else:
+            r = tl.load(r_tile, mask=r_mask, other=0.0)
+            counts = _counts(q_mask if TRANSPOSED else k_mask, inner, high, MASKED)
+            x = tl.load(x_at, mask=counts[:, None] & in_cols[None, :], other=0.0)
+        if TRANSPOSED:
+            r = tl.trans(r)
+        acc = tl.dot(r, x, acc, input_precision="ieee", out_dtype=ACC)
+    factor = tl.load(factor_ptr + layer) * tl.cast(scale, ACC) / of
+    dx_ptr = place(pick(dx_ptrs, layer), dx_stride, item, head, row) + col
+    dx_tile = dx_ptr + m[:, None] * dx_stride[2] + n[None, :]
+    dx = (acc * factor).to(dx_ptr.dtype.element_ty)
+    tl.store(dx_tile, dx, mask=in_rows[:, None] & in_cols[None, :])
 
 
 def not_served(
@@ -128,107 +285,94 @@ def attention_scores_forward(
         losses ``[L]`` and scales ``[L]`` (2 / n, n at least 1), float32 or float64; and between
         them the residuals as ``empty_residual`` makes them, or an empty list.
     """
-    layers = len(student_q)
-    if layers > MAX_LAYERS:
-        lists = (student_q, student_k, teacher_q, teacher_k, query_masks, key_masks)
-        head, tail = (
-            attention_scores_forward(
-                *(x[part] for x in lists),  # type: ignore[arg-type]
-                causal=causal[part],
-                student_scale=student_scale[part],
-                teacher_scale=teacher_scale[part],
-                need_residual=need_residual,
-            )
-            for part in (slice(MAX_LAYERS), slice(MAX_LAYERS, None))
-        )
-        return torch.cat([head[0], tail[0]]), head[1] + tail[1], torch.cat([head[2], tail[2]])
-    sides = []
-    for queries, keys in ((student_q, student_k), (teacher_q, teacher_k)):
-        pairs = [
-            _operands(_unit_stride(q), _unit_stride(k)) for q, k in zip(queries, keys, strict=True)
-        ]
-        sides.append(tuple(zip(*pairs, strict=True)))
-    (sq, sk), (tq, tk) = sides
-    like = sq[0].x
-    N_Q, N_K = [x.shape[2] for x in student_q], [x.shape[2] for x in student_k]
+    L = len(student_q)
+    student = _joined(Model.of(student_q, student_k, student_scale))
+    teacher = _joined(Model.of(teacher_q, teacher_k, teacher_scale))
+    pairs = Counted(query_masks, key_masks, causal)
     r = [empty_residual(q, k) for q, k in zip(student_q, student_k, strict=True) if need_residual]
-    torch_acc, acc = accumulator(like)
-    config = _forward_config(like, max(*N_Q, *N_K))
-    first = first_tiles(
-        len(q) * triton.cdiv(n_q, config.block_m) * triton.cdiv(n_k, config.block_n)
-        for q, n_q, n_k in zip(student_q, N_Q, N_K, strict=True)
-    )
-    tiles = first[-1]
-    sums = like.new_empty(tiles, dtype=torch_acc)
-    counts = like.new_empty(tiles, dtype=torch.int32)
-    unused = like.new_empty(1, dtype=torch.bool)
-    qm, q_masked = _masks(query_masks, unused)
-    km, k_masked = _masks(key_masks, unused)
-    a_s = [s / q.shape[1] for s, q in zip(student_scale, student_q, strict=True)]
-    a_t = [s / q.shape[1] for s, q in zip(teacher_scale, teacher_q, strict=True)]
-    # R = (T ratio + S) scale; without the student's heads where its scale is 0
-    ratio = [-t / s if s else -t for s, t in zip(a_s, a_t, strict=True)]
-    with torch.cuda.device_of(like):
-        if tiles:
-            attention_scores_fwd_kernel[(tiles,)](
-                *(pad([o.x for o in side]) for side in (sq, sk, tq, tk)),
-                pad(qm),
-                pad(km),
-                pad(r or [like]),
-                sums,
-                counts,
-                *(pad_raw([o[i] for o in side]) for side in (sq, sk, tq, tk) for i in (3, 4, 5)),
-                pad(N_Q),
-                pad(N_K),
-                pad_raw([_padded(n) for n in N_K]),
-                pad([o.heads if s else 0 for o, s in zip(sq, a_s, strict=True)]),
-                pad_raw([o.width for o in sq]),
-                pad([o.heads for o in tq]),
-                pad_raw([o.width for o in tq]),
-                pad(q_masked),
-                pad(k_masked),
-                pad([int(c) for c in causal]),
-                pad_raw([bits(x) for x in ratio]),
-                pad_raw([bits(x or 1.0) for x in a_s]),
-                pad(first[:-1], tiles),
-                STORE=need_residual,
-                ACC=acc,
-                **launch.options(config),
-            )
-        losses, scales = total(sums, counts, [1] * layers, first)
-    return losses, r, scales
+    of = [(q.shape[1], t.shape[1]) for q, t in zip(student_q, teacher_q, strict=True)]
+    forms = {i: (student.form(i), teacher.form(i), pairs.form(i), of[i]) for i in range(L)}
+    losses: dict[int, Tensor] = {}
+    scales: dict[int, Tensor] = {}
+    with torch.cuda.device_of(student_q[0]):
+        launches = groups(forms)
+        for _, part in launches:
+            found = _residuals(part, student, teacher, pairs, of[part[0]], r or student.q)
+            losses.update(zip(part, found[0], strict=True))
+            scales.update(zip(part, found[1], strict=True))
+    if len(launches) > 1:
+        found = in_order(losses), in_order(scales)
+    return found[0], r, found[1]
 
 
-def _padded(keys: int) -> int:
-    return triton.cdiv(keys, ROW) * ROW
+def _residuals(
+    part: Sequence[int],
+    student: Model,
+    teacher: Model,
+    pairs: Counted,
+    of: tuple[int, int],
+    r: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Losses and scales of layers of one form; fills their residuals if there are any."""
+    x, y, store = student.q[part[0]], teacher.q[part[0]], r is not student.q
+    dtype, acc = accumulator(x)
+    (B, heads, queries, d), keys = x.shape, student.k[part[0]].shape[2]
+    masked, causal = pairs.form(part[0])
+    config = _config(launch.SCORES_FORWARD, x, max(queries, keys))
+    m, n, step = config.block_m, config.block_n, config.block_k
+    tiles = B * triton.cdiv(queries, m) * triton.cdiv(keys, n)
+    sums = x.new_empty(len(part), tiles, dtype=dtype)
+    counts = x.new_empty(len(part), tiles, dtype=torch.int32) if masked else None
+    if tiles:
+        _forward_kernel[(tiles, len(part))](
+            student.arguments(part), teacher.arguments(part),
+            pairs.arguments(x, queries, keys, part), pointers(r, part),
+            sums, sums if counts is None else counts,
+            heads, of[0], d, student.scale[part[0]],
+            y.shape[1], of[1], y.shape[3], teacher.scale[part[0]],
+            queries, keys, residual_width(keys),
+            MASKED=masked, CAUSAL=causal, STORE=store,
+            WHOLE=not (queries % m or keys % n or d % step or y.shape[3] % step),
+            ACC=acc, **launch.options(config),
+        )  # fmt: skip
+    return total(sums, counts, 1 if masked else valid_count(x.shape, keys, causal))
+
+
+def _join(x: Tensor) -> Tensor:
+    """Heads of a token that lie side by side, as one head: no copy."""
+    return x.transpose(1, 2).flatten(2)[:, None]
+
+
+def _side_by_side(*tensors: Tensor) -> bool:
+    return all(x.shape[1] > 1 and x.stride(1) == x.shape[3] for x in tensors)
+
+
+def _joined(model: Model) -> Model:
+    """The sum over heads is an inner dimension: where they lie side by side there is but one."""
+    q, k = list(model.q), list(model.k)
+    for i, both in enumerate(zip(model.q, model.k, strict=True)):
+        if _side_by_side(*both):
+            q[i], k[i] = map(_join, both)
+    return Model(q, k, model.scale)
+
+
+def _config(table: Mapping[tuple[int, ...], LaunchConfig], x: Tensor, size: int) -> LaunchConfig:
+    itemsize = min(4, x.element_size())  # float64 takes float32's
+    return launch.lookup(table, launch.capability(x), itemsize, 64 if size <= 64 else 128)
 
 
 def empty_residual(query: Tensor, key: Tensor) -> Tensor:
     """Room for a residual, ``[B, Nq, Nk]``: a view of rows padded to a multiple of 16 elements."""
     (B, _, Nq, _), Nk = query.shape, key.shape[2]
-    return query.new_empty(B, Nq, _padded(Nk))[..., :Nk]
+    return query.new_empty(B, Nq, residual_width(Nk))[..., :Nk]
 
 
-def _rows(residual: Tensor) -> tuple[Tensor, int]:
-    """A residual and the length of its rows: not padded if something has copied it since."""
-    (_, Nq, Nk), row = residual.shape, _padded(residual.shape[2])
+def _padded(residual: Tensor) -> Tensor:
+    """A residual whose rows are padded: a copy if something has copied it since."""
+    (_, Nq, Nk), row = residual.shape, residual_width(residual.shape[2])
     if residual.stride() == (Nq * row, row, 1):
-        return residual, row
-    return residual.contiguous(), Nk
-
-
-def _forward_config(x: Tensor, longest: int) -> LaunchConfig:
-    bucket = 64 if longest <= 64 else 128
-    return launch.lookup(
-        launch.ATTENTION_SCORES_FORWARD, launch.capability(x), x.element_size(), bucket
-    )
-
-
-def _backward_config(x: Tensor, widest: int) -> LaunchConfig:
-    bucket = 64 if widest <= 64 else 128
-    return launch.lookup(
-        launch.ATTENTION_SCORES_BACKWARD, launch.capability(x), x.element_size(), bucket
-    )
+        return residual
+    return torch.nn.functional.pad(residual, (0, row - Nk))
 
 
 def attention_scores_backward(
@@ -261,75 +405,59 @@ def attention_scores_backward(
         of their input; None where none was asked for.
     """
     factor = (grad * scales).to(scales.dtype).contiguous()
+    pairs = Counted(query_masks, key_masks, causal)
+    r = [_padded(x) for x in residuals]
     results: list[list[Tensor | None]] = []
-    for transposed, need in ((False, need_q), (True, need_k)):
-        gradients: list[Tensor | None] = [None] * len(student_q)
-        wanted = [i for i, flag in enumerate(need) if flag]
-        for start in range(0, len(wanted), MAX_LAYERS):
-            part = wanted[start : start + MAX_LAYERS]
-            outer, inner = (student_k, student_q) if transposed else (student_q, student_k)
-            out = [torch.empty_like(outer[i], dtype=dtype) for i in part]
-            written = [_unit_stride(x) for x in out]  # other memory where kernels cannot write it
-            _gradients(
-                part, written, inner, query_masks, key_masks, residuals, factor, causal,
-                student_scale, transposed,
-            )  # fmt: skip
-            for i, gradient, result in zip(part, out, written, strict=True):
-                gradients[i] = gradient if gradient is result else gradient.copy_(result)
-        results.append(gradients)
+    with torch.cuda.device_of(student_q[0]):
+        for outer, inner, need in (
+            (student_q, student_k, need_q),
+            (student_k, student_q, need_k),
+        ):
+            out = {i: torch.empty_like(x, dtype=dtype) for i, x in enumerate(outer) if need[i]}
+            _gradients(out, inner, pairs, r, factor, student_scale, outer is student_k)
+            results.append([out.get(i) for i in range(len(outer))])
     return results[0], results[1]
 
 
 def _gradients(
-    part: Sequence[int],
-    out: Sequence[Tensor],
+    out: Mapping[int, Tensor],
     inner: Sequence[Tensor],
-    query_masks: Sequence[Tensor | None],
-    key_masks: Sequence[Tensor | None],
-    residuals: Sequence[Tensor],
+    pairs: Counted,
+    r: Sequence[Tensor],
     factor: Tensor,
-    causal: Sequence[bool],
-    student_scale: Sequence[float],
+    scale: Sequence[float],
     transposed: bool,
 ) -> None:
-    """Fill ``out``, the gradients of the layers of ``part``, in one launch."""
-    r, row = zip(*(_rows(residuals[i]) for i in part), strict=True)
-    pairs = [_operands(_unit_stride(inner[i]), y) for i, y in zip(part, out, strict=True)]
-    x, dx = zip(*pairs, strict=True)
-    config = _backward_config(r[0], max(o.width for o in x))
-    first = first_tiles(
-        len(y) * o.heads * triton.cdiv(y.shape[2], config.block_m)
-        * triton.cdiv(o.width, config.block_n)
-        for y, o in zip(out, x, strict=True)
-    )  # fmt: skip
-    tiles = first[-1]
-    if not tiles:
-        return
-    unused = r[0].new_empty(1, dtype=torch.bool)
-    qm, q_masked = _masks([query_masks[i] for i in part], unused)
-    km, k_masked = _masks([key_masks[i] for i in part], unused)
-    with torch.cuda.device_of(r[0]):
-        attention_scores_bwd_kernel[(tiles,)](
-            pad(r),
-            pad([o.x for o in x]),
-            pad(qm),
-            pad(km),
-            pad([o.x for o in dx]),
-            factor,
-            pad(part),
-            *(pad_raw([o[i] for o in side]) for side in (x, dx) for i in (3, 4, 5)),
-            pad([y.shape[1] for y in r]),
-            pad([y.shape[2] for y in r]),
-            pad_raw(row),
-            pad([o.heads for o in x]),
-            pad_raw([o.width for o in x]),
-            pad(q_masked),
-            pad(k_masked),
-            pad([int(causal[i]) for i in part]),
-            pad_raw([bits(student_scale[i] / inner[i].shape[1]) for i in part]),
-            pad(first[:-1], tiles),
-            TRANSPOSED=transposed,
-            MASKED=any((*q_masked, *k_masked)),
-            ACC=accumulator(r[0])[1],
-            **launch.options(config),
-        )
+    """Fills ``out``: R times ``inner``, or R^T times it."""
+    x: dict[int, Tensor] = {}
+    dx: dict[int, Tensor] = {}
+    # kernels read and write rows that are dense, in a copy where they are not
+    written = {i: y if is_dense(y) else y.new_empty(y.shape) for i, y in out.items()}
+    for i, y in written.items():
+        x[i] = inner[i] if is_dense(inner[i]) else inner[i].contiguous()
+        joined = _side_by_side(x[i], y)
+        x[i], dx[i] = (_join(x[i]), _join(y)) if joined else (x[i], y)
+    forms = {
+        i: (y.shape, strides(y), x[i].shape[2], strides(x[i]), inner[i].shape[1], scale[i],
+            pairs.form(i))
+        for i, y in dx.items()
+    }  # fmt: skip
+    for (shape, dx_stride, others, x_stride, of, c, (masked, causal)), part in groups(forms):
+        B, heads, length, d = shape
+        like = r[part[0]]
+        config = _config(launch.SCORES_BACKWARD, like, d)
+        m, n, step = config.block_m, config.block_n, config.block_k
+        tiles = B * heads * triton.cdiv(length, m) * triton.cdiv(d, n)
+        queries, keys = (others, length) if transposed else (length, others)
+        if tiles:
+            _backward_kernel[(tiles, len(part))](
+                pointers(r, part), pointers(x, part), pairs.arguments(like, queries, keys, part),
+                pointers(dx, part), of_layers(factor, part), x_stride, dx_stride,
+                heads, of, d, c, queries, keys, residual_width(keys),
+                TRANSPOSED=transposed, MASKED=masked, CAUSAL=causal,
+                WHOLE=not (masked or causal or length % m or d % n or others % step),
+                ACC=accumulator(like)[1], **launch.options(config),
+            )  # fmt: skip
+    for i, y in written.items():
+        if y is not out[i]:
+            out[i].copy_(y)

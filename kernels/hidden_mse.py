@@ -20,7 +20,7 @@ float64. There are no atomics: every sum has a fixed order and results are bit-r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import triton
@@ -29,102 +29,83 @@ from torch import Tensor
 
 from . import launch
 from .core import (
-    MAX_LAYERS,
     accumulator,
     add_product,
     allow_scratch,
     describable,
     device_refusals,
     dtype_refusals,
-    find,
-    first_tiles,
     own,
-    pad,
-    pad_raw,
     parts,
-    pick,
-    pick_raw,
-    total,
 )
 from .launch import LaunchConfig
+from .layers import groups, in_order, of_layers, pick, pointers, total
 
 MAX_STRIDE = 2**24  # a tile has at most 2**7 rows
 
 
-@triton.jit
-def _hidden_mse_fwd_kernel(
-    s_ptrs,  # L x [T, D_S] students
-    t_ptrs,  # L x [T, D_T] teachers
-    w_ptrs,  # L x [D_S, D_T] projections, in the students' dtype
-    m_ptrs,  # L x [T] bool, True where a token counts; unused without HAS_MASK
-    e_ptrs,  # L x [T, D_T] out, contiguous; unused without STORE
-    sum_ptr,  # [tiles] out: sum of E^2 over the tile
-    count_ptr,  # [tiles] out, int32: tokens that count, once per row of tiles
-    stride_st,  # L ints, as all below
-    stride_tt,
-    stride_wd,
-    T,
-    D_S,
-    D_T,
-    first,  # the layer's first tile
-    HAS_MASK: tl.constexpr,
+@triton.jit(do_not_specialize=["tokens"])
+def _forward_kernel(
+    s_ptrs,  # [T, D_S] students, as all pointers one a layer
+    t_ptrs,  # [T, D_T] teachers
+    w_ptrs,  # [D_S, D_T] projections, in the students' dtype
+    m_ptrs,  # [T] bool, True where a token counts; unused unless MASKED
+    e_ptrs,  # [T, D_T] out, contiguous; unused without STORE
+    sum_ptr,  # [L, tiles] out: sum of E^2 over the tile
+    count_ptr,  # [L, tiles] int32 out: tokens that count, once per row of tiles; only if MASKED
+    stride_s,
+    stride_t,
+    stride_w,
+    tokens,
+    d_s,
+    d_t,
+    MASKED: tl.constexpr,
+    WHOLE: tl.constexpr,  # sizes are multiples of the tile's
     STORE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ACC: tl.constexpr,  # accumulator dtype: float32, or float64 for float64
 ):
-    tile = tl.program_id(0)
-    layer = find(first, tile)
-    tokens, d_t = pick(T, layer), pick_raw(D_T, layer)
+    layer = tl.program_id(1)
     # columns fastest: the tiles of one block of tokens share its rows in L2, where W stays anyway
-    across = tl.cdiv(d_t, BLOCK_N)
-    local = tile - pick(first, layer)
-    column = local % across
+    tile, across = tl.program_id(0), tl.cdiv(d_t, BLOCK_N)
+    column = tile % across
     # int64: T * d passes 2**31; offsets within a tile do not, and cost half the registers
-    row = (local // across).to(tl.int64) * BLOCK_M
-    col = column * BLOCK_N
+    row, col = (tile // across).to(tl.int64) * BLOCK_M, column * BLOCK_N
     m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    row_counts, col_counts = m < tokens - row, n < d_t - col
-    if HAS_MASK:
-        row_counts &= tl.load(pick(m_ptrs, layer) + row + m, mask=row_counts, other=0) != 0
-    counts = row_counts[:, None] & col_counts[None, :]
-    stride_s, stride_t = pick_raw(stride_st, layer), pick_raw(stride_tt, layer)
+    in_rows, cols = m < tokens - row, n < d_t - col
+    rows = in_rows
+    if MASKED:
+        rows &= tl.load(pick(m_ptrs, layer) + row + m, mask=in_rows, other=0) != 0
     t_tile = pick(t_ptrs, layer) + row * stride_t + col + m[:, None] * stride_t + n[None, :]
-    t = tl.load(t_tile, mask=counts, other=0.0)
-    # the sum starts at -t: read at the end, t would take a third more registers on sm_90, and
-    # with them the second program of a multiprocessor
+    if WHOLE and not MASKED:
+        t = tl.load(t_tile)
+    else:
+        t = tl.load(t_tile, mask=rows[:, None] & cols[None, :], other=0.0)
+    # the sum starts at -t: read at the end, t would take a third more registers
     e = add_product(
-        -t.to(ACC),
-        pick(s_ptrs, layer) + row * stride_s,
-        pick(w_ptrs, layer) + col,
-        0,
-        stride_s,
-        1,
-        0,
-        pick_raw(stride_wd, layer),
-        1,
-        row_counts,
-        col_counts,
-        1,
-        pick_raw(D_S, layer),
-        BLOCK_K,
-    )
-    # other=0 is not enough: 0 * nan in W is nan
-    e = tl.where(counts, e, 0.0)
-    # both axes at once: one after the other, Triton 3.6 fails to compile it for sm_100
-    tl.store(sum_ptr + tile, tl.sum(e * e))
-    counted = tl.sum(row_counts.to(tl.int32), axis=0)
-    tl.store(count_ptr + tile, tl.where(column == 0, counted, 0))
+        -t.to(ACC), pick(s_ptrs, layer) + row * stride_s, pick(w_ptrs, layer) + col,
+        0, stride_s, 1, 0, stride_w, 1, rows, cols, 1, d_s, BLOCK_K, WHOLE and not MASKED,
+    )  # fmt: skip
+    at = layer.to(tl.int64) * tl.num_programs(0) + tile
+    if MASKED:
+        e = tl.where(rows[:, None], e, 0.0)  # 0 * nan in W is nan
+        counted = tl.sum(rows.to(tl.int32), axis=0)
+        tl.store(count_ptr + at, tl.where(column == 0, counted, 0))
+    tl.store(sum_ptr + at, tl.sum(e * e))
     if STORE:
         e_ptr = pick(e_ptrs, layer)
         e_tile = e_ptr + row * d_t + col + m[:, None] * d_t + n[None, :]
-        inside = (m < tokens - row)[:, None] & col_counts[None, :]
-        tl.store(e_tile, e.to(e_ptr.dtype.element_ty), mask=inside)
+        e = e.to(e_ptr.dtype.element_ty)
+        if WHOLE:
+            tl.store(e_tile, e)
+        else:
+            tl.store(e_tile, e, mask=in_rows[:, None] & cols[None, :])
 
 
-@triton.jit
-def _hidden_mse_fwd_tma_kernel(
+@triton.jit(do_not_specialize=["layers", "tokens"])
+def _forward_tma_kernel(
     s_ptrs,  # as above: 2 bytes an element, rows at multiples of 16 bytes
     t_ptrs,
     w_ptrs,
@@ -132,15 +113,14 @@ def _hidden_mse_fwd_tma_kernel(
     e_ptrs,
     sum_ptr,
     count_ptr,
-    stride_st,
-    stride_tt,
-    stride_wd,
-    T,
-    D_S,
-    D_T,
-    first,
-    end,  # the tile after the layer's last
-    HAS_MASK: tl.constexpr,
+    stride_s,
+    stride_t,
+    stride_w,
+    layers,  # how many there are: pointers are padded
+    tokens,
+    d_s,
+    d_t,
+    MASKED: tl.constexpr,
     STORE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -148,16 +128,18 @@ def _hidden_mse_fwd_tma_kernel(
     SPLIT: tl.constexpr,  # parts in which the columns of t are read and those of e are stored
     ACC: tl.constexpr,
 ):
-    """As above by persistent programs: loads run by themselves, and need no registers."""
+    """As above by persistent programs: loads run by themselves, and need no registers.
+
+    What lies outside reads as 0 and is not stored.
+    """
     WIDTH: tl.constexpr = BLOCK_N // SPLIT
     program, programs = tl.program_id(0), tl.num_programs(0)
-    m, n = tl.arange(0, BLOCK_M), tl.arange(0, WIDTH)
-    for layer in range(len(T)):
-        start, stop = own(pick(first, layer), program, programs), pick(end, layer)
-        if start < stop:  # a descriptor costs about a microsecond
-            tokens, d_s, d_t = pick(T, layer), pick_raw(D_S, layer), pick_raw(D_T, layer)
-            stride_s, stride_t = pick_raw(stride_st, layer), pick_raw(stride_tt, layer)
-            stride_w = pick_raw(stride_wd, layer)
+    across = tl.cdiv(d_t, BLOCK_N)
+    tiles = tl.cdiv(tokens, BLOCK_M) * across
+    m = tl.arange(0, BLOCK_M)
+    for layer in range(layers):
+        start = own(layer * tiles, program, programs) - layer * tiles
+        if start < tiles:  # a descriptor costs about a microsecond
             s = tl.make_tensor_descriptor(
                 pick(s_ptrs, layer), [tokens, d_s], [stride_s, 1], [BLOCK_M, BLOCK_K]
             )
@@ -170,93 +152,72 @@ def _hidden_mse_fwd_tma_kernel(
             e = tl.make_tensor_descriptor(
                 pick(e_ptrs, layer), [tokens, d_t], [d_t, 1], [BLOCK_M, WIDTH]
             )
-            across = tl.cdiv(d_t, BLOCK_N)
-            for tile in range(start, stop, programs):
-                local = tile - pick(first, layer)
-                row, col = local // across * BLOCK_M, local % across * BLOCK_N
-                row_counts = m < tokens - row
-                if HAS_MASK:
-                    m_ptr = pick(m_ptrs, layer) + row.to(tl.int64)
-                    row_counts &= tl.load(m_ptr + m, mask=row_counts, other=0) != 0
+            for tile in tl.range(start, tiles, programs):
+                row, col = tile // across * BLOCK_M, tile % across * BLOCK_N
+                at = tl.cast(layer, tl.int64) * tiles + tile
                 acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
-                for k in range(0, d_s, BLOCK_K):
+                for k in tl.range(0, d_s, BLOCK_K):
                     acc = tl.dot(s.load([row, k]), w.load([k, col]), acc, out_dtype=ACC)
+                if MASKED:
+                    m_ptr = pick(m_ptrs, layer) + row.to(tl.int64) + m
+                    rows = tl.load(m_ptr, mask=m < tokens - row, other=0) != 0
+                    counted = tl.sum(rows.to(tl.int32), axis=0)
+                    tl.store(count_ptr + at, tl.where(col == 0, counted, 0))
                 square = tl.zeros((), dtype=ACC)
                 part = parts(acc, SPLIT)
                 for i in tl.static_range(SPLIT):
-                    at = col + i * WIDTH
-                    counts = row_counts[:, None] & (n < d_t - at)[None, :]
-                    error = tl.where(counts, part[i] - t.load([row, at]).to(ACC), 0.0)
+                    error = part[i] - t.load([row, col + i * WIDTH]).to(ACC)
+                    if MASKED:
+                        error = tl.where(rows[:, None], error, 0.0)
                     square += tl.sum(error * error)
                     if STORE:
-                        e.store([row, at], error.to(e.dtype))
-                tl.store(sum_ptr + tile, square)
-                counted = tl.sum(row_counts.to(tl.int32), axis=0)
-                tl.store(count_ptr + tile, tl.where(col == 0, counted, 0))
+                        e.store([row, col + i * WIDTH], error.to(e.dtype))
+                tl.store(sum_ptr + at, square)
 
 
-@triton.jit
-def _hidden_mse_bwd_kernel(
-    e_ptrs,  # L x [T, D_T] residuals, contiguous
-    w_ptrs,  # L x [D_S, D_T] projections, in the students' dtype
-    ds_ptrs,  # L x [T, D_S] out, contiguous
-    factor_ptr,  # [P] 2 g / n of every layer of the call
-    place,  # L ints, as all below: the layer's place in factor_ptr
-    stride_wd,
-    T,
-    D_S,
-    D_T,
-    first,  # the layer's first tile
+@triton.jit(do_not_specialize=["tokens"])
+def _backward_kernel(
+    e_ptrs,  # [T, D_T] residuals, contiguous, as all pointers one a layer
+    w_ptrs,  # [D_S, D_T] projections, in the students' dtype
+    ds_ptrs,  # [T, D_S] out, contiguous
+    factor_ptr,  # [L]: 2 g / n
+    stride_w,
+    tokens,
+    d_s,
+    d_t,
+    WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    tile = tl.program_id(0)
-    layer = find(first, tile)
-    tokens, d_s, d_t = pick(T, layer), pick_raw(D_S, layer), pick_raw(D_T, layer)
-    across = tl.cdiv(d_s, BLOCK_N)
-    local = tile - pick(first, layer)
-    row = (local // across).to(tl.int64) * BLOCK_M
-    col = (local % across).to(tl.int64) * BLOCK_N
+    layer = tl.program_id(1)
+    tile, across = tl.program_id(0), tl.cdiv(d_s, BLOCK_N)
+    row, col = (tile // across).to(tl.int64) * BLOCK_M, (tile % across).to(tl.int64) * BLOCK_N
     m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    inside_rows, inside_cols = m < tokens - row, n < d_s - col
-    stride_w = pick_raw(stride_wd, layer)
+    rows, cols = m < tokens - row, n < d_s - col
     acc = add_product(
         tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC),
-        pick(e_ptrs, layer) + row * d_t,
-        pick(w_ptrs, layer) + col * stride_w,
-        0,
-        d_t,
-        1,
-        0,
-        1,
-        stride_w,
-        inside_rows,
-        inside_cols,
-        1,
-        d_t,
-        BLOCK_K,
-    )
+        pick(e_ptrs, layer) + row * d_t, pick(w_ptrs, layer) + col * stride_w,
+        0, d_t, 1, 0, 1, stride_w, rows, cols, 1, d_t, BLOCK_K, WHOLE,
+    )  # fmt: skip
     ds_ptr = pick(ds_ptrs, layer)
-    ds = (acc * tl.load(factor_ptr + pick(place, layer))).to(ds_ptr.dtype.element_ty)
+    ds = (acc * tl.load(factor_ptr + layer)).to(ds_ptr.dtype.element_ty)
     ds_tile = ds_ptr + row * d_s + col + m[:, None] * d_s + n[None, :]
-    tl.store(ds_tile, ds, mask=inside_rows[:, None] & inside_cols[None, :])
+    tl.store(ds_tile, ds, mask=rows[:, None] & cols[None, :])
 
 
-@triton.jit
-def _hidden_mse_bwd_tma_kernel(
+@triton.jit(do_not_specialize=["layers", "tokens"])
+def _backward_tma_kernel(
     e_ptrs,  # as above: 2 bytes an element, rows at multiples of 16 bytes
     w_ptrs,
     ds_ptrs,
     factor_ptr,
-    place,
-    stride_wd,
-    T,
-    D_S,
-    D_T,
-    first,
-    end,  # the tile after the layer's last
+    stride_w,
+    layers,
+    tokens,
+    d_s,
+    d_t,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -266,27 +227,25 @@ def _hidden_mse_bwd_tma_kernel(
     """As above by persistent programs."""
     WIDTH: tl.constexpr = BLOCK_N // SPLIT
     program, programs = tl.program_id(0), tl.num_programs(0)
-    for layer in range(len(T)):
-        start, stop = own(pick(first, layer), program, programs), pick(end, layer)
-        if start < stop:
-            tokens, d_s, d_t = pick(T, layer), pick_raw(D_S, layer), pick_raw(D_T, layer)
+    across = tl.cdiv(d_s, BLOCK_N)
+    tiles = tl.cdiv(tokens, BLOCK_M) * across
+    for layer in range(layers):
+        start = own(layer * tiles, program, programs) - layer * tiles
+        if start < tiles:
             e = tl.make_tensor_descriptor(
                 pick(e_ptrs, layer), [tokens, d_t], [d_t, 1], [BLOCK_M, BLOCK_K]
             )
-            stride_w = pick_raw(stride_wd, layer)
             w = tl.make_tensor_descriptor(
                 pick(w_ptrs, layer), [d_s, d_t], [stride_w, 1], [BLOCK_N, BLOCK_K]
             )
             ds = tl.make_tensor_descriptor(
                 pick(ds_ptrs, layer), [tokens, d_s], [d_s, 1], [BLOCK_M, WIDTH]
             )
-            factor = tl.load(factor_ptr + pick(place, layer))
-            across = tl.cdiv(d_s, BLOCK_N)
-            for tile in range(start, stop, programs):
-                local = tile - pick(first, layer)
-                row, col = local // across * BLOCK_M, local % across * BLOCK_N
+            factor = tl.load(factor_ptr + layer)
+            for tile in tl.range(start, tiles, programs):
+                row, col = tile // across * BLOCK_M, tile % across * BLOCK_N
                 acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
-                for k in range(0, d_t, BLOCK_K):
+                for k in tl.range(0, d_t, BLOCK_K):
                     acc = tl.dot(e.load([row, k]), w.load([col, k]).T, acc, out_dtype=ACC)
                 part = parts(acc, SPLIT)
                 for i in tl.static_range(SPLIT):
@@ -301,12 +260,11 @@ def not_served(
     return reasons + dtype_refusals("students", students) + dtype_refusals("teachers", teachers)
 
 
-def _config(
-    table: dict[tuple[int, ...], LaunchConfig], x: Tensor, operands: Sequence[Tensor]
-) -> LaunchConfig:
+def _config(x: Tensor, operands: Sequence[Tensor]) -> LaunchConfig:
     """The table's entry for ``x``, by TMA only where that can address each of the operands."""
     capability = launch.capability(x)
-    return launch.lookup(table, capability, x.element_size(), tma=describable(operands))
+    itemsize = min(4, x.element_size())  # float64 takes float32's
+    return launch.lookup(launch.PRODUCT, capability, itemsize, tma=describable(operands))
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -314,26 +272,8 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and x.stride(0) < MAX_STRIDE else x.contiguous()
 
 
-def _sizes(rows: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
-    """T, d_s and d_t, each with an entry a layer."""
-    layers = ((len(x), *w.shape) for x, w in zip(rows, weights, strict=True))
-    return tuple(zip(*layers, strict=True))
-
-
-def _strides(rows: Sequence[Tensor]) -> tuple[int, ...]:
-    return tuple(x.stride(0) for x in rows)
-
-
-def _tiles(rows: Sequence[int], cols: Sequence[int], config: LaunchConfig) -> tuple[int, ...]:
-    """Where each layer's tiles start, and at the end their number."""
-    return first_tiles(
-        triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
-        for m, n in zip(rows, cols, strict=True)
-    )
-
-
-def _projections(weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    return tuple(_unit_stride(w.to(dtype)) for w in weights)
+def _projections(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [_unit_stride(w.to(dtype)) for w in weights]
 
 
 def hidden_mse_forward(
@@ -357,61 +297,62 @@ def hidden_mse_forward(
         losses ``[L]`` and scales ``[L]`` (2 / n, n at least 1), float32 or float64; and
         between them the residuals, L x ``[T, d_t]`` in the students' dtype, or an empty list.
     """
-    layers = len(students)
-    if layers > MAX_LAYERS:
-        lists = (students, teachers, weights, masks)
-        head, tail = (
-            hidden_mse_forward(*(x[part] for x in lists), need_residual=need_residual)  # type: ignore[arg-type]
-            for part in (slice(MAX_LAYERS), slice(MAX_LAYERS, None))
-        )
-        return torch.cat([head[0], tail[0]]), head[1] + tail[1], torch.cat([head[2], tail[2]])
-    s = tuple(_unit_stride(x) for x in students)
-    t = tuple(_unit_stride(x) for x in teachers)
+    s, t = [_unit_stride(x) for x in students], [_unit_stride(x) for x in teachers]
     w = _projections(weights, s[0].dtype)
-    T, D_S, D_T = _sizes(s, w)
-    has_mask = any(m is not None for m in masks)
-    counted = s
-    if has_mask:
-        counted = tuple(
-            x.new_ones(len(x), dtype=torch.bool) if m is None else m.contiguous()
-            for x, m in zip(s, masks, strict=True)
-        )
-    e = tuple(s[0].new_empty(m, n) for m, n in zip(T, D_T, strict=True)) if need_residual else t
-    torch_acc, acc = accumulator(s[0])
-    config = _config(launch.HIDDEN_MSE_FORWARD, s[0], (*s, *t, *w, *e))
-    first = _tiles(T, D_T, config)
-    tiles = first[-1]
-    sums = s[0].new_empty(tiles, dtype=torch_acc)
-    counts = s[0].new_empty(tiles, dtype=torch.int32)
+    e = [x.new_empty(len(x), y.shape[1]) if need_residual else y for x, y in zip(s, w, strict=True)]
+    forms = {
+        i: (len(s[i]), w[i].shape, *(x[i].stride(0) for x in (s, t, w)), masks[i] is not None)
+        for i in range(len(s))
+    }
+    losses: dict[int, Tensor] = {}
+    scales: dict[int, Tensor] = {}
     with torch.cuda.device_of(s[0]):
-        if tiles:
-            kernel, ends = _hidden_mse_fwd_kernel, {}
-            if config.programs:
-                allow_scratch()
-                kernel, ends = _hidden_mse_fwd_tma_kernel, {"end": pad(first[1:], tiles)}
-            kernel[launch.grid(config, tiles, s[0])](
-                pad(s),
-                pad(t),
-                pad(w),
-                pad(counted),
-                pad(e),
-                sums,
-                counts,
-                pad_raw(_strides(s)),
-                pad_raw(_strides(t)),
-                pad_raw(_strides(w)),
-                pad(T),
-                pad_raw(D_S),
-                pad_raw(D_T),
-                pad(first[:-1], tiles),
-                **ends,
-                HAS_MASK=has_mask,
-                STORE=need_residual,
-                ACC=acc,
-                **launch.options(config),
-            )
-        losses, scales = total(sums, counts, D_T, first)
-    return losses, list(e) if need_residual else [], scales
+        launches = groups(forms)
+        for _, part in launches:
+            found = _residuals(part, s, t, w, masks, e, need_residual)
+            losses.update(zip(part, found[0], strict=True))
+            scales.update(zip(part, found[1], strict=True))
+    if len(launches) > 1:
+        found = in_order(losses), in_order(scales)
+    return found[0], e if need_residual else [], found[1]
+
+
+def _residuals(
+    part: Sequence[int],
+    s: Sequence[Tensor],
+    t: Sequence[Tensor],
+    w: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+    e: Sequence[Tensor],
+    store: bool,
+) -> tuple[Tensor, Tensor]:
+    """Losses and scales of layers of one form; fills their residuals if asked to."""
+    first = part[0]
+    x, (tokens, (d_s, d_t)) = s[first], (len(s[first]), w[first].shape)
+    dtype, acc = accumulator(x)
+    config = _config(x, [y[i] for y in ((s, t, w, e) if store else (s, t, w)) for i in part])
+    m, n = config.block_m, config.block_n
+    tiles = triton.cdiv(tokens, m) * triton.cdiv(d_t, n)
+    sums = x.new_empty(len(part), tiles, dtype=dtype)
+    masked = masks[first] is not None
+    counts = x.new_empty(len(part), tiles, dtype=torch.int32) if masked else None
+    if tiles:
+        given = [mask.contiguous() for i in part if (mask := masks[i]) is not None] or [x]
+        every = (
+            pointers(s, part), pointers(t, part), pointers(w, part),
+            pointers(given, range(len(given))), pointers(e, part),
+            sums, sums if counts is None else counts,
+            x.stride(0), t[first].stride(0), w[first].stride(0),
+        )  # fmt: skip
+        flags = {"MASKED": masked, "STORE": store, "ACC": acc, **launch.options(config)}
+        if config.programs:
+            allow_scratch()
+            grid = launch.persistent(config, tiles * len(part), x)
+            _forward_tma_kernel[grid](*every, len(part), tokens, d_s, d_t, **flags)
+        else:
+            whole = not (tokens % m or d_t % n or d_s % config.block_k)
+            _forward_kernel[(tiles, len(part))](*every, tokens, d_s, d_t, WHOLE=whole, **flags)
+    return total(sums, counts, d_t if masked else tokens * d_t)
 
 
 def hidden_mse_backward(
@@ -440,59 +381,47 @@ def hidden_mse_backward(
         dHs, L x ``[T, d_s]``, and dW, L x ``[d_s, d_t]``; None where none was asked for.
     """
     factor = (grad * scales).to(scales.dtype).contiguous()
-    d_students: list[Tensor | None] = [None] * len(students)
-    wanted = [i for i, need in enumerate(need_student) if need]
-    for start in range(0, len(wanted), MAX_LAYERS):
-        part = wanted[start : start + MAX_LAYERS]
-        gradients = _student_gradients(part, weights, residuals, factor, dtype)
-        for i, gradient in zip(part, gradients, strict=True):
-            d_students[i] = gradient
+    w = _projections(weights, residuals[0].dtype)
+    d_students: dict[int, Tensor] = {
+        i: e.new_empty(len(e), w[i].shape[0], dtype=e.dtype if dtype is None else dtype)
+        for i, e in enumerate(residuals)
+        if need_student[i]
+    }
+    forms = {i: (len(residuals[i]), w[i].shape, w[i].stride(0)) for i in d_students}
+    with torch.cuda.device_of(residuals[0]):
+        for _, part in groups(forms):
+            _student_gradients(part, w, residuals, of_layers(factor, part), d_students)
     d_weights: list[Tensor | None] = [None] * len(students)
     for i, need in enumerate(need_weight):
         if need:
             gradient = _weight_gradient(students[i], masks[i], residuals[i], factor[i])
             d_weights[i] = gradient.to(weights[i].dtype if dtype is None else dtype)
-    return d_students, d_weights
+    return [d_students.get(i) for i in range(len(students))], d_weights
 
 
 def _student_gradients(
     part: Sequence[int],
-    weights: Sequence[Tensor],
-    residuals: Sequence[Tensor],
+    w: Sequence[Tensor],
+    e: Sequence[Tensor],
     factor: Tensor,
-    dtype: torch.dtype | None,
-) -> list[Tensor]:
-    """dHs of the layers of ``part``, in one launch."""
-    e = tuple(residuals[i] for i in part)
-    w = _projections([weights[i] for i in part], e[0].dtype)
-    T, D_S, D_T = _sizes(e, w)
-    dtype = e[0].dtype if dtype is None else dtype
-    out = tuple(e[0].new_empty(m, n, dtype=dtype) for m, n in zip(T, D_S, strict=True))
-    config = _config(launch.HIDDEN_MSE_BACKWARD, e[0], (*e, *w, *out))
-    first = _tiles(T, D_S, config)
-    tiles = first[-1]
-    if tiles:
-        with torch.cuda.device_of(e[0]):
-            kernel, ends = _hidden_mse_bwd_kernel, {}
-            if config.programs:
-                allow_scratch()
-                kernel, ends = _hidden_mse_bwd_tma_kernel, {"end": pad(first[1:], tiles)}
-            kernel[launch.grid(config, tiles, e[0])](
-                pad(e),
-                pad(w),
-                pad(out),
-                factor,
-                pad(part),
-                pad_raw(_strides(w)),
-                pad(T),
-                pad_raw(D_S),
-                pad_raw(D_T),
-                pad(first[:-1], tiles),
-                **ends,
-                ACC=accumulator(e[0])[1],
-                **launch.options(config),
-            )
-    return list(out)
+    out: Mapping[int, Tensor],
+) -> None:
+    """dHs of layers of one form, in one launch."""
+    first = part[0]
+    x, (tokens, (d_s, d_t)) = e[first], (len(e[first]), w[first].shape)
+    config = _config(x, [y[i] for y in (e, w, out) for i in part])
+    tiles = triton.cdiv(tokens, config.block_m) * triton.cdiv(d_s, config.block_n)
+    if not tiles:
+        return
+    every = (pointers(e, part), pointers(w, part), pointers(out, part), factor, w[first].stride(0))
+    flags = {"ACC": accumulator(x)[1], **launch.options(config)}
+    if config.programs:
+        allow_scratch()
+        grid = launch.persistent(config, tiles * len(part), x)
+        _backward_tma_kernel[grid](*every, len(part), tokens, d_s, d_t, **flags)
+    else:
+        whole = not (tokens % config.block_m or d_s % config.block_n or d_t % config.block_k)
+        _backward_kernel[(tiles, len(part))](*every, tokens, d_s, d_t, WHOLE=whole, **flags)
 
 
 def _weight_gradient(

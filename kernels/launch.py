@@ -39,58 +39,42 @@ class LaunchConfig(NamedTuple):
 # Keys: (compute capability's major number, bytes an element). From 8.x entries, which load plainly,
 # come those of data that TMA cannot address.
 
-# Ahead of time, not timed: two programs fit on a multiprocessor, so that one's epilogue hides under
-# the other's products. From 64 rows on, Triton 3.6 takes float32 to sm_100's tensor cores although
-# IEEE products are asked for.
-HIDDEN_MSE_FORWARD = {
+# Projected hidden states, forward and backward. From 64 rows on, Triton 3.6 takes float32 to
+# sm_100's tensor cores although IEEE products are asked for.
+PRODUCT = {
     (8, 2): LaunchConfig(128, 128, 32, 4, 4),
-    (9, 2): LaunchConfig(128, 128, 64, 8, 3, maxnreg=128),
+    (9, 2): LaunchConfig(128, 128, 64, 4, 3, programs=2, split=2),
     (10, 2): LaunchConfig(128, 128, 64, 8, 3, maxnreg=128),
     (8, 4): LaunchConfig(64, 64, 16, 4, 3),
     (10, 4): LaunchConfig(32, 128, 16, 4, 3),
-    (8, 8): LaunchConfig(32, 32, 16, 4, 2),
-}
-HIDDEN_MSE_BACKWARD = {
-    (8, 2): LaunchConfig(128, 128, 32, 4, 4),
-    (9, 2): LaunchConfig(128, 128, 64, 8, 3, maxnreg=128),
-    (10, 2): LaunchConfig(128, 128, 64, 8, 3, maxnreg=128),
-    (8, 4): LaunchConfig(64, 64, 16, 4, 3),
-    (10, 4): LaunchConfig(32, 128, 16, 4, 3),
-    (8, 8): LaunchConfig(32, 32, 16, 4, 2),
 }
 
 # Keys: the two above and the greatest number of queries or keys, up to 64 or more.
-# Ahead of time, not timed.
-ATTENTION_SCORES_FORWARD = {
+SCORES_FORWARD = {
     (8, 2, 64): LaunchConfig(64, 64, 32, 4, 4),
     (8, 2, 128): LaunchConfig(128, 64, 32, 4, 4),
     (9, 2, 64): LaunchConfig(64, 64, 64, 4, 3),
-    (9, 2, 128): LaunchConfig(128, 128, 64, 8, 3, maxnreg=128),
+    (9, 2, 128): LaunchConfig(128, 256, 64, 8, 3),
     (10, 2, 64): LaunchConfig(64, 64, 64, 4, 3),
     (10, 2, 128): LaunchConfig(128, 128, 64, 8, 3, maxnreg=128),
     (8, 4, 64): LaunchConfig(64, 64, 16, 4, 2),
     (8, 4, 128): LaunchConfig(64, 64, 16, 4, 2),
     (10, 4, 64): LaunchConfig(32, 128, 16, 4, 3),
     (10, 4, 128): LaunchConfig(32, 128, 16, 4, 3),
-    (8, 8, 64): LaunchConfig(32, 32, 16, 4, 2),
-    (8, 8, 128): LaunchConfig(32, 32, 16, 4, 2),
 }
-
 # Keys: the two above and the width of a head, or of all where they lie side by side, up to 64 or
-# more. Ahead of time, not timed.
-ATTENTION_SCORES_BACKWARD = {
+# more.
+SCORES_BACKWARD = {
     (8, 2, 64): LaunchConfig(128, 64, 32, 4, 4),
     (8, 2, 128): LaunchConfig(128, 64, 32, 4, 4),
     (9, 2, 64): LaunchConfig(128, 64, 64, 4, 3),
-    (9, 2, 128): LaunchConfig(128, 128, 64, 8, 3),
+    (9, 2, 128): LaunchConfig(128, 256, 64, 8, 3),
     (10, 2, 64): LaunchConfig(128, 64, 64, 4, 3),
     (10, 2, 128): LaunchConfig(128, 128, 64, 8, 3),
     (8, 4, 64): LaunchConfig(64, 64, 16, 4, 3),
     (8, 4, 128): LaunchConfig(64, 64, 16, 4, 3),
     (10, 4, 64): LaunchConfig(32, 128, 16, 4, 3),
     (10, 4, 128): LaunchConfig(32, 128, 16, 4, 3),
-    (8, 8, 64): LaunchConfig(32, 32, 16, 4, 2),
-    (8, 8, 128): LaunchConfig(32, 32, 16, 4, 2),
 }
 
 # Attention probabilities. Keys: (compute capability's major number, bytes an element of the wider
@@ -101,7 +85,7 @@ ATTENTION_SCORES_BACKWARD = {
 PROBS_LSE = {
     (8, 2, 64): LaunchConfig(128, 64, 128, 8, 2, maxnreg=128),
     (8, 2, 128): LaunchConfig(64, 64, 128, 4, 2),
-    (9, 2, 64): LaunchConfig(128, 64, 128, 8, 3),
+    (9, 2, 64): LaunchConfig(64, 64, 128, 4, 3),
     (9, 2, 128): LaunchConfig(128, 64, 128, 8, 2),
     (10, 2, 64): LaunchConfig(128, 64, 128, 8, 3, maxnreg=128),
     (10, 2, 128): LaunchConfig(128, 64, 128, 8, 2, maxnreg=128),
@@ -113,7 +97,7 @@ PROBS_LSE = {
 PROBS_RESIDUAL = {
     (8, 2, 64): LaunchConfig(64, 64, 128, 4, 3),
     (8, 2, 128): LaunchConfig(64, 64, 128, 4, 2, maxnreg=255),
-    (9, 2, 64): LaunchConfig(128, 64, 128, 8, 3, maxnreg=128),
+    (9, 2, 64): LaunchConfig(64, 128, 128, 4, 3, maxnreg=168),
     (9, 2, 128): LaunchConfig(128, 64, 128, 8, 2, maxnreg=128),
     (10, 2, 64): LaunchConfig(128, 64, 128, 8, 3, maxnreg=128),
     (10, 2, 128): LaunchConfig(128, 64, 128, 8, 2, maxnreg=128),
@@ -125,8 +109,8 @@ PROBS_RESIDUAL = {
 PROBS_DQ = {
     (8, 2, 64): LaunchConfig(64, 32, 128, 4, 2),
     (8, 2, 128): LaunchConfig(32, 64, 128, 4, 2),
-    (9, 2, 64): LaunchConfig(64, 64, 128, 4, 2),
-    (9, 2, 128): LaunchConfig(64, 32, 128, 4, 2),
+    (9, 2, 64): LaunchConfig(64, 32, 128, 4, 3, maxnreg=128),
+    (9, 2, 128): LaunchConfig(64, 32, 128, 4, 3),
     (10, 2, 64): LaunchConfig(64, 64, 128, 4, 2),
     (10, 2, 128): LaunchConfig(64, 64, 128, 4, 2),
     (8, 4, 64): LaunchConfig(32, 32, 16, 8, 1),
@@ -135,8 +119,8 @@ PROBS_DQ = {
 PROBS_DK = {
     (8, 2, 64): LaunchConfig(64, 64, 128, 4, 2),
     (8, 2, 128): LaunchConfig(32, 64, 128, 4, 2),
-    (9, 2, 64): LaunchConfig(64, 64, 128, 4, 2),
-    (9, 2, 128): LaunchConfig(32, 64, 128, 4, 2),
+    (9, 2, 64): LaunchConfig(64, 64, 128, 4, 3, maxnreg=168),
+    (9, 2, 128): LaunchConfig(64, 64, 128, 4, 3),
     (10, 2, 64): LaunchConfig(64, 64, 128, 4, 2),
     (10, 2, 128): LaunchConfig(64, 32, 128, 4, 2),
     (8, 4, 64): LaunchConfig(32, 32, 16, 4, 1),
@@ -156,53 +140,29 @@ PROBS_ROWS_FORWARD = {
     (8, 64, 64): LaunchConfig(32, 64, 0, 4, 2),
     (8, 64, 128): LaunchConfig(32, 64, 0, 4, 1),
     (8, 128, 64): LaunchConfig(32, 128, 0, 4, 2),
-    (9, 64, 64): LaunchConfig(64, 64, 0, 4, 3),
+    (9, 64, 64): LaunchConfig(64, 64, 0, 4, 3, maxnreg=128),
     (9, 64, 128): LaunchConfig(64, 64, 0, 4, 2),
-    (9, 128, 64): LaunchConfig(64, 128, 0, 4, 2),
+    (9, 128, 64): LaunchConfig(64, 128, 0, 4, 3),
     (9, 128, 128): LaunchConfig(64, 128, 0, 8, 2),
-    (9, 256, 64): LaunchConfig(64, 256, 0, 8, 2),
+    (9, 256, 64): LaunchConfig(64, 256, 0, 8, 3),
 }
 PROBS_ROWS_BACKWARD = {
     (8, 64, 64): LaunchConfig(64, 64, 0, 4, 2),
     (8, 64, 128): LaunchConfig(16, 64, 0, 4, 1),
     (9, 64, 64): LaunchConfig(64, 64, 0, 4, 3),
-    (9, 64, 128): LaunchConfig(64, 64, 0, 4, 1),
+    (9, 64, 128): LaunchConfig(64, 64, 0, 4, 2),
 }
 
-CANDIDATES = {
-    "HIDDEN_MSE_FORWARD": {
-        (9, 2): (
-            LaunchConfig(128, 128, 64, 8, 3, programs=2, split=2, maxnreg=128),
-            LaunchConfig(128, 256, 64, 8, 3, programs=1, split=2),
-            LaunchConfig(128, 256, 64, 8, 4, programs=1, split=2),
-        ),
-        (10, 2): (
-            LaunchConfig(128, 128, 64, 8, 3, programs=2, split=2, maxnreg=128),
-            LaunchConfig(128, 256, 64, 8, 3, programs=1, split=2),
-        ),
-    },
-    "HIDDEN_MSE_BACKWARD": {
+CANDIDATES: dict[str, dict[tuple[int, ...], tuple[LaunchConfig, ...]]] = {
+    "PRODUCT": {
         (9, 2): (
             LaunchConfig(128, 128, 64, 8, 3, programs=2, split=2, maxnreg=128),
             LaunchConfig(128, 256, 64, 8, 3, programs=1, split=2),
         ),
-        (10, 2): (
-            LaunchConfig(128, 128, 64, 8, 3, programs=2, split=2, maxnreg=128),
-            LaunchConfig(128, 256, 64, 8, 3, programs=1, split=2),
-        ),
     },
-    "ATTENTION_SCORES_FORWARD": {
-        (9, 2, 128): (
-            LaunchConfig(128, 64, 64, 4, 3),
-            LaunchConfig(128, 256, 64, 8, 3),
-            LaunchConfig(128, 128, 64, 4, 3),
-        ),
-        (10, 2, 128): (LaunchConfig(128, 64, 64, 4, 3), LaunchConfig(128, 256, 64, 8, 3)),
-    },
-    "ATTENTION_SCORES_BACKWARD": {
-        (9, 2, 128): (LaunchConfig(128, 64, 64, 4, 3), LaunchConfig(128, 256, 64, 8, 3)),
-        (10, 2, 128): (LaunchConfig(128, 64, 64, 4, 3), LaunchConfig(128, 256, 64, 8, 3)),
-    },
+    "PROBS_RESIDUAL": {(9, 2, 64): (LaunchConfig(64, 64, 128, 4, 3),)},
+    "PROBS_DQ": {(9, 2, 64): (LaunchConfig(64, 64, 128, 4, 3, maxnreg=168),)},
+    "PROBS_ONE_BLOCK": {(9, 2, 64): (LaunchConfig(64, 64, 128, 4, 3, maxnreg=128),)},
 }
 
 
@@ -242,10 +202,8 @@ def settles(x: Tensor) -> bool:
     return capability(x)[0] == 9 and x.element_size() == 2
 
 
-def grid(config: LaunchConfig, tiles: int, x: Tensor) -> tuple[int]:
-    """Programs of a launch: one a tile, or as many as the device holds at once."""
-    if not config.programs:
-        return (tiles,)
+def persistent(config: LaunchConfig, tiles: int, x: Tensor) -> tuple[int]:
+    """Persistent programs: as many as the device holds at once."""
     device = torch.cuda.get_device_properties(x.device) if x.is_cuda else None
     return (min(tiles, config.programs * (device.multi_processor_count if device else 2)),)
 

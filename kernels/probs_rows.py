@@ -16,10 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .core import accumulator
-from .launch import LaunchConfig
-from .layers import groups, of_layers, pick, pointers, total
-from .probs_tiles import (
+from .attention_tiles import (
     LOG2E,
     Counted,
     Model,
@@ -39,6 +36,9 @@ from .probs_tiles import (
     valid_pairs,
     width,
 )
+from .core import accumulator
+from .launch import LaunchConfig
+from .layers import groups, of_layers, pick, pointers, total
 
 TAIL_ROWS = tl.constexpr(16)
 TAIL = 16
@@ -454,7 +454,7 @@ def residual(
         _forward_kernel[(blocks, len(layers))](
             student.arguments(layers),
             teacher.arguments(layers),
-            pairs.arguments(student, layers, masked),
+            pairs.arguments(x, queries, keys, layers),
             pointers(student_lses, layers),
             pointers(teacher_lses, layers),
             pointers(residuals, layers),
@@ -492,7 +492,7 @@ def gradients(
             p_shift, r_shift = shifts(x)
             _backward_kernel[(programs, len(part))](
                 student.arguments(part),
-                pairs.arguments(student, part, masked),
+                pairs.arguments(x, queries, keys, part),
                 pointers(lses, part),
                 pointers(residuals, part),
                 pointers(d_q, part),

@@ -15,9 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .core import accumulator
-from .layers import groups, of_layers, pick, pointers, settle, total
-from .probs_tiles import (
+from .attention_tiles import (
     LOG2E,
     Counted,
     Model,
@@ -39,6 +37,8 @@ from .probs_tiles import (
     valid_pairs,
     width,
 )
+from .core import accumulator
+from .layers import groups, of_layers, pick, pointers, settle, total
 
 
 @triton.jit
@@ -118,56 +118,29 @@ def _lse_kernel(
 
 @triton.jit
 def _add_map(
-    left, right,  # [M, N]; right is anything unless SPLIT
+    acc,  # [M, N]
     sign: tl.constexpr,
-    model, lse_ptr, heads, scale, layer, item, row, col, queries, rows, cols, cols_right,
-    WHOLE: tl.constexpr, SPLIT: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
-    D: tl.constexpr, ACC: tl.constexpr,
+    model, lse_ptr, heads, scale, layer, item, row, col, queries, rows, cols,
+    WHOLE: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
-    """A tile in two parts and sign times the heads' mean map; anything where a pair counts not."""
-    BLOCK_N: tl.constexpr = cols.shape[0]
+    """acc + sign times a tile of the heads' mean map; pairs that do not count get anything."""
     stride_q, stride_k = model.q_stride[2], model.k_stride[2]
     q_ptr = place(pick(model.q, layer), model.q_stride, item, 0, row)
     k_ptr = place(pick(model.k, layer), model.k_stride, item, 0, col)
     lse_ptr += item.to(tl.int64) * heads * queries + row + tl.arange(0, rows.shape[0])
-    c = tl.cast(scale, ACC) * LOG2E
+    c = positive(scale, ACC)
     log_heads = tl.log2(tl.cast(heads, ACC))  # 1 / H in the exponent costs nothing an element
     for _ in tl.range(0, heads):
         q = load_rows(q_ptr, stride_q, rows, 0, WIDTH, D, WHOLE)
         k = load_rows(k_ptr, stride_k, cols, 0, WIDTH, D, WHOLE)
         lse = tl.load(lse_ptr, mask=rows, other=0.0) * LOG2E + log_heads
         s = products(q, k, q_ptr, k_ptr, stride_q, stride_k, rows, cols, WIDTH, CHUNK, D, ACC)
-        left += sign * tl.exp2(s * c - lse[:, None])
-        if SPLIT:
-            at = k_ptr + BLOCK_N * stride_k
-            k = load_rows(at, stride_k, cols_right, 0, WIDTH, D, WHOLE)
-            s = products(
-                q, k, q_ptr, at, stride_q, stride_k, rows, cols_right, WIDTH, CHUNK, D, ACC
-            )
-            right += sign * tl.exp2(s * c - lse[:, None])
+        acc += sign * tl.exp2(s * c - lse[:, None])
         q_ptr += model.q_stride[1]
         k_ptr += model.k_stride[1]
         lse_ptr += queries
-    return left, right
-
-
-@triton.jit
-def _store_part(
-    acc, masks, count, square, r_ptr, layer, item, row, col, queries, keys, stride_r, rows, cols,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, WHOLE: tl.constexpr, STORE: tl.constexpr,
-    SHIFT: tl.constexpr,
-):  # fmt: skip
-    """The pairs that count and the sum of squares, with those of this part of a tile."""
-    if not WHOLE or CAUSAL:
-        if MASKED:
-            rows = counted(pick(masks.query, layer), item, row, queries, True, acc.shape[0])
-            cols = counted(pick(masks.key, layer), item, col, keys, True, acc.shape[1])
-        valid = valid_pairs(rows, cols, row, col, CAUSAL)
-        acc = tl.where(valid, acc, 0.0)
-        count += tl.sum(valid.to(tl.int32))
-    if STORE:
-        store_residual(r_ptr, acc, stride_r, row, col, queries, SHIFT)
-    return count, square + tl.sum(acc * acc)
+    return acc
 
 
 @triton.jit(do_not_specialize=[
@@ -191,7 +164,7 @@ def _residual_kernel(
     stride_r,
     MASKED: tl.constexpr,
     CAUSAL: tl.constexpr,
-    WHOLE: tl.constexpr,  # every pair of every tile counts, or causality alone decides
+    WHOLE: tl.constexpr,  # sizes are multiples of the tile's
     STORE: tl.constexpr,
     SHIFT: tl.constexpr,
     STUDENT_D: tl.constexpr,
@@ -201,48 +174,39 @@ def _residual_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    SPLIT: tl.constexpr,  # a tile has two parts of BLOCK_N keys, one after the other in registers
     ACC: tl.constexpr,
 ):
     layer = tl.program_id(1)
     # an item's tiles side by side: they share its queries and keys in L2
-    PARTS: tl.constexpr = 2 if SPLIT else 1
-    WIDE: tl.constexpr = BLOCK_N * PARTS
-    tile, across, down = tl.program_id(0), tl.cdiv(keys, WIDE), tl.cdiv(queries, BLOCK_M)
-    col, row = tile % across * WIDE, tile // across % down * BLOCK_M
+    tile, across, down = tl.program_id(0), tl.cdiv(keys, BLOCK_N), tl.cdiv(queries, BLOCK_M)
+    col, row = tile % across * BLOCK_N, tile // across % down * BLOCK_M
     item = tile // across // down
-    n = tl.arange(0, BLOCK_N)
-    rows = tl.arange(0, BLOCK_M) < queries - row
-    cols, right = n < keys - col, n < keys - col - BLOCK_N
-    acc, acc_right = tl.zeros((BLOCK_M, BLOCK_N), ACC), tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    rows, cols = tl.arange(0, BLOCK_M) < queries - row, tl.arange(0, BLOCK_N) < keys - col
     if CAUSAL:  # a tile above the diagonal has no heads to sum over
         live = (col < row + BLOCK_M).to(tl.int32)
         student_heads, teacher_heads = student_heads * live, teacher_heads * live
-    acc, acc_right = _add_map(
-        acc, acc_right, 1.0, student, pick(student_lse, layer), student_heads, student_scale, layer,
-        item, row, col, queries, rows, cols, right, WHOLE, SPLIT, STUDENT_WIDTH, BLOCK_K, STUDENT_D,
-        ACC,
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    acc = _add_map(
+        acc, 1.0, student, pick(student_lse, layer), student_heads, student_scale, layer, item,
+        row, col, queries, rows, cols, WHOLE, STUDENT_WIDTH, BLOCK_K, STUDENT_D, ACC,
     )  # fmt: skip
-    acc, acc_right = _add_map(
-        acc, acc_right, -1.0, teacher, pick(teacher_lse, layer), teacher_heads, teacher_scale,
-        layer, item, row, col, queries, rows, cols, right, WHOLE, SPLIT, TEACHER_WIDTH, BLOCK_K,
-        TEACHER_D, ACC,
+    acc = _add_map(
+        acc, -1.0, teacher, pick(teacher_lse, layer), teacher_heads, teacher_scale, layer, item,
+        row, col, queries, rows, cols, WHOLE, TEACHER_WIDTH, BLOCK_K, TEACHER_D, ACC,
     )  # fmt: skip
     at = layer.to(tl.int64) * tl.num_programs(0) + tile
-    r_ptr = pick(r_ptrs, layer) + item.to(tl.int64) * queries * stride_r
-    count, square = tile * 0, tl.zeros((), ACC)
-    count, square = _store_part(
-        acc, masks, count, square, r_ptr, layer, item, row, col, queries, keys, stride_r, rows,
-        cols, MASKED, CAUSAL, WHOLE, STORE, SHIFT,
-    )  # fmt: skip
-    if SPLIT:
-        count, square = _store_part(
-            acc_right, masks, count, square, r_ptr, layer, item, row, col + BLOCK_N, queries, keys,
-            stride_r, rows, right, MASKED, CAUSAL, WHOLE, STORE, SHIFT,
-        )  # fmt: skip
-    tl.store(sum_ptr + at, square)
-    if MASKED:
-        tl.store(count_ptr + at, count)
+    if MASKED or CAUSAL or not WHOLE:
+        if MASKED:
+            rows = counted(pick(masks.query, layer), item, row, queries, True, BLOCK_M)
+            cols = counted(pick(masks.key, layer), item, col, keys, True, BLOCK_N)
+        valid = valid_pairs(rows, cols, row, col, CAUSAL)
+        acc = tl.where(valid, acc, 0.0)
+        if MASKED:
+            tl.store(count_ptr + at, tl.sum(valid.to(tl.int32)))
+    tl.store(sum_ptr + at, tl.sum(acc * acc))
+    if STORE:
+        r_ptr = pick(r_ptrs, layer) + item.to(tl.int64) * queries * stride_r
+        store_residual(r_ptr, acc, stride_r, row, col, queries, SHIFT)
 
 
 @triton.jit
@@ -560,7 +524,7 @@ def log_sums_of(model: Model, pairs: Counted, layers: Sequence[int]) -> dict[int
         chosen = config(launch.PROBS_LSE, width(x), x).fitted(queries)
         _lse_kernel[(triton.cdiv(queries, chosen.block_m) * H * B, len(part))](
             model.arguments(part),
-            pairs.arguments(model, part, masked),
+            pairs.arguments(x, queries, keys, part),
             pointers(lses, part),
             H, scale, queries, keys,
             MASKED=masked, CAUSAL=causal, D=d, WIDTH=width(x), ACC=acc,
@@ -586,15 +550,14 @@ def residual(
     (B, H, queries, d), keys = x.shape, student.k[first].shape[2]
     masked, causal = pairs.form(first)
     chosen = config(launch.PROBS_RESIDUAL, max(width(x), width(y)), x, y).fitted(queries)
-    wide = chosen.block_n * chosen.split
-    tiles = B * triton.cdiv(queries, chosen.block_m) * triton.cdiv(keys, wide)
+    tiles = B * triton.cdiv(queries, chosen.block_m) * triton.cdiv(keys, chosen.block_n)
     sums = x.new_empty(len(layers), tiles, dtype=dtype)
     counts = x.new_empty(len(layers), tiles, dtype=torch.int32) if masked else None
     if tiles:
         _residual_kernel[(tiles, len(layers))](
             student.arguments(layers),
             teacher.arguments(layers),
-            pairs.arguments(student, layers, masked),
+            pairs.arguments(x, queries, keys, layers),
             pointers(student_lses, layers),
             pointers(teacher_lses, layers),
             pointers(residuals, layers),
@@ -602,7 +565,7 @@ def residual(
             H, student.scale[first], y.shape[1], teacher.scale[first],
             queries, keys, residual_width(keys),
             MASKED=masked, CAUSAL=causal,
-            WHOLE=not (masked or queries % chosen.block_m or keys % wide), SPLIT=chosen.split == 2,
+            WHOLE=not (queries % chosen.block_m or keys % chosen.block_n),
             STORE=store, SHIFT=shifts(x)[1],
             STUDENT_D=d, STUDENT_WIDTH=width(x), TEACHER_D=y.shape[3], TEACHER_WIDTH=width(y),
             ACC=acc, **launch.options(chosen),
@@ -639,7 +602,7 @@ def gradients(
             if B * H:
                 _one_block_kernel[(B * H, len(part))](
                     student.arguments(part),
-                    pairs.arguments(student, part, masked),
+                    pairs.arguments(x, queries, keys, part),
                     pointers(lses, part),
                     pointers(residuals, part),
                     pointers(d_q, part),
@@ -663,7 +626,7 @@ def gradients(
             if tiles:
                 kernel[(tiles, len(part))](
                     student.arguments(part),
-                    pairs.arguments(student, part, masked),
+                    pairs.arguments(x, queries, keys, part),
                     pointers(lses, part),
                     pointers(residuals, part),
                     pointers(terms, part),

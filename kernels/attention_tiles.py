@@ -200,18 +200,19 @@ class Counted(NamedTuple):
         masked = self.query_masks[layer] is not None or self.key_masks[layer] is not None
         return masked, self.causal[layer]
 
-    def arguments(self, model: Model, layers: Sequence[int], masked: bool) -> Masks:
+    def arguments(self, like: Tensor, queries: int, keys: int, layers: Sequence[int]) -> Masks:
         """What a launch passes: where only queries or only keys are masked, all others count."""
-        if not masked:
-            return Masks(*(pointers([x[layers[0]]], [0]) for x in (model.q, model.k)))
+        if not self.form(layers[0])[0]:
+            return Masks(*[pointers([like], [0])] * 2)
+        items = len(like)
         both = (
             [
-                x.new_ones(len(x), x.shape[2], dtype=torch.bool) if m is None else m.contiguous()
-                for x, m in ((tensors[i], masks[i]) for i in layers)
+                like.new_ones(items, n, dtype=torch.bool) if masks[i] is None else masks[i]
+                for i in layers
             ]
-            for tensors, masks in ((model.q, self.query_masks), (model.k, self.key_masks))
+            for n, masks in ((queries, self.query_masks), (keys, self.key_masks))
         )
-        return Masks(*(pointers(x, range(len(layers))) for x in both))
+        return Masks(*(pointers([m.contiguous() for m in x], range(len(x))) for x in both))
 
 
 def is_dense(x: Tensor) -> bool:
