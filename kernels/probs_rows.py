@@ -417,7 +417,7 @@ def _blocks(queries: int, keys: int, causal: bool, chosen: Tiles) -> dict[str, o
     block_m = chosen.config.block_m
     row_tail = 0 < queries % block_m <= TAIL < block_m
     return {
-        "ROWS_WHOLE": queries % block_m == 0,
+        "ROWS_WHOLE": queries > 0 and queries % block_m == 0,
         "ROW_TAIL": row_tail and queries > block_m,
         "FIRST_ONLY": bool(
             chosen.tail and row_tail and causal and block_m <= chosen.config.block_n

@@ -130,7 +130,8 @@ def _add_map(
     k_ptr = place(pick(model.k, layer), model.k_stride, item, 0, col)
     lse_ptr += item.to(tl.int64) * heads * queries + row + tl.arange(0, rows.shape[0])
     c = positive(scale, ACC)
-    log_heads = tl.log2(tl.cast(heads, ACC))  # 1 / H in the exponent costs nothing an element
+    # 1 / H in the exponent costs nothing an element
+    log_heads = tl.log2(tl.cast(tl.maximum(heads, 1), ACC))
     for _ in tl.range(0, heads):
         q = load_rows(q_ptr, stride_q, rows, 0, WIDTH, D, WHOLE)
         k = load_rows(k_ptr, stride_k, cols, 0, WIDTH, D, WHOLE)

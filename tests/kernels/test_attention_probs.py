@@ -14,7 +14,8 @@ from optima_fast.losses import reference
 pytest.importorskip("triton")
 
 from optima_fast.kernels import attention_probs as kernel
-from optima_fast.kernels import core, launch, probs_layers
+from optima_fast.kernels import core, launch, probs_rows
+from optima_fast.kernels import layers as shared
 
 ON_GPU = torch.cuda.is_available()
 pytestmark = [
@@ -87,8 +88,9 @@ TILES = {
     "PROBS_RESIDUAL": (32, 16),
     "PROBS_DQ": (16, 32),
     "PROBS_DK": (32, 16),
-    "PROBS_SMALL_FORWARD": (16, 32),
-    "PROBS_SMALL_BACKWARD": (16, 32),
+    "PROBS_ONE_BLOCK": (16, 16),
+    "PROBS_ROWS_FORWARD": (32, 64),
+    "PROBS_ROWS_BACKWARD": (32, 64),
 }
 EDGES = [
     Shape(1, 1, 1, 1, 1, 1, 1),
@@ -128,7 +130,7 @@ def path(
 ) -> None:
     """What CASES names."""
     if request.param == "sweeps":
-        monkeypatch.setattr(kernel, "SMALL", 0)
+        monkeypatch.setattr(probs_rows, "tiles", lambda *args: None)
 
 
 def make(
@@ -161,8 +163,12 @@ def make(
         layers.student_lse.append(None)
         layers.teacher_lse.append(None)
         layers.causal.append(causal)
-        layers.student_scale.append(D_S**-0.5)
-        layers.teacher_scale.append(1.3 * D_T**-0.5)
+        # kernels take a scale as float32: one that float32 holds, so that float64 is exact
+        for scales, scale in (
+            (layers.student_scale, D_S**-0.5),
+            (layers.teacher_scale, 1.3 * D_T**-0.5),
+        ):
+            scales.append(torch.tensor(scale, dtype=torch.float32).item())
     return layers
 
 
@@ -344,7 +350,7 @@ def test_one_launch_is_as_many(
     assert_same(whole, fused(layers, grad))
     alone = [fused(layers.layer(i), grad[i : i + 1]) for i in range(len(grad))]
     assert_same(whole, Results(*([x for (x,) in group] for group in zip(*alone, strict=True))))
-    monkeypatch.setattr(probs_layers, "MAX_LAYERS", 2)
+    monkeypatch.setattr(shared, "MAX_LAYERS", 2)
     assert_same(whole, fused(layers, grad))
 
 
@@ -361,6 +367,13 @@ def test_log_sums_that_are_given(path: None, dtype: torch.dtype, device: str) ->
         student_lse=[x.transpose(1, 2).contiguous().transpose(1, 2) for x in wide.student_lse]
     )
     assert_same(fused(strided), fused(with_log_sums(layers)))
+
+
+@on_each_path
+def test_scales_of_either_sign_and_zero(path: None, dtype: torch.dtype, device: str) -> None:
+    """A scale of 0 makes maps uniform over the keys that count."""
+    layers = make([FEW[0]] * 3, dtype, device, masked=True)
+    check(layers._replace(student_scale=[-0.5, 0.0, 0.25], teacher_scale=[0.5, -0.75, 0.0]))
 
 
 @on_each_path
@@ -387,7 +400,7 @@ def test_only_what_is_asked_for(path: None, dtype: torch.dtype, device: str) -> 
             assert x is None or torch.equal(x, y)
     assert backward(layers, grad, kept, [False] * 3, [False] * 3) == ([None] * 3, [None] * 3)
     for x, y in zip(before, (*kept.residuals, *kept.lses), strict=True):
-        assert torch.equal(x, y)
+        torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("path", ["rows", "sweeps"], indirect=True)

@@ -15,7 +15,9 @@ from optima_fast.losses import reference
 pytest.importorskip("triton")
 
 from optima_fast.kernels import attention_scores as kernel
-from optima_fast.kernels import core, launch
+from optima_fast.kernels import launch
+from optima_fast.kernels import layers as shared
+from optima_fast.kernels.attention_tiles import MAX_STRIDE, Model, is_dense
 
 ON_GPU = torch.cuda.is_available()
 pytestmark = [
@@ -72,7 +74,7 @@ class Results(NamedTuple):
     d_k: list[Tensor | None]
 
 
-BLOCK_M, BLOCK_N, BLOCK_K = launch.lookup(launch.ATTENTION_SCORES_FORWARD, (8, 0), 2, 128)[:3]
+BLOCK_M, BLOCK_N, BLOCK_K = launch.lookup(launch.SCORES_FORWARD, (8, 0), 2, 128)[:3]
 EDGES = [
     Shape(1, 1, 1, 1, 1, 1, 1),
     Shape(2, 2, 5, 3, 7, 3, 9),
@@ -120,8 +122,12 @@ def make(
         layers.query_masks.append(None if masks[0] is None else masks[0].to(device))
         layers.key_masks.append(None if masks[1] is None else masks[1].to(device))
         layers.causal.append(causal)
-        layers.student_scale.append(D_S**-0.5)
-        layers.teacher_scale.append(1.7 * D_T**-0.5)
+        # kernels take a scale as float32: one that float32 holds, so that float64 is exact
+        for scales, scale in (
+            (layers.student_scale, D_S**-0.5),
+            (layers.teacher_scale, 1.7 * D_T**-0.5),
+        ):
+            scales.append(torch.tensor(scale, dtype=torch.float32).item())
     return layers
 
 
@@ -245,7 +251,7 @@ def test_one_launch_is_as_many(device: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert_same(whole, fused(layers, grad))
     alone = [fused(layers.layer(i), grad[i : i + 1]) for i in range(len(grad))]
     assert_same(whole, Results(*([x for (x,) in group] for group in zip(*alone, strict=True))))
-    monkeypatch.setattr(kernel, "MAX_LAYERS", 4)
+    monkeypatch.setattr(shared, "MAX_LAYERS", 1)
     assert_same(whole, fused(layers, grad))
 
 
@@ -259,7 +265,7 @@ def test_only_empty_layers(device: str) -> None:
 def test_more_tiles_than_the_second_sum_takes_at_once(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(core, "TOTAL_BLOCK", 2)
+    monkeypatch.setattr(shared, "TOTAL_BLOCK", 2)
     check(make([Shape(2, 1, 3, 1, 3, 65, 65), MIXED[4]], torch.float32, device))
 
 
@@ -382,19 +388,24 @@ def test_layouts(layout: str, device: str) -> None:
     for before, after in zip(kept, layers, strict=False):
         for x, y in zip(before, after, strict=True):
             assert torch.equal(x, y)
-            assert (kernel._unit_stride(y) is y) == (layout != "features first")
+            assert is_dense(y) == (layout != "features first")
     for gradients, inputs in ((ours.d_q, layers.student_q), (ours.d_k, layers.student_k)):
         for x, y in zip(gradients, inputs, strict=True):
             assert x.stride() == torch.empty_like(y).stride()
 
 
 def test_heads_side_by_side_are_one_product() -> None:
-    """Where a token's heads lie together, in the gradient too; elsewhere head by head."""
+    """Where a token's heads lie together, in queries and in keys; elsewhere head by head."""
     x = torch.zeros(2, 3, 4, 5)
     tokens = permuted(x, 0, 2, 1, 3)
-    assert [o[1:] for o in kernel._operands(tokens, tokens)] == [(1, 15, 60, 0, 15)] * 2
-    assert [o[1:3] for o in kernel._operands(tokens, x)] == [(3, 5)] * 2
-    assert kernel._operands(fused_projection(x))[0][1:3] == (1, 15)
+    for q, k, shape in (
+        (tokens, tokens, (2, 1, 4, 15)),
+        (tokens, x, (2, 3, 4, 5)),
+        (fused_projection(x), fused_projection(x), (2, 1, 4, 15)),
+    ):
+        joined = kernel._joined(Model([q], [k], [1.0]))
+        assert joined.q[0].shape == joined.k[0].shape == shape
+        assert joined.q[0].data_ptr() == q.data_ptr()
 
 
 def test_a_teacher_of_another_dtype(device: str) -> None:
@@ -415,12 +426,6 @@ def test_scales(device: str) -> None:
     assert not ours.losses[3]
     assert ours.losses[1] > 0
     assert ours.d_q[2].any()
-
-
-def test_a_scale_is_not_rounded_to_float32() -> None:
-    for x in (0.1, -1e-300, 1 / 3, 0.0):
-        again = torch.tensor(core.bits(x)).view(torch.float64).item()
-        assert again == pytest.approx(x, rel=2**-52, abs=1e-320)
 
 
 def test_loss_alone_stores_no_residual(device: str) -> None:
@@ -526,11 +531,11 @@ def test_gradients_in_a_wider_dtype(device: str) -> None:
 
 
 def test_rows_too_far_apart_for_32_bits_are_copied() -> None:
-    far = torch.zeros(kernel.MAX_STRIDE + 3, dtype=torch.bool).as_strided(
-        (1, 1, 2, 3), (0, 0, kernel.MAX_STRIDE, 1)
+    far = torch.zeros(MAX_STRIDE + 3, dtype=torch.bool).as_strided(
+        (1, 1, 2, 3), (0, 0, MAX_STRIDE, 1)
     )
-    assert kernel._unit_stride(far).stride(2) == 3
-    assert kernel._unit_stride(far[:, :, :1]).stride(2) == kernel.MAX_STRIDE
+    assert Model.of([far], [far], [1.0]).q[0].stride(2) == 3
+    assert Model.of([far[:, :, :1]], [far], [1.0]).q[0].stride(2) == MAX_STRIDE
 
 
 class Scores(torch.autograd.Function):
@@ -564,8 +569,8 @@ def test_gradcheck() -> None:
 )
 def test_launch_config(longest: int, bucket: int) -> None:
     x = torch.zeros(1, dtype=torch.float16)
-    assert kernel._forward_config(x, longest) is launch.ATTENTION_SCORES_FORWARD[8, 2, bucket]
-    assert kernel._backward_config(x, longest) is launch.ATTENTION_SCORES_BACKWARD[8, 2, bucket]
+    for table in (launch.SCORES_FORWARD, launch.SCORES_BACKWARD):
+        assert kernel._config(table, x, longest) is table[8, 2, bucket]
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from optima_fast.kernels import core, launch
 from optima_fast.kernels import hidden_mse as kernel
+from optima_fast.kernels import launch
+from optima_fast.kernels import layers as shared
 
 ON_GPU = torch.cuda.is_available()
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -30,7 +31,7 @@ DTYPES = [
     ),
 ]
 no_float64 = pytest.mark.skipif(ON_GPU, reason="float64 is for gradcheck in the interpreter")
-BLOCK_M, BLOCK_N, BLOCK_K = launch.lookup(launch.HIDDEN_MSE_FORWARD, (8, 0), 2)[:3]
+BLOCK_M, BLOCK_N, BLOCK_K = launch.lookup(launch.PRODUCT, (8, 0), 2)[:3]
 EDGES = [  # T, d_s, d_t
     (1, 1, 1),
     (3, 5, 7),
@@ -185,14 +186,14 @@ def test_only_empty_layers(device: str) -> None:
 def test_more_tiles_than_the_second_sum_takes_at_once(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(core, "TOTAL_BLOCK", 2)
+    monkeypatch.setattr(shared, "TOTAL_BLOCK", 2)
     check(make([(2 * BLOCK_M + 1, 3, 2 * BLOCK_N + 1), (9, 4, 5)], torch.float32, device))
 
 
 def test_more_layers_than_a_launch_takes(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layers = make(MIXED * 3, torch.float32, device, masked=True)
     whole = fused(layers, upstream(layers))
-    monkeypatch.setattr(kernel, "MAX_LAYERS", 4)
+    monkeypatch.setattr(shared, "MAX_LAYERS", 2)
     parts = fused(layers, upstream(layers))
     for name in Results._fields:
         for a, b in zip(getattr(whole, name), getattr(parts, name), strict=True):
@@ -388,12 +389,40 @@ def test_gradcheck() -> None:
         ((11, 0), 2, 10),
         ((12, 0), 2, 8),
         ((9, 0), 4, 8),
-        ((10, 0), 8, 8),
     ],
 )
 def test_launch_config(capability: tuple[int, int], itemsize: int, expected: int) -> None:
-    chosen = launch.lookup(launch.HIDDEN_MSE_FORWARD, capability, itemsize)
-    assert chosen is launch.HIDDEN_MSE_FORWARD[expected, itemsize]
+    chosen = launch.lookup(launch.PRODUCT, capability, itemsize, tma=True)
+    assert chosen is launch.PRODUCT[expected, itemsize]
+    plain = launch.lookup(launch.PRODUCT, capability, itemsize)
+    assert not plain.programs
+
+
+@pytest.fixture
+def by_tma(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = launch.LaunchConfig(32, 32, 16, 4, 2, programs=2, split=2)
+    for key in [x for x in launch.PRODUCT if x[1] == 2]:
+        monkeypatch.setitem(launch.PRODUCT, key, entry)
+    monkeypatch.setitem(launch.PRODUCT, (7, 2), launch.LaunchConfig(32, 32, 16, 4, 2))
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+def test_persistent_programs_that_load_by_tma(masked: bool, by_tma: None, device: str) -> None:
+    """More tiles than programs, sizes that end within a tile, and layers of two forms."""
+    layers = make(
+        [(70, 40, 72), (70, 40, 72), (0, 8, 16), (33, 16, 8)], torch.float16, device, masked
+    )
+    assert kernel._config(layers.students[0], layers.students[:2]).programs == 2
+    check(layers)
+    grad = upstream(layers)
+    for a, b in zip(fused(layers, grad), fused(layers, grad), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_rows_that_tma_cannot_address_are_loaded_plainly(by_tma: None, device: str) -> None:
+    layers = make([(40, 16, 20)], torch.float16, device)
+    assert not kernel._config(layers.students[0], layers.teachers).programs
+    check(layers)
 
 
 @pytest.mark.parametrize(
