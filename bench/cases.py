@@ -57,9 +57,9 @@ class Card(NamedTuple):
     exp: float
 
 
-# H200: measured product of two 8192 matrices of random bfloat16 and measured copy; 16 exponentials
-# a clock on each of 132 multiprocessors at 1755 MHz. Other cards get ratios only
-CARDS = {"H200": Card(790e12, 4.3e12, 3.71e12)}
+# measured product of two 8192 matrices of random bfloat16 and measured copy; 16 exponentials a
+# clock on each of 132 multiprocessors at 1755 MHz. Other cards get ratios only
+CARDS = {"H200": Card(790e12, 4.3e12, 3.71e12), "H100": Card(798e12, 3.0e12, 3.71e12)}
 
 
 def card(name: str) -> Card | None:
@@ -218,6 +218,16 @@ HEADLINE = [
     Case("hidden8k", "hidden", (Layer(8, 1024, 0),)),
 ]
 
+MAIN = [
+    case
+    for name in (
+        "hidden32k-x12", "image1024-probs", "text77-x12-probs", "cross64x256-x12-probs",
+        "image256-x6-probs", "image1024-scores",
+    )
+    for case in HEADLINE
+    if case.name == name
+]  # fmt: skip
+
 TARGETS = ("probs", "scores", "hidden")
 
 
@@ -243,6 +253,7 @@ SUITES = {
     "cpu": CPU,
     "smoke": SMOKE,
     "headline": HEADLINE,
+    "main": MAIN,
     "growth": list(_growth()),
     "crossover": list(_crossover()),
 }

@@ -1,7 +1,8 @@
-"""`make gpu`: everything that needs a CUDA device, the most telling first, in under nine minutes.
+"""`make gpu`: everything that needs a CUDA device, in two calls of at most 330 s each.
 
-    python bench/gpu.py                              # all of it, with the python that has torch
-    python bench/gpu.py --part first                 # ceilings, kernels, sweep
+    python bench/gpu.py --call 1                     # right? how fast is each kernel, each rival?
+    python bench/gpu.py --call 2                     # the whole table, tests, a training run
+    python bench/gpu.py --part main                  # one part alone
     python bench/gpu.py --part tune --seconds 550    # the launch table, timed on this card
     python bench/gpu.py --quick --device cpu --results FOLDER   # its code, without a GPU
 
@@ -34,9 +35,12 @@ from measuring import ROOT, Row, card_state, commit, installed_version
 
 # isort: split
 import torch
+from cases import SUITES
 
 BENCH = ROOT / "bench"
-TESTS = ("tests/kernels", "tests/losses", "tests/distill", "tests/bandit")
+# what only a card can tell; the others pass anywhere
+TESTS = ("tests/losses/test_cuda.py", "tests/kernels")
+ON_A_CARD = "gpu or cuda or bfloat16"  # of their names
 TRAINER = ("numpy", "PIL", "yaml", "rich", "safetensors", "sklearn")
 RESTARTS = 6
 LOG_TAIL = 12000
@@ -73,7 +77,7 @@ def common(args: argparse.Namespace) -> list[str]:
 
 def sanity(args: argparse.Namespace, folder: Path) -> list[Job]:
     """Every kernel against float64; beside it, what the next parts need is compiled."""
-    dtypes = ("float32", "float16", "bfloat16") if args.device == "cuda" else ("float32",)
+    dtypes = ("bfloat16", "float16", "float32") if args.device == "cuda" else ("float32",)
     flags = ["--device", args.device, *(["--small"] if args.quick else [])]
     jobs = [
         bench(f"{target}-{dtype}", "check_kernels.py", "--case", target, "--dtype", dtype, *flags)
@@ -81,18 +85,10 @@ def sanity(args: argparse.Namespace, folder: Path) -> list[Job]:
         for dtype in dtypes
     ]
     if args.device == "cuda":
-        warm = ["--warm", "--providers", "triton", "triton-lse", "compile"]
+        flags = ["--warm", "--providers", "triton", "triton-lse", "compile", *common(args)]
         jobs += [
-            bench(f"warm-{case}", "bench_losses.py", "--case", case, *warm, *common(args))
-            for case in (
-                "hidden",
-                "image1024",
-                "text77",
-                "text64",
-                "cross64x256",
-                "image256",
-                "step",
-            )
+            bench(f"warm-{case}", "bench_losses.py", "--suite", "main", "--case", case, *flags)
+            for case in MAIN_CASES
         ]
     return jobs
 
@@ -134,6 +130,8 @@ def suite(args: argparse.Namespace, folder: Path) -> list[Job]:
         # other packages' warnings are theirs, and other versions have other ones
         "-W", "default", "--ignore", "tests/kernels/test_resources.py",
     ]  # fmt: skip
+    if not args.quick:
+        command += ["-k", ON_A_CARD]
     if importlib.util.find_spec("xdist") is not None:  # compiling takes most of the time
         command += ["-p", "xdist", "-n", str(min(8, os.cpu_count() or 1))]
     paths = ("tests/losses/test_reference.py",) if args.quick else TESTS
@@ -172,8 +170,7 @@ def sanitizer(args: argparse.Namespace, folder: Path) -> list[Job]:
     alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return [
         Job(f"{kind}-{target}", [tool, "--tool", kind, *check, "--case", target], False, alone)
-        for kind in ("memcheck", "racecheck")
-        for target in ("hidden", "scores", "probs")
+        for kind, target in (("racecheck", "probs"), ("memcheck", "probs"), ("memcheck", "hidden"))
     ]
 
 
@@ -203,34 +200,38 @@ WHY_EMPTY = {
     "sanitizer": lambda: "there is no compute-sanitizer here (or no CUDA device)",
     "training": lambda: f"not installed: {', '.join(missing_for_training())}",
 }
-MAIN = "triton triton-lse eager autocast gemm blockwise"
+MAIN_CASES = tuple(case.name for case in SUITES["main"])
+MAIN = "triton triton-lse eager autocast gemm"  # blockwise: thousands of launches a step
 RIVALS = "triton textbrewer tinybert automodel triton-recompute"
-# seconds are the most a part gets, together the default of --seconds
-PARTS: dict[str, Part] = {
-    "sanity": Part(85, sanity),
-    "headline": Part(90, losses("headline", 90, providers=MAIN)),
-    "compile": Part(60, losses("headline", 60, providers="triton triton-lse compile")),
-    "ceilings": Part(25, kernels("ceilings", 25)),
-    "kernels": Part(30, kernels("kernels", 30)),
-    "tests": Part(90, suite, test_figures),
-    "sanitizer": Part(35, sanitizer, sanitizer_figures),
-    "training": Part(35, training),
-    "rivals": Part(30, losses("headline", 30, "--seconds", "0.3", providers=RIVALS)),
-    "loss-only": Part(
-        15, losses("headline", 15, "--loss-only", "--seconds", "0.3", providers=MAIN)
-    ),
-    "growth": Part(25, losses("growth", 25, "--seconds", "0.1", providers=MAIN)),
-    "crossover": Part(
-        20, losses("crossover", 20, "--seconds", "0.1", providers="triton blockwise eager")
-    ),
+# seconds are the most a part gets; those of a call fit in CALL_SECONDS
+FIRST: dict[str, Part] = {
+    "sanity": Part(80, sanity),
+    "main": Part(105, losses("main", 105, "--seconds", "0.5", providers=f"{MAIN} compile")),
+    "ceilings": Part(20, kernels("ceilings", 20)),
+    "kernels": Part(25, kernels("kernels", 25)),
+    "candidates": Part(60, kernels("sweep", 60)),
+    "sanitizer": Part(40, sanitizer, sanitizer_figures),
 }
+SECOND: dict[str, Part] = {
+    "headline": Part(110, losses("headline", 110, "--seconds", "0.5", providers=MAIN)),
+    "tests": Part(90, suite, test_figures),
+    "training": Part(40, training),
+    "rivals": Part(30, losses("main", 30, "--seconds", "0.3", providers=RIVALS)),
+    "loss-only": Part(15, losses("main", 15, "--loss-only", "--seconds", "0.3", providers=MAIN)),
+    "growth": Part(40, losses("growth", 40, "--seconds", "0.1", providers=MAIN)),
+}
+PARTS = {**FIRST, **SECOND}
+CALLS = {"1": tuple(FIRST), "2": tuple(SECOND)}
+CALL_SECONDS = 330
 # on demand: longer than a part of the default may be
 MORE: dict[str, Part] = {
+    "crossover": Part(
+        60, losses("crossover", 60, "--seconds", "0.1", providers="triton blockwise eager")
+    ),
     "sweep": Part(240, kernels("sweep", 240)),
     "tune": Part(550, kernels("tune", 550)),
     "max": Part(400, losses("headline", 400, providers="triton triton-lse compile compile-max")),
 }
-GROUPS = {"first": ("ceilings", "kernels", "sweep")}
 
 
 def machine(device: str) -> Row:
@@ -425,7 +426,7 @@ def show_part(name: str, row: Row) -> None:
 
 def show_losses(parts: dict[str, Row]) -> None:
     """Ours against each other contender, from every part that timed the headline cases."""
-    for name in ("headline", "compile", "rivals", "loss-only", "max"):
+    for name in ("main", "headline", "rivals", "loss-only", "max"):
         by_case: dict[str, dict[str, Row]] = {}
         for job in parts.get(name, {}).get("jobs", {}).values():
             for row in job.get("rows", ()):
@@ -451,16 +452,19 @@ def show_losses(parts: dict[str, Row]) -> None:
 
 def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    names = [*PARTS, *MORE, *GROUPS]
-    parser.add_argument("--part", nargs="+", choices=names, help="default: " + " ".join(PARTS))
+    parser.add_argument("--call", choices=CALLS, help="one half of it; default: both")
+    parser.add_argument("--part", nargs="+", choices=[*PARTS, *MORE], help="these parts alone")
     parser.add_argument(
-        "--seconds", type=float, default=float(os.environ.get("GPU_SECONDS", 540)),
-        help="for everything; also GPU_SECONDS (default 540)",
+        "--seconds", type=float, default=None,
+        help=f"for everything; also GPU_SECONDS (default {CALL_SECONDS} a call)",
     )  # fmt: skip
     parser.add_argument("--results", default=str(BENCH / "results"), metavar="FOLDER")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, a run or two")
     args = parser.parse_args(argv)
+    if args.seconds is None:
+        calls = 1 if args.call or args.part else len(CALLS)
+        args.seconds = float(os.environ.get("GPU_SECONDS", CALL_SECONDS * calls))
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error(
             f"must have a CUDA device, got PyTorch {torch.__version__} that sees none; give the"
@@ -471,9 +475,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parsed(argv)
-    names: list[str] = []
-    for name in args.part or PARTS:
-        names += [x for x in GROUPS.get(name, (name,)) if x not in names]
+    names = list(dict.fromkeys(args.part or CALLS.get(args.call, tuple(PARTS))))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what runs is stopped, and saved
     results = Results(Path(args.results), machine(args.device))
     facts = results.content["machine"]

@@ -395,7 +395,7 @@ def tiles(
     major = launch.capability(x)[0]
     for block in (64, 128, 256):
         key = block, 64 if columns <= 64 else 128
-        tail = TAIL if block == 64 else 0  # beside a wider tile it would spill
+        tail = TAIL if block == 64 and columns <= 64 else 0  # beside wider tiles it would spill
         if keys <= block + tail and launch.has(table, major, *key):
             chosen = launch.lookup(table, (major, 0), *key)
             if keys > block:

@@ -84,7 +84,7 @@ def test_tune_writes_the_table_it_measured(tmp_path, launch, monkeypatch, capsys
         for key, config in table.items()
         if config != before[name].get(key)
     }
-    assert all(name.startswith("HIDDEN_MSE") for name, _ in changed)
+    assert all(name.startswith("PRODUCT") for name, _ in changed)
     assert len(changed) == len(tuned)
     for name, key in changed:
         assert tuning.tables(launch)[name][key] == after[name][key]  # for the cases after it
@@ -92,7 +92,7 @@ def test_tune_writes_the_table_it_measured(tmp_path, launch, monkeypatch, capsys
     text = target.read_text()
     assert "hidden32k-x2 1.000 ms (was" in text
     assert "commit" in text
-    assert "HIDDEN_MSE" in capsys.readouterr().out
+    assert "PRODUCT" in capsys.readouterr().out
 
 
 def test_a_wrong_or_refused_candidate_never_wins(launch, monkeypatch):

@@ -65,11 +65,13 @@ def test_without_cuda_the_error_names_the_way_out(monkeypatch, capsys):
     assert "must have a CUDA device" in capsys.readouterr().err
 
 
-def test_the_default_parts_fit_the_default_time():
-    default = gpu.parsed(["--device", "cpu"]).seconds
-    assert default <= 540
-    assert sum(part.seconds for part in gpu.PARTS.values()) <= default
-    assert list(gpu.PARTS)[:2] == ["sanity", "headline"]
+def test_each_call_fits_its_time():
+    assert gpu.parsed(["--device", "cpu", "--call", "1"]).seconds == gpu.CALL_SECONDS == 330
+    assert gpu.parsed(["--device", "cpu"]).seconds == 2 * gpu.CALL_SECONDS
+    assert sorted(gpu.PARTS) == sorted(x for parts in gpu.CALLS.values() for x in parts)
+    for parts in gpu.CALLS.values():
+        assert sum(gpu.PARTS[name].seconds for name in parts) <= gpu.CALL_SECONDS
+    assert gpu.CALLS["1"][:2] == ("sanity", "main")  # is it right, and is it fast
     assert set(gpu.WHY_EMPTY) <= set(gpu.PARTS)
 
 

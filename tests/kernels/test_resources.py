@@ -119,22 +119,26 @@ def attention_scores(dtype: torch.dtype, masked: bool, gradient: bool) -> None:
 def attention_probs(dtype: torch.dtype, masked: bool, gradient: bool) -> None:
     from optima_fast.kernels import attention_probs as k
 
-    # sweeps, and text with its tail of 16 keys, or of 64: a tile of its own
-    for width, n in product((64, 128), (144, 77 if masked else 128)):
-        student, teacher = (
-            [[torch.zeros(2, n, heads, width, dtype=dtype).transpose(1, 2)] * LAYERS] * 2
+    # sweeps, rows of 256, 128 and 64 keys, those with a tail, one block of queries
+    sizes = [(320, 320), (256, 256), (128, 128), (77, 77), (64, 64), (64, 320)]
+    for width, (n_q, n_k) in product((64, 128), sizes):
+        q, keys, teacher_q, teacher_k = (
+            [torch.zeros(2, n, heads, width, dtype=dtype).transpose(1, 2)] * LAYERS
             for heads in (12, 16)
+            for n in (n_q, n_k)
         )
-        masks = [[torch.ones(2, n, dtype=torch.bool) if masked else None] * LAYERS] * 2
+        masks = [
+            [torch.ones(2, n, dtype=torch.bool) if masked else None] * LAYERS for n in (n_q, n_k)
+        ]
         flags = {"causal": [masked] * LAYERS, "student_scale": [0.125] * LAYERS}
         _, r, lses, scales = k.attention_probs_forward(
-            *student, *teacher, *masks, [None] * LAYERS, [None] * LAYERS, **flags,
+            q, keys, teacher_q, teacher_k, *masks, [None] * LAYERS, [None] * LAYERS, **flags,
             teacher_scale=[0.125] * LAYERS, need_residual=gradient,
         )  # fmt: skip
         if gradient:
             need = [True] * LAYERS
             k.attention_probs_backward(
-                scales, *student, *masks, r, lses, scales, **flags, need_q=need, need_k=need
+                scales, q, keys, *masks, r, lses, scales, **flags, need_q=need, need_k=need
             )
 
 
@@ -145,6 +149,9 @@ EXAMPLES: dict[str, Callable[[torch.dtype, bool, bool], None]] = {
     "attention_probs": attention_probs,
 }
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+# instructions of the main loop at most, for bfloat16 on sm_90 where nothing is masked: what a
+# test of every pair or a product that waits would add to
+LOOPS = {"lse": 270, "residual": 430, "dq": 350, "dk": 430}
 # what the tests take the time for; float16 takes bfloat16's entries
 QUICK = {(80, "fp32"), (90, "bf16"), (100, "bf16")}
 
@@ -215,8 +222,8 @@ def launched(op: str, dtype: str, quick: bool) -> dict[str, tuple[str, str, Any,
     JITFunction.run, launch.lookup = compile_only, noting_lookup
     try:
         EXAMPLES[op](DTYPES[dtype], True, True)
+        EXAMPLES[op](DTYPES[dtype], False, True)
         if not quick:
-            EXAMPLES[op](DTYPES[dtype], False, True)
             EXAMPLES[op](DTYPES[dtype], False, False)
             for name, table in launch.CANDIDATES.items():
                 place = getattr(launch, name)
@@ -229,6 +236,45 @@ def launched(op: str, dtype: str, quick: bool) -> dict[str, tuple[str, str, Any,
     finally:
         JITFunction.run, launch.lookup = run, lookup
     return found
+
+
+def serialised(ptx: str, arch: int) -> list[str]:
+    """ptxas's warnings that it makes products wait for one another, C7510 to C7515."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = ["-v", f"--gpu-name=sm_{arch}a", source, "-o", Path(folder) / "kernel.cubin"]
+        # Triton brings two, and writes for the newer one or for the older
+        for name in ("ptxas-blackwell", "ptxas"):
+            run = subprocess.run([tools / name, *command], capture_output=True, text=True)
+            if run.returncode == 0:
+                return sorted(set(re.findall(r"C751[0-5]", run.stderr)))
+    raise RuntimeError(run.stderr)
+
+
+def main_loop(cubin: bytes) -> int:
+    """Instructions of the first loop that has products."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [tool, "-sass", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    code = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", text, re.MULTILINE)
+    loops = []
+    for at, instruction in code:
+        back = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", instruction)
+        if back and int(back[1], 16) < int(at, 16):
+            body = [x for y, x in code if int(back[1], 16) <= int(y, 16) <= int(at, 16)]
+            if any("HGMMA" in x for x in body):
+                loops.append(len(body))
+    return loops[0]
 
 
 def measured(op: str, arch: int, dtype: str, quick: bool) -> Iterator[Compiled]:
@@ -258,6 +304,9 @@ def measured(op: str, arch: int, dtype: str, quick: bool) -> Iterator[Compiled]:
             for pattern in (TENSOR_CORE[arch], ANY_TENSOR_CORE, WIDE_COPY)
         )
         products, half = "tt.dot" in binary.asm["ttir"], dtype != "fp32"
+        name, plain = kernel.split()[0], "MASKED" not in kernel and "CAUSAL" not in kernel
+        waits = arch == 90 and half and bool(own) and serialised(binary.asm["ptx"], arch)
+        long = arch == 90 and dtype == "bf16" and plain and name in LOOPS and "x128 w" in tile
         allowed, _ = MAY_SPILL.get((kernel.split()[0], arch, tile), (0, ""))
         served = any(not x.startswith(CANDIDATE) for x in entries)
         wrong = {
@@ -269,6 +318,8 @@ def measured(op: str, arch: int, dtype: str, quick: bool) -> Iterator[Compiled]:
             "not the chip's own tensor-core instruction": products and half and not own,
             "float32 on tensor cores: no longer IEEE": not half and any_mma,
             "no 16-byte copy": products and not wide,
+            f"products wait for one another {waits}": bool(waits),
+            "a long main loop": long and main_loop(binary.asm["cubin"]) > LOOPS[name],
         }
         failures = [name for name, found in wrong.items() if found]
         yield Compiled(
