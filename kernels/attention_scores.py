@@ -66,7 +66,7 @@ def _add_scores(
     "student_heads", "student_of", "student_scale", "teacher_heads", "teacher_of", "teacher_scale",
     "queries", "keys",
 ])  # fmt: skip
-def _forward_kernel(
+def _scores_forward_kernel(
     student,  # Heads
     teacher,
     masks,  # Masks
@@ -159,7 +159,7 @@ def _extent(ptr, length, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["heads", "of", "scale", "queries", "keys"])
-def _backward_kernel(
+def _scores_backward_kernel(
     r_ptrs,  # [B, Nq, stride_r]
     x_ptrs,  # [B, H, Nk, D] keys; TRANSPOSED: [B, H, Nq, D] queries
     masks,  # Masks
@@ -324,7 +324,7 @@ def _residuals(
     sums = x.new_empty(len(part), tiles, dtype=dtype)
     counts = x.new_empty(len(part), tiles, dtype=torch.int32) if masked else None
     if tiles:
-        _forward_kernel[(tiles, len(part))](
+        _scores_forward_kernel[(tiles, len(part))](
             student.arguments(part), teacher.arguments(part),
             pairs.arguments(x, queries, keys, part), pointers(r, part),
             sums, sums if counts is None else counts,
@@ -450,7 +450,7 @@ def _gradients(
         tiles = B * heads * triton.cdiv(length, m) * triton.cdiv(d, n)
         queries, keys = (others, length) if transposed else (length, others)
         if tiles:
-            _backward_kernel[(tiles, len(part))](
+            _scores_backward_kernel[(tiles, len(part))](
                 pointers(r, part), pointers(x, part), pairs.arguments(like, queries, keys, part),
                 pointers(dx, part), of_layers(factor, part), x_stride, dx_stride,
                 heads, of, d, c, queries, keys, residual_width(keys),

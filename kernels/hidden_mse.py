@@ -45,7 +45,7 @@ MAX_STRIDE = 2**24  # a tile has at most 2**7 rows
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _forward_kernel(
+def _hidden_forward_kernel(
     s_ptrs,  # [T, D_S] students, as all pointers one a layer
     t_ptrs,  # [T, D_T] teachers
     w_ptrs,  # [D_S, D_T] projections, in the students' dtype
@@ -105,7 +105,7 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=["layers", "tokens"])
-def _forward_tma_kernel(
+def _hidden_forward_tma_kernel(
     s_ptrs,  # as above: 2 bytes an element, rows at multiples of 16 bytes
     t_ptrs,
     w_ptrs,
@@ -176,7 +176,7 @@ def _forward_tma_kernel(
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _backward_kernel(
+def _hidden_backward_kernel(
     e_ptrs,  # [T, D_T] residuals, contiguous, as all pointers one a layer
     w_ptrs,  # [D_S, D_T] projections, in the students' dtype
     ds_ptrs,  # [T, D_S] out, contiguous
@@ -208,7 +208,7 @@ def _backward_kernel(
 
 
 @triton.jit(do_not_specialize=["layers", "tokens"])
-def _backward_tma_kernel(
+def _hidden_backward_tma_kernel(
     e_ptrs,  # as above: 2 bytes an element, rows at multiples of 16 bytes
     w_ptrs,
     ds_ptrs,
@@ -348,10 +348,12 @@ def _residuals(
         if config.programs:
             allow_scratch()
             grid = launch.persistent(config, tiles * len(part), x)
-            _forward_tma_kernel[grid](*every, len(part), tokens, d_s, d_t, **flags)
+            _hidden_forward_tma_kernel[grid](*every, len(part), tokens, d_s, d_t, **flags)
         else:
             whole = not (tokens % m or d_t % n or d_s % config.block_k)
-            _forward_kernel[(tiles, len(part))](*every, tokens, d_s, d_t, WHOLE=whole, **flags)
+            _hidden_forward_kernel[(tiles, len(part))](
+                *every, tokens, d_s, d_t, WHOLE=whole, **flags
+            )
     return total(sums, counts, d_t if masked else tokens * d_t)
 
 
@@ -418,10 +420,10 @@ def _student_gradients(
     if config.programs:
         allow_scratch()
         grid = launch.persistent(config, tiles * len(part), x)
-        _backward_tma_kernel[grid](*every, len(part), tokens, d_s, d_t, **flags)
+        _hidden_backward_tma_kernel[grid](*every, len(part), tokens, d_s, d_t, **flags)
     else:
         whole = not (tokens % config.block_m or d_s % config.block_n or d_t % config.block_k)
-        _backward_kernel[(tiles, len(part))](*every, tokens, d_s, d_t, WHOLE=whole, **flags)
+        _hidden_backward_kernel[(tiles, len(part))](*every, tokens, d_s, d_t, WHOLE=whole, **flags)
 
 
 def _weight_gradient(

@@ -1,8 +1,9 @@
 """Tile sizes and compiler options of every kernel: plain tables, one entry a kind of chip and data.
 
-Nothing is tuned in a user's first step. An entry's comment says where it is from: registers, spills
-and shared memory as compiled ahead of time, which tests/kernels/test_resources.py repeats, or a
-timing on a card. ``CANDIDATES`` holds entries to be timed beside the table's own.
+Nothing is tuned in a user's first step. Entries of 9.x for 2 bytes an element were timed on an H200
+(bench/results); the others were chosen by registers, spills and shared memory as compiled ahead of
+time, which tests/kernels/test_resources.py repeats. ``CANDIDATES`` holds entries to be timed beside
+the table's own.
 """
 
 from __future__ import annotations
@@ -78,10 +79,9 @@ SCORES_BACKWARD = {
 }
 
 # Attention probabilities. Keys: (compute capability's major number, bytes an element of the wider
-# model, columns that a head is padded to, 64 at most or 128). Ahead of time, not timed: hardly a
-# spill, and but for float32 two programs fit on a multiprocessor. block_k: of a head at a time
-# where it is narrower; without tensor cores whole heads take too many registers. maxnreg: 128 lets
-# two programs of 8 warps fit, 255 keeps the compiler from spilling so that a third one fits.
+# model, columns that a head is padded to, 64 at most or 128). block_k: of a head at a time where it
+# is narrower; without tensor cores whole heads take too many registers. maxnreg lets one program
+# more fit on a multiprocessor.
 PROBS_LSE = {
     (8, 2, 64): LaunchConfig(128, 64, 128, 8, 2, maxnreg=128),
     (8, 2, 128): LaunchConfig(64, 64, 128, 4, 2),
@@ -135,22 +135,23 @@ PROBS_ONE_BLOCK = {
     (8, 4, 64): LaunchConfig(32, 32, 16, 4, 1),
     (8, 4, 128): LaunchConfig(32, 32, 16, 4, 1),
 }
-# Rows in registers. Keys: (capability's major number, keys of a tile, columns of a head). 16 bits.
+# Rows of maps in registers, of 16 bits. Keys: (capability's major number, 2, keys of a tile,
+# columns of a head).
 PROBS_ROWS_FORWARD = {
-    (8, 64, 64): LaunchConfig(32, 64, 0, 4, 2),
-    (8, 64, 128): LaunchConfig(32, 64, 0, 4, 1),
-    (8, 128, 64): LaunchConfig(32, 128, 0, 4, 2),
-    (9, 64, 64): LaunchConfig(64, 64, 0, 4, 3, maxnreg=128),
-    (9, 64, 128): LaunchConfig(64, 64, 0, 4, 2),
-    (9, 128, 64): LaunchConfig(64, 128, 0, 4, 3),
-    (9, 128, 128): LaunchConfig(64, 128, 0, 8, 2),
-    (9, 256, 64): LaunchConfig(64, 256, 0, 8, 3),
+    (8, 2, 64, 64): LaunchConfig(32, 64, 0, 4, 2),
+    (8, 2, 64, 128): LaunchConfig(32, 64, 0, 4, 1),
+    (8, 2, 128, 64): LaunchConfig(32, 128, 0, 4, 2),
+    (9, 2, 64, 64): LaunchConfig(64, 64, 0, 4, 3, maxnreg=128),
+    (9, 2, 64, 128): LaunchConfig(64, 64, 0, 4, 2),
+    (9, 2, 128, 64): LaunchConfig(64, 128, 0, 4, 3),
+    (9, 2, 128, 128): LaunchConfig(64, 128, 0, 8, 2),
+    (9, 2, 256, 64): LaunchConfig(64, 256, 0, 8, 3),
 }
 PROBS_ROWS_BACKWARD = {
-    (8, 64, 64): LaunchConfig(64, 64, 0, 4, 2),
-    (8, 64, 128): LaunchConfig(16, 64, 0, 4, 1),
-    (9, 64, 64): LaunchConfig(64, 64, 0, 4, 3),
-    (9, 64, 128): LaunchConfig(64, 64, 0, 4, 2),
+    (8, 2, 64, 64): LaunchConfig(64, 64, 0, 4, 2),
+    (8, 2, 64, 128): LaunchConfig(16, 64, 0, 4, 1),
+    (9, 2, 64, 64): LaunchConfig(64, 64, 0, 4, 3),
+    (9, 2, 64, 128): LaunchConfig(64, 64, 0, 4, 2),
 }
 
 CANDIDATES: dict[str, dict[tuple[int, ...], tuple[LaunchConfig, ...]]] = {

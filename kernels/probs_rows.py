@@ -181,7 +181,7 @@ def _forward_block(
 @triton.jit(do_not_specialize=[
     "student_heads", "student_scale", "teacher_heads", "teacher_scale", "queries", "keys",
 ])  # fmt: skip
-def _forward_kernel(
+def _rows_forward_kernel(
     student,  # Heads
     teacher,
     masks,  # Masks
@@ -277,7 +277,7 @@ def _add_rows(
 
 
 @triton.jit(do_not_specialize=["heads", "scale", "queries", "keys", "heads_at_once"])
-def _backward_kernel(
+def _rows_backward_kernel(
     student,  # Heads
     masks,  # Masks
     lse_ptrs,  # [B, H, Nq]
@@ -394,7 +394,7 @@ def tiles(
         return None
     major = launch.capability(x)[0]
     for block in (64, 128, 256):
-        key = block, 64 if columns <= 64 else 128
+        key = 2, block, 64 if columns <= 64 else 128
         tail = TAIL if block == 64 and columns <= 64 else 0  # beside wider tiles it would spill
         if keys <= block + tail and launch.has(table, major, *key):
             chosen = launch.lookup(table, (major, 0), *key)
@@ -451,7 +451,7 @@ def residual(
     sums = x.new_empty(len(layers), blocks, dtype=dtype)
     counts = x.new_empty(len(layers), blocks, dtype=torch.int32) if masked else None
     if blocks:
-        _forward_kernel[(blocks, len(layers))](
+        _rows_forward_kernel[(blocks, len(layers))](
             student.arguments(layers),
             teacher.arguments(layers),
             pairs.arguments(x, queries, keys, layers),
@@ -490,7 +490,7 @@ def gradients(
         programs = B * triton.cdiv(H, at_once)
         if programs:
             p_shift, r_shift = shifts(x)
-            _backward_kernel[(programs, len(part))](
+            _rows_backward_kernel[(programs, len(part))](
                 student.arguments(part),
                 pairs.arguments(x, queries, keys, part),
                 pointers(lses, part),
