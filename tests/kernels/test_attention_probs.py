@@ -101,6 +101,15 @@ EDGES = [
     Shape(1, 1, 33, 2, 8, 18, 70, causal=True),
     Shape(1, 2, 8, 1, 64, 70, 18, causal=True),
 ]
+# with nothing masked: tiles that are whole, and those at an edge
+INTERIOR = [
+    Shape(2, 2, 16, 3, 32, 64, 96),
+    Shape(1, 2, 16, 1, 16, 96, 96, causal=True),
+    Shape(1, 1, 20, 2, 16, 70, 50),
+    Shape(1, 1, 16, 2, 16, 70, 70, causal=True),
+    Shape(1, 2, 16, 1, 16, 16, 96),
+    Shape(1, 1, 20, 1, 16, 9, 40),
+]
 MIXED = [
     Shape(2, 2, 8, 3, 6, 34, 17),
     Shape(0, 2, 4, 2, 4, 5, 5),
@@ -320,6 +329,12 @@ def test_one_layer(shape: Shape, path: None, dtype: torch.dtype, device: str) ->
     ours = check(layers, torch.full((1,), -2.5, device=device))
     assert ours.losses[0].dtype == torch.float32
     assert ours.d_q[0].dtype == ours.d_k[0].dtype == dtype
+
+
+@on_each_path
+@pytest.mark.parametrize("shape", INTERIOR, ids=lambda s: "x".join(str(int(n)) for n in s))
+def test_one_layer_without_masks(shape: Shape, path: None, dtype: torch.dtype, device: str) -> None:
+    check(make([shape], dtype, device), torch.full((1,), -2.5, device=device))
 
 
 @on_each_path

@@ -99,9 +99,7 @@ CALLS: dict[str, list[Callable[[], None]]] = {
             [1, 2, 3],
             3,
         ),
-        lambda: attention_scores(
-            [(4, 100, 90)] * 4, (3, 2), [False] * 4, [1e-9] * 4, [0, 2, 1], 1
-        ),
+        lambda: attention_scores([(4, 100, 90)] * 4, (3, 2), [False] * 4, [1e-9] * 4, [0, 2, 1], 1),
     ],
     "attention_probs": [
         lambda: [
@@ -116,9 +114,7 @@ CALLS: dict[str, list[Callable[[], None]]] = {
             [1, 2, 3],
             3,
         ),
-        lambda: attention_probs(
-            [(16, 77, 77)] * 4, (3, 2), [False] * 4, [1e-9] * 4, [0, 2, 1], 1
-        ),
+        lambda: attention_probs([(16, 77, 77)] * 4, (3, 2), [False] * 4, [1e-9] * 4, [0, 2, 1], 1),
     ],
 }
 
