@@ -190,6 +190,12 @@ def test_more_tiles_than_the_second_sum_takes_at_once(
     check(make([(2 * BLOCK_M + 1, 3, 2 * BLOCK_N + 1), (9, 4, 5)], torch.float32, device))
 
 
+def test_layers_of_two_forms_in_turn(device: str) -> None:
+    """Each form is one launch; losses and gradients come in the order of the call."""
+    shapes = [(9, 4, 5), (7, 6, 8), (9, 4, 5), (7, 6, 8), (9, 4, 5)]
+    check(make(shapes, torch.float32, device))
+
+
 def test_more_layers_than_a_launch_takes(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layers = make(MIXED * 3, torch.float32, device, masked=True)
     whole = fused(layers, upstream(layers))

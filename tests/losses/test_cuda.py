@@ -42,7 +42,11 @@ def test_as_good_as_eager(problem, loss, tokens, dtype):
     p = problem(loss, tokens, dtype)
     results = zip(p("triton", 2.0), p("reference", 2.0), p.double()("reference", 2.0), strict=True)
     for name, compared in zip(("loss", "first", "second"), results, strict=True):
-        assert_as_good_as_eager(name, *compared)
+        # ex2.approx errs by 2 eps of its result, its argument, below 2**5, by half an eps of its
+        # own size: 18 eps of a probability, which eager's exponentials do not have
+        approximate = 9 if loss == "probs" and dtype == torch.float32 else 1
+        size = approximate * compared[2].abs().max().item()
+        assert_as_good_as_eager(name, *compared, scale=size)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
