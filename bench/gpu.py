@@ -100,7 +100,7 @@ def losses(
         chosen = ["--providers", *providers.split()] if providers else []
         if args.quick:
             chosen = ["--providers", "triton", "blockwise", "eager", "--case", "layers1"]
-            chosen = chosen if suite == "growth" else [*chosen[:-1], "hidden8k"]
+            chosen = chosen if suite == "growth" else [*chosen[:-1], "hidden"]
         flags_ = ["--suite", suite, *chosen, *flags, *common(args)]
         return [bench(suite, "bench_losses.py", *flags_, budget=max(5.0, seconds - 15))]
 

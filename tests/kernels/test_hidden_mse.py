@@ -37,6 +37,7 @@ EDGES = [  # T, d_s, d_t
     (3, 5, 7),
     (16, 32, 64),
     (BLOCK_M, BLOCK_K, BLOCK_N),
+    (BLOCK_M, BLOCK_K + 1, BLOCK_N),
     (BLOCK_M + 1, BLOCK_K + 1, BLOCK_N + 1),
     (2 * BLOCK_M + 5, BLOCK_N + 3, 2 * BLOCK_N - 1),
     (5, 3 * BLOCK_K - 1, 1),
