@@ -109,6 +109,8 @@ INTERIOR = [
     Shape(1, 1, 16, 2, 16, 70, 70, causal=True),
     Shape(1, 2, 16, 1, 16, 16, 96),
     Shape(1, 1, 20, 1, 16, 9, 40),
+    Shape(1, 3, 16, 1, 16, 40, 70),
+    Shape(1, 1, 16, 2, 16, 40, 70, causal=True),
 ]
 MIXED = [
     Shape(2, 2, 8, 3, 6, 34, 17),
@@ -140,6 +142,9 @@ def path(
     """What CASES names."""
     if request.param == "sweeps":
         monkeypatch.setattr(probs_rows, "tiles", lambda *args: None)
+    else:  # a program takes several heads, as where there are many
+        monkeypatch.setattr(probs_rows, "ENOUGH_PROGRAMS", 1)
+        monkeypatch.setattr(probs_rows, "HEADS_AT_ONCE", 2)
 
 
 def make(
@@ -367,6 +372,26 @@ def test_one_launch_is_as_many(
     assert_same(whole, Results(*([x for (x,) in group] for group in zip(*alone, strict=True))))
     monkeypatch.setattr(shared, "MAX_LAYERS", 2)
     assert_same(whole, fused(layers, grad))
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+def test_residuals_are_zero_where_nothing_counts(
+    masked: bool, causal: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the rows' padding too: 77 tokens are a tile, its tail and 3 places of padding."""
+    for key in [x for x in launch.PROBS_ROWS_FORWARD if x[2:] == (64, 64)]:
+        entry = launch.PROBS_ROWS_FORWARD[key]._replace(block_m=64)
+        monkeypatch.setitem(launch.PROBS_ROWS_FORWARD, key, entry)
+    for n, path in ((77, "rows"), (130, "rows"), (260, "sweeps")):
+        layers = make([Shape(1, 1, 16, 2, 16, n, n, causal)], torch.float16, device, masked)
+        _, kept = forward(layers)
+        (residual,) = kept.residuals
+        assert residual.shape[2] % 16 == 0, path
+        counts = torch.zeros(residual.shape, dtype=torch.bool, device=device)
+        counts[..., :n] = valid_pairs(layers, 0)
+        assert residual[counts].any(), path
+        assert not residual[~counts].any(), path
 
 
 @on_each_path
