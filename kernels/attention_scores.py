@@ -45,7 +45,7 @@ from .attention_tiles import (
 )
 from .core import accumulator, add_product, device_refusals, dtype_refusals
 from .launch import LaunchConfig
-from .layers import groups, in_order, of_layers, pick, pointers, total
+from .layers import cdiv, groups, in_order, of_layers, pick, pointers, total
 
 
 @triton.jit
@@ -320,7 +320,7 @@ def _residuals(
     masked, causal = pairs.form(part[0])
     config = _config(launch.SCORES_FORWARD, x, max(queries, keys))
     m, n, step = config.block_m, config.block_n, config.block_k
-    tiles = B * triton.cdiv(queries, m) * triton.cdiv(keys, n)
+    tiles = B * cdiv(queries, m) * cdiv(keys, n)
     sums = x.new_empty(len(part), tiles, dtype=dtype)
     counts = x.new_empty(len(part), tiles, dtype=torch.int32) if masked else None
     if tiles:
@@ -447,7 +447,7 @@ def _gradients(
         like = r[part[0]]
         config = _config(launch.SCORES_BACKWARD, like, d)
         m, n, step = config.block_m, config.block_n, config.block_k
-        tiles = B * heads * triton.cdiv(length, m) * triton.cdiv(d, n)
+        tiles = B * heads * cdiv(length, m) * cdiv(d, n)
         queries, keys = (others, length) if transposed else (length, others)
         if tiles:
             _scores_backward_kernel[(tiles, len(part))](

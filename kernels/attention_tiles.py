@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import launch
 from .launch import LaunchConfig
-from .layers import pointers, stride
+from .layers import pointers, power_of_2, stride
 
 LOG2E = tl.constexpr(1.4426950408889634)
 MAX_STRIDE = 2**24  # a tile has at most 2**7 rows
@@ -227,7 +227,7 @@ def strides(x: Tensor) -> tuple[int, int, int]:
 
 def width(x: Tensor) -> int:
     """The columns of a tile of a head."""
-    return max(16, triton.next_power_of_2(x.shape[3]))
+    return max(16, power_of_2(x.shape[3]))
 
 
 def shifts(x: Tensor) -> tuple[int, int]:

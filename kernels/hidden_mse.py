@@ -39,7 +39,7 @@ from .core import (
     parts,
 )
 from .launch import LaunchConfig
-from .layers import groups, in_order, of_layers, pick, pointers, total
+from .layers import cdiv, groups, in_order, of_layers, pick, pointers, total
 
 MAX_STRIDE = 2**24  # a tile has at most 2**7 rows
 
@@ -332,7 +332,7 @@ def _residuals(
     dtype, acc = accumulator(x)
     config = _config(x, [y[i] for y in ((s, t, w, e) if store else (s, t, w)) for i in part])
     m, n = config.block_m, config.block_n
-    tiles = triton.cdiv(tokens, m) * triton.cdiv(d_t, n)
+    tiles = cdiv(tokens, m) * cdiv(d_t, n)
     sums = x.new_empty(len(part), tiles, dtype=dtype)
     masked = masks[first] is not None
     counts = x.new_empty(len(part), tiles, dtype=torch.int32) if masked else None
@@ -412,7 +412,7 @@ def _student_gradients(
     first = part[0]
     x, (tokens, (d_s, d_t)) = e[first], (len(e[first]), w[first].shape)
     config = _config(x, [y[i] for y in (e, w, out) for i in part])
-    tiles = triton.cdiv(tokens, config.block_m) * triton.cdiv(d_s, config.block_n)
+    tiles = cdiv(tokens, config.block_m) * cdiv(d_s, config.block_n)
     if not tiles:
         return
     every = (pointers(e, part), pointers(w, part), pointers(out, part), factor, w[first].stride(0))

@@ -99,6 +99,16 @@ def total(sums: Tensor, counts: Tensor | None, n: int) -> tuple[Tensor, Tensor]:
     return losses, scales
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. Triton's own takes microseconds, and a step asks often."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The least power of two that is no less than n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
 def groups(forms: Mapping[int, K]) -> list[tuple[K, list[int]]]:
     """Layers by form, in launches of at most ``MAX_LAYERS``."""
     by_form: dict[K, list[int]] = {}
@@ -119,7 +129,7 @@ def pointers(
     A launch of another number of layers then seldom needs another compilation.
     """
     chosen = [tensors[i] for i in layers]
-    return (*chosen, *chosen[:1] * (triton.next_power_of_2(len(chosen)) - len(chosen)))
+    return (*chosen, *chosen[:1] * (power_of_2(len(chosen)) - len(chosen)))
 
 
 def in_order(found: Mapping[int, Tensor]) -> Tensor:

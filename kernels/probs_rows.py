@@ -38,7 +38,7 @@ from .attention_tiles import (
 )
 from .core import accumulator
 from .launch import LaunchConfig
-from .layers import groups, of_layers, pick, pointers, total
+from .layers import cdiv, groups, of_layers, pick, pointers, power_of_2, total
 
 TAIL_ROWS = tl.constexpr(16)
 TAIL = 16
@@ -400,7 +400,7 @@ def tiles(
             chosen = launch.lookup(table, (major, 0), *key)
             if keys > block:
                 return Tiles(chosen, TAIL)
-            return Tiles(chosen._replace(block_n=max(16, triton.next_power_of_2(keys))), 0)
+            return Tiles(chosen._replace(block_n=max(16, power_of_2(keys))), 0)
     return None
 
 
@@ -447,7 +447,7 @@ def residual(
     dtype, acc = accumulator(x)
     (B, H, queries, d), keys = x.shape, student.k[first].shape[2]
     masked, causal = pairs.form(first)
-    blocks = B * triton.cdiv(queries, chosen.config.block_m) if keys else 0
+    blocks = B * cdiv(queries, chosen.config.block_m) if keys else 0
     sums = x.new_empty(len(layers), blocks, dtype=dtype)
     counts = x.new_empty(len(layers), blocks, dtype=torch.int32) if masked else None
     if blocks:
@@ -487,7 +487,7 @@ def gradients(
     forms = {i: (strides(d_q[i]), strides(d_k[i])) for i in layers}
     for (dq_stride, dk_stride), part in groups(forms):
         at_once = max(1, min(HEADS_AT_ONCE, B * H * len(part) // ENOUGH_PROGRAMS))
-        programs = B * triton.cdiv(H, at_once)
+        programs = B * cdiv(H, at_once)
         if programs:
             p_shift, r_shift = shifts(x)
             _rows_backward_kernel[(programs, len(part))](

@@ -38,7 +38,7 @@ from .attention_tiles import (
     width,
 )
 from .core import accumulator
-from .layers import groups, of_layers, pick, pointers, settle, total
+from .layers import cdiv, groups, of_layers, pick, pointers, settle, total
 
 
 @triton.jit
@@ -523,7 +523,7 @@ def log_sums_of(model: Model, pairs: Counted, layers: Sequence[int]) -> dict[int
     for ((B, H, queries, d), keys, scale, *_, (masked, causal)), part in groups(forms):
         x = model.q[part[0]]
         chosen = config(launch.PROBS_LSE, width(x), x).fitted(queries)
-        _lse_kernel[(triton.cdiv(queries, chosen.block_m) * H * B, len(part))](
+        _lse_kernel[(cdiv(queries, chosen.block_m) * H * B, len(part))](
             model.arguments(part),
             pairs.arguments(x, queries, keys, part),
             pointers(lses, part),
@@ -551,7 +551,7 @@ def residual(
     (B, H, queries, d), keys = x.shape, student.k[first].shape[2]
     masked, causal = pairs.form(first)
     chosen = config(launch.PROBS_RESIDUAL, max(width(x), width(y)), x, y).fitted(queries)
-    tiles = B * triton.cdiv(queries, chosen.block_m) * triton.cdiv(keys, chosen.block_n)
+    tiles = B * cdiv(queries, chosen.block_m) * cdiv(keys, chosen.block_n)
     sums = x.new_empty(len(layers), tiles, dtype=dtype)
     counts = x.new_empty(len(layers), tiles, dtype=torch.int32) if masked else None
     if tiles:
@@ -622,7 +622,7 @@ def gradients(
     ):
         chosen = config(table, width(x), x).fitted(queries)
         block = chosen.block_m if kernel is _dq_kernel else chosen.block_n
-        tiles = B * H * triton.cdiv(length, block)
+        tiles = B * H * cdiv(length, block)
         for dx_stride, part in groups({i: strides(out[i]) for i in layers if i in out}):
             if tiles:
                 kernel[(tiles, len(part))](
