@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench gpu resources mutants sanitize dist clean
+.PHONY: demo test lint bench bench-compare gpu resources mutants sanitize dist clean
 
 demo: $(STAMP)  ## distil the built-in task with the defaults
 	$(RUN) -m optima_fast.train
@@ -17,12 +17,18 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-bench: $(STAMP)  ## ratios against eager and torch.compile
-	$(RUN) bench/bench_losses.py
-	$(RUN) bench/bench_bandit.py
+REFERENCE ?= bench/results/cpu-reference.json
+
+bench: $(STAMP)  ## losses and bandit against what people write, then the policies' worlds
+	$(RUN) -m pytest bench --benchmark-only --benchmark-columns=median,iqr,rounds $(BENCH)
 	$(RUN) bench/bench_worlds.py
 
-gpu:  ## tests, checks and benches on a CUDA device; installs nothing, takes PYTHON as it is
+bench-compare: $(STAMP)  ## an error where ours became slower than in REFERENCE, beside the others
+	mkdir -p build
+	$(RUN) -m pytest bench -q --benchmark-only --benchmark-json=build/bench.json $(BENCH)
+	$(RUN) bench/report.py build/bench.json --against $(REFERENCE)
+
+gpu:  ## checks and benches on a CUDA device, then GPU="--call 2"; takes PYTHON as it is
 	PYTHONPATH=. $(PYTHON) bench/gpu.py $(GPU)
 
 resources: $(STAMP)  ## registers, spills and shared memory of every kernel, without a GPU

@@ -1,37 +1,30 @@
 """Bandit: what a select and an update cost from Python, beside MABWiser and River.
 
-    python bench/bench_bandit.py            # the tables, 7 to 255 arms, a minute or two
-    python bench/bench_bandit.py --smoke    # two small sizes, seconds
+    pytest bench/bench_bandit.py --benchmark-only            # 7 to 255 arms
+    pytest bench/bench_bandit.py --benchmark-only --quick    # two small sizes, seconds
 
-Microseconds of every policy in C++ and in its Python twin, of the paper's as one writes it at first
-in numpy, and of what MABWiser and River have for rewards that are real numbers (``pip install
-mabwiser river``; without them, without those lines). Before it is timed everyone pulls its arms:
-C++ must pull those of its twin, and the others are checked to find the best of three plain arms.
-Then what each earns in two worlds of bench/worlds.py, the second of which drifts.
+Every policy in C++ and in its Python twin, the paper's as one writes it at first in numpy, and
+what MABWiser and River have for rewards that are real numbers (``pip install mabwiser river``;
+without them, without those). Before they are timed all pull their arms: C++ must pull those of its
+twin, and the others are checked to find the best of three plain arms. At 7 arms ``extra_info`` has
+what each earns in two worlds of bench/worlds.py, of the oracle's reward; the second drifts.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import importlib
 import itertools
-import json
-import math
-import platform
-import statistics
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
-from importlib import metadata
 from typing import Any, Protocol
 from unittest import mock
 
 import numpy as np
+import pytest
 import worlds
 from bench_worlds import earned
+from measuring import Row, Step, Timer, interleave, ratio, spread
 
-import optima_fast
 from optima_fast import bandit
 from optima_fast.bandit import _cores, backend
 
@@ -128,20 +121,16 @@ def ours(name: str, twin: bool, arms: int, seed: int) -> Player:
         return bandit.make(name, arms, seed=seed, **options)
 
 
-def rivals() -> tuple[dict[str, Maker], list[str]]:
-    """Policies of what is installed, and what to say of it."""
-    found: dict[str, Maker] = {}
-    said = []
+def makers() -> dict[str, Maker]:
+    """By name; of a package that is not installed too, since its tests say so."""
+    names = [name for name in bandit.names() if name not in ("fixed", "greedy")]
+    found: dict[str, Maker] = {"numpy paper": Numpy}
+    for label, twin in (("C++", False), ("Python", True)):
+        found |= {f"{name}, {label}": functools.partial(ours, name, twin) for name in names}
     for package, (player, policies) in RIVALS.items():
-        try:
-            player(*next(iter(policies.items())), 2, 0)
-        except ImportError as error:
-            said.append(f"{package} is left out: pip install {package} to compare ({error})")
-            continue
-        said.append(f"{package} {metadata.version(package)}")
         for policy, options in policies.items():
             found[f"{package} {policy}"] = functools.partial(player, policy, options)
-    return found, said
+    return found
 
 
 def play(
@@ -164,34 +153,34 @@ def finds_the_best(make: Maker) -> bool:
     return pulls.count(1) > 300
 
 
-def microseconds(step: Callable[[], object], seconds: float) -> list[float]:
-    """Time of one step, several times: each over enough steps for the clock."""
-    step()
-    samples: list[float] = []
-    steps = 1
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(samples) < 3:
-        start = time.perf_counter()
-        for _ in range(steps):
-            step()
-        took = time.perf_counter() - start
-        if took < 2e-4:  # well below a time slice, so that few samples are interrupted
-            steps *= 2
-        else:
-            samples.append(took / steps * 1e6)
-    return samples
+def pulls(name: str, twin: bool, arms: int) -> list[int]:
+    return play(ours(name, twin, arms, 3), 2 * arms + 60, noise(), np.arange(arms) / arms)
 
 
-def round_time(make: Maker, arms: int, seconds: float) -> float:
-    """Median of a select and an update, past the first pulls."""
+def fault(name: str, arms: int) -> str:
+    """What is wrong with a player, or nothing."""
+    policy, _, core = name.partition(", ")
+    if not core:
+        return "" if finds_the_best(makers()[name]) else "does not find the best of three arms"
+    same = core == "Python" or pulls(policy, False, arms) == pulls(policy, True, arms)
+    return "" if same else "C++ pulls other arms than its twin"
+
+
+def a_round(make: Maker, arms: int) -> Step:
+    """A select and an update, past the first pulls."""
     player, rewards, means = make(arms, 0), noise(), [0.2 + k / arms for k in range(arms)]
     play(player, min(600, WARM_UP * arms + 220), rewards, means)
 
     def step() -> None:
-        arm = player.select()
-        player.update(arm, next(rewards))
+        player.update(player.select(), next(rewards))
 
-    return statistics.median(microseconds(step, seconds))
+    return step
+
+
+WORLDS = {
+    "stationary": worlds.Scripted("stationary"),
+    "drifting": worlds.Scripted("drifting", worlds.drift),
+}
 
 
 def fraction(make: Maker, world: worlds.World, runs: int, rounds: int) -> float:
@@ -200,83 +189,61 @@ def fraction(make: Maker, world: worlds.World, runs: int, rounds: int) -> float:
     return float((earned(players, game) / worlds.oracle(game)).mean())
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--smoke", action="store_true", help="two small sizes, quickly")
-    parser.add_argument("--arms", type=int, nargs="+", default=[7, 63, 255])
-    parser.add_argument("--seconds", type=float, default=0.5, help="of timing a cell")
-    parser.add_argument("--runs", type=int, default=20, help="of a world")
-    parser.add_argument("--json", metavar="FILE", help="append a line a provider")
-    args = parser.parse_args(argv)
-    rounds = 1000
-    if args.smoke:
-        args.arms, args.seconds, args.runs, rounds = [3, 7], 0.005, 2, 100
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    sizes = (3, 7) if metafunc.config.option.quick else (7, 63, 255)
+    metafunc.parametrize("name", makers())
+    metafunc.parametrize("arms", sizes)
 
-    others, said = rivals()
-    facts = {
-        "optima_fast": optima_fast.__version__,
-        "backend": bandit.BACKEND,
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "machine": platform.machine(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    print("  ".join(f"{k} {v}" for k, v in facts.items()))
-    print("\n".join(said))
 
-    names = [name for name in bandit.names() if name not in ("fixed", "greedy")]
-    wrong = [
-        f"{name}, {arms} arms: C++ pulls other arms than its twin"
-        for name in names
-        for arms in args.arms
-        if len({
-            tuple(play(ours(name, twin, arms, 3), 2 * arms + 60, noise(), np.arange(arms) / arms))
-            for twin in (False, True)
-        }) > 1
-    ]  # fmt: skip
-    wrong += [
-        f"{name}: does not find the best of three arms"
-        for name, make in {"numpy paper": Numpy, **others}.items()
-        if not finds_the_best(make)
-    ]
-    if wrong:
-        print("\n".join(wrong))
-        return 1
+def compare(
+    names: Sequence[str], arms: int, *, seconds: float, least: int, runs: int, rounds: int
+) -> tuple[dict[str, Row], dict[str, list[float]]]:
+    """A row and samples in milliseconds of each, or what is wrong with it."""
+    found: dict[str, Row] = {}
+    steps: dict[str, Step] = {}
+    for name in names:
+        try:
+            if name.endswith("C++") and bandit.BACKEND != "c++":
+                raise ImportError("the extension is not built")
+            wrong = fault(name, arms)
+        except ImportError as error:
+            found[name] = {"left_out": f"{name}: {error}"}
+            continue
+        if wrong:
+            found[name] = {"failed": f"WRONG: {name}, {arms} arms: {wrong}"}
+            continue
+        steps[name] = a_round(makers()[name], arms)
+    samples = interleave(steps, Timer("cpu"), seconds=seconds, least=least)
+    anchor = "numpy paper" if "numpy paper" in steps else None
+    for name in steps:
+        found[name] = {
+            "case": f"{arms} arms",
+            "provider": name,
+            "ours": ", " in name,
+            **spread(samples[name])._asdict(),
+            "anchor": anchor,
+            "ratio": anchor and ratio(samples[name], samples[anchor]),
+        }
+        if arms == 7:
+            found[name] |= {
+                f"earns, {label}": fraction(makers()[name], world, runs, rounds)
+                for label, world in WORLDS.items()
+            }
+    return found, samples
 
-    makers: dict[str, tuple[Maker | None, Maker]] = {
-        name: (
-            functools.partial(ours, name, False) if bandit.BACKEND == "c++" else None,
-            functools.partial(ours, name, True),
+
+def test_round(arms: int, name: str, pytestconfig: pytest.Config, side_by_side: Any) -> None:
+    option = pytestconfig.option
+    few = option.quick or option.benchmark_disable
+
+    def measure(names: Sequence[str]) -> Any:
+        return compare(
+            names,
+            arms,
+            seconds=0.0 if few else 0.2 * float(option.benchmark_max_time) * len(names),
+            least=2 if few else option.benchmark_min_rounds,
+            runs=2 if few else 20,
+            rounds=100 if few else 1000,
         )
-        for name in names
-    }
-    makers |= {name: (None, make) for name, make in {"numpy paper": Numpy, **others}.items()}
-    plain = {"stationary": worlds.Scripted("stationary")}
-    plain["drifting"] = worlds.Scripted("drifting", worlds.drift)
-    head = [f"{arms} arms, {kind}" for arms in args.arms for kind in ("C++", "Python")]
-    head += [f"earns, {world}" for world in plain]
-    print(f"\nMicroseconds of select and update; fraction of the oracle, {rounds} rounds")
-    print(f"\n| {' | '.join(['policy', *head])} |")
-    print("|---" * (len(head) + 1) + "|")
-    for name, pair in makers.items():
-        times = [
-            round_time(make, arms, args.seconds) if make else math.nan
-            for arms in args.arms
-            for make in pair
-        ]
-        fastest = pair[0] or pair[1]
-        shares = [fraction(fastest, world, args.runs, rounds) for world in plain.values()]
-        cells = ["" if math.isnan(t) else f"{t:.2f}" if t < 10 else f"{t:.0f}" for t in times]
-        print(f"| {' | '.join([name, *cells, *(f'{share:.3f}' for share in shares)])} |")
-        if args.json:
-            values = dict(zip(head, [*times, *shares], strict=True))
-            values = {k: v for k, v in values.items() if not math.isnan(v)}
-            with open(args.json, "a", encoding="utf-8") as file:
-                file.write(json.dumps({**facts, "policy": name, **values}) + "\n")
-    return 0
 
-
-if __name__ == "__main__":
-    sys.exit(main())
+    side_by_side(f"{arms} arms", measure)

@@ -58,8 +58,11 @@ class Card(NamedTuple):
 
 
 # measured product of two 8192 matrices of random bfloat16 and measured copy; 16 exponentials a
-# clock on each of 132 multiprocessors at 1755 MHz. Other cards get ratios only
-CARDS = {"H200": Card(790e12, 4.3e12, 3.71e12), "H100": Card(798e12, 3.0e12, 3.71e12)}
+# clock on each of 132 multiprocessors at 1755 MHz. Other cards, an H100 PCIe too, get ratios only
+CARDS = {
+    "H200": Card(790e12, 4.3e12, 3.71e12),
+    "H100 80GB HBM3": Card(798e12, 3.0e12, 3.71e12),
+}
 
 
 def card(name: str) -> Card | None:
@@ -69,30 +72,49 @@ def card(name: str) -> Card | None:
 ON_CHIP = 256
 
 
-def _layer_floor(layer: Layer, target: str, rates: Card, lse: bool, backward: bool) -> float:
+class Work(NamedTuple):
+    """What a step must do at least: sweeps of (FLOP, exponentials), and bytes to move."""
+
+    sweeps: tuple[tuple[float, float], ...]
+    bytes: float
+
+    @property
+    def flop(self) -> float:
+        return sum(flop for flop, _ in self.sweeps)
+
+    def seconds(self, rates: Card) -> float:
+        busy = sum(max(flop / rates.tensor, exp / rates.exp) for flop, exp in self.sweeps)
+        return max(busy, self.bytes / rates.copy)
+
+
+def _work(layer: Layer, target: str, lse: bool, backward: bool, itemsize: int) -> Work:
     (h_s, h_t), d = layer.heads, layer.width
     d_s, d_t = h_s * d, h_t * d
     if target == "hidden":
         tokens = layer.batch * layer.queries
-        moved = 2 * (tokens * (d_s * (1 + backward) + d_t) + d_s * d_t * (1 + backward))
-        return max((6 if backward else 2) * tokens * d_s * d_t / rates.tensor, moved / rates.copy)
+        moved = tokens * (d_s * (1 + backward) + d_t) + d_s * d_t * (1 + backward)
+        flop = (6 if backward else 2) * tokens * d_s * d_t
+        return Work(((flop, 0.0),), itemsize * moved)
     rows = layer.batch * (layer.queries + layer.keys)
-    moved = 2 * rows * (d_s * (1 + backward) + d_t)
+    moved = itemsize * rows * (d_s * (1 + backward) + d_t)
+    pairs = layer.pairs
     if target == "scores":
-        flops = 2 * layer.pairs * (d_s + d_t) + backward * 4 * layer.pairs * d_s
-        return max(flops / rates.tensor, moved / rates.copy)
-    product, exp = 2 * d / rates.tensor, 1 / rates.exp
+        return Work(((2 * pairs * (d_s + d_t) + backward * 4 * pairs * d_s, 0.0),), moved)
     whole = layer.keys <= ON_CHIP
-    sweeps = (1 if lse or whole else 2) * (h_s + h_t) * max(product, exp)
+    sweeps = [(1, h_s + h_t)] * (1 if lse or whole else 2)  # (products, heads)
     if backward:
-        sweeps += h_s * max(3 * product, exp)
-        sweeps += 0 if whole else h_s * max(2 * product, exp)
-    return max(layer.pairs * sweeps, moved / rates.copy)
+        sweeps += [(3, h_s)] if whole else [(3, h_s), (2, h_s)]
+    return Work(tuple((n * 2 * d * h * pairs, h * pairs) for n, h in sweeps), moved)
 
 
-def floor_ms(case: Case, rates: Card, *, lse: bool = False, backward: bool = True) -> float:
+def work(case: Case, *, lse: bool = False, backward: bool = True, itemsize: int = 2) -> list[Work]:
+    """Of each layer."""
+    return [_work(x, case.target, lse, backward, itemsize) for x in case.layers]
+
+
+def floor_ms(layers: list[Work], rates: Card) -> float:
     """The least milliseconds that the case can take in 16 bits."""
-    return 1e3 * sum(_layer_floor(x, case.target, rates, lse, backward) for x in case.layers)
+    return 1e3 * sum(layer.seconds(rates) for layer in layers)
 
 
 def inputs(case: Case, dtype: torch.dtype, device: str) -> list[list[Tensor]]:
@@ -185,11 +207,6 @@ CPU = [
 ]
 
 SMALL = (2, 3)
-SMOKE = [
-    Case("smoke-probs", "probs", (Layer(2, 20, 20, SMALL, 4, True),)),
-    Case("smoke-scores", "scores", (Layer(2, 20, 24, SMALL, 4),)),
-    Case("smoke-hidden", "hidden", (Layer(2, 20, 0, SMALL, 4),)),
-]
 
 # one step of layerwise distillation: 6 layers of an image encoder, 3 of a text decoder, 3 cross
 STEP = tuple(
@@ -206,9 +223,9 @@ HEADLINE = [
     Case("hidden32k-x12", "hidden", (Layer(32, 1024, 0),) * 12),
     _single("image1024", "probs", 32, 1024, 1024),
     _single("text77-x12", "probs", 256, 77, 77, causal=True, layers=12),
-    _single("image1024", "scores", 32, 1024, 1024),
     _single("cross64x256-x12", "probs", 256, 64, 256, layers=12),
     _single("image256-x6", "probs", 64, 256, 256, layers=6),
+    _single("image1024", "scores", 32, 1024, 1024),
     Case("step-probs", "probs", STEP),
     Case("step-scores", "scores", STEP),
     Case("step-hidden", "hidden", STEP),
@@ -217,16 +234,6 @@ HEADLINE = [
     _single("cross64x256-x12", "scores", 256, 64, 256, layers=12),
     Case("hidden8k", "hidden", (Layer(8, 1024, 0),)),
 ]
-
-MAIN = [
-    case
-    for name in (
-        "hidden32k-x12", "image1024-probs", "text77-x12-probs", "cross64x256-x12-probs",
-        "image256-x6-probs", "image1024-scores",
-    )
-    for case in HEADLINE
-    if case.name == name
-]  # fmt: skip
 
 TARGETS = ("probs", "scores", "hidden")
 
@@ -251,9 +258,8 @@ def _crossover() -> Iterator[Case]:
 
 SUITES = {
     "cpu": CPU,
-    "smoke": SMOKE,
+    "six": HEADLINE[:6],
     "headline": HEADLINE,
-    "main": MAIN,
     "growth": list(_growth()),
     "crossover": list(_crossover()),
 }

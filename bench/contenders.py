@@ -11,14 +11,23 @@ our number so that they can be checked: mean over heads, mean over what counts.
     textbrewer   a loop; masks multiplied in; attention: float32 maps, summed over the heads
     tinybert     a loop; attention: scores of every head, very negative ones set to 0, mse_loss
     compile      torch.compile of eager; compile-max with mode="max-autotune-no-cudagraphs"
-    blockwise, triton, optima_fast (backend="auto")
+    blockwise, triton   ours, by backend
     triton-lse   probs only: both models' log-sum-exp are given
     triton-recompute  the residual is not kept but computed again in backward
+
+Three more, probs only, run the forward of both models' attention first, as a training step does,
+with the keys for values, then ours:
+
+    sdpa          PyTorch's attention; the loss computes each log-sum-exp itself
+    sdpa-lse      PyTorch's attention by the operators that hand back their log-sum-exp
+    xformers-lse  the same by xFormers' memory-efficient attention, where it is installed
 """
 
 from __future__ import annotations
 
-import inspect
+import functools
+import importlib
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -158,7 +167,7 @@ def _compiled(case: Case, **options: Any) -> Loss:
     return compiled
 
 
-def _ours(case: Case, backend: str, layers: Layers | None = None, **options: Any) -> Loss:
+def _ours(case: Case, backend: str, **options: Any) -> Loss:
     causal = [layer.causal for layer in case.layers]
 
     def loss(layers: Layers) -> Tensor:
@@ -195,6 +204,60 @@ def _triton_lse(case: Case, layers: Layers) -> Loss:
     return _ours(case, "triton", student_lse=lses[0], teacher_lse=lses[1])
 
 
+def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
+    F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+
+def sdpa_lse(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    aten = torch.ops.aten
+    if not q.is_cuda:
+        found = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+    elif q.dtype == torch.float32:
+        found = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal)
+    else:
+        found = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False)
+    return found[1][..., : q.shape[2]]  # rows may be padded
+
+
+def xformers_lse(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    ops = importlib.import_module("xformers.ops")
+    mask = ops.LowerTriangularMask() if causal else None
+    forward = ops.fmha.memory_efficient_attention_forward_requires_grad
+    _, lse = forward(*(x.transpose(1, 2) for x in (q, k, v)), attn_bias=mask)
+    return lse[..., : q.shape[2]]
+
+
+def _after(attend: Callable[..., Tensor | None], case: Case) -> Loss:
+    """Attention of both models, then ours with the log-sum-exp that comes of it."""
+
+    def loss(layers: Layers) -> Sequence[Tensor]:
+        lses: list[list[Tensor | None]] = [[], []]
+        with torch.no_grad():
+            for layer, (q, k, teacher_q, teacher_k) in zip(case.layers, layers, strict=True):
+                lses[0].append(attend(q, k, k, layer.causal))
+                lses[1].append(attend(teacher_q, teacher_k, teacher_k, layer.causal))
+        return _ours(case, "auto", student_lse=lses[0], teacher_lse=lses[1])(layers)
+
+    return loss
+
+
+def no_triton(device: str) -> str:
+    if device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+        return ""
+    return "the Triton kernels need a CUDA device"
+
+
+@functools.cache
+def no_xformers(device: str) -> str:
+    """Why xFormers' attention cannot run, in a line: it may import without its operators."""
+    try:
+        q = torch.zeros(1, 1, 8, 64, device=device, dtype=torch.float16)
+        xformers_lse(q, q, q, False)
+    except Exception as error:  # whatever a broken install raises
+        return "xformers: " + (str(error).strip() or type(error).__name__).splitlines()[0][:150]
+    return ""
+
+
 class Contender(NamedTuple):
     """How it is made from (case, its inputs), for which losses, and what it needs."""
 
@@ -203,6 +266,9 @@ class Contender(NamedTuple):
     lse: bool = False
     autocast: bool = False
     compiler: bool = False
+    ours: bool = False
+    attends: bool = False  # attention's own forward is in it
+    lacks: Callable[[str], str] = lambda device: ""  # why it cannot run on this device
 
 
 CONTENDERS: dict[str, Contender] = {
@@ -220,15 +286,24 @@ CONTENDERS: dict[str, Contender] = {
     "compile-max": Contender(
         lambda case, _: _compiled(case, mode="max-autotune-no-cudagraphs"), compiler=True
     ),
-    "blockwise": Contender(lambda case, _: _ours(case, "blockwise")),
-    "triton": Contender(lambda case, _: _ours(case, "triton")),
-    "triton-lse": Contender(_triton_lse, ("probs",), lse=True),
-    "optima_fast": Contender(lambda case, _: _ours(case, "auto")),
-}
-if "recompute" in inspect.signature(optima_fast.attention_mse).parameters:
-    CONTENDERS["triton-recompute"] = Contender(
-        lambda case, _: _ours(case, "triton", recompute=True), ("scores", "probs")
-    )
+    "blockwise": Contender(lambda case, _: _ours(case, "blockwise"), ours=True),
+    "triton": Contender(lambda case, _: _ours(case, "triton"), ours=True, lacks=no_triton),
+    "triton-lse": Contender(_triton_lse, ("probs",), lse=True, ours=True, lacks=no_triton),
+    "triton-recompute": Contender(
+        lambda case, _: _ours(case, "triton", recompute=True), ("scores", "probs"),
+        ours=True, lacks=no_triton,
+    ),
+    "sdpa": Contender(
+        lambda case, _: _after(sdpa, case), ("probs",), ours=True, attends=True
+    ),
+    "sdpa-lse": Contender(
+        lambda case, _: _after(sdpa_lse, case), ("probs",), ours=True, attends=True
+    ),
+    "xformers-lse": Contender(
+        lambda case, _: _after(xformers_lse, case), ("probs",), ours=True, attends=True,
+        lacks=no_xformers,
+    ),
+}  # fmt: skip
 
 
 def prepared(name: str, layers: Layers) -> Layers:

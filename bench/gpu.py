@@ -1,15 +1,15 @@
-"""`make gpu`: everything that needs a CUDA device, in two calls of at most 330 s each.
+"""`make gpu`: what only a CUDA device can tell, in two calls of less than 330 seconds each.
 
-    python bench/gpu.py --call 1                     # right? how fast is each kernel, each rival?
-    python bench/gpu.py --call 2                     # the whole table, tests, a training run
-    python bench/gpu.py --part main                  # one part alone
-    python bench/gpu.py --part tune --seconds 550    # the launch table, timed on this card
-    python bench/gpu.py --quick --device cpu --results FOLDER   # its code, without a GPU
+    python bench/gpu.py --call 1    # ceilings, checks, each kernel, launch tables, the main rivals
+    python bench/gpu.py --call 2    # every headline case, tests, a compiled training run
+    python bench/gpu.py --part kernels candidates --seconds 200     # parts by name
+    python bench/gpu.py --call 1 --quick --device cpu --results FOLDER   # its code, without a GPU
 
-It needs torch, triton, numpy and pytest, installs nothing and writes one file,
-bench/results/<card>-<date>-<commit>.json, again after every few rows; a part that fails, hangs or
-runs out of time costs no other part's results. Parts run apart land in the same file. Without git
-the commit is OPTIMA_FAST_COMMIT's.
+It needs torch, triton and numpy, for the tests pytest, and installs nothing; it does without
+pytest-benchmark, since its own processes time what `pytest bench` times. It writes one file,
+bench/results/<card>-<date>-<commit>.json, again every few seconds; a part that fails, hangs or runs
+out of time costs no other part's results, and what a part leaves of its time goes to the next.
+Calls and parts run apart land in the same file. Without git the commit is OPTIMA_FAST_COMMIT's.
 """
 
 from __future__ import annotations
@@ -35,17 +35,18 @@ from measuring import ROOT, Row, card_state, commit, installed_version
 
 # isort: split
 import torch
-from cases import SUITES
 
 BENCH = ROOT / "bench"
-# what only a card can tell; the others pass anywhere
-TESTS = ("tests/losses/test_cuda.py", "tests/kernels")
-ON_A_CARD = "gpu or cuda or bfloat16"  # of their names
 TRAINER = ("numpy", "PIL", "yaml", "rich", "safetensors", "sklearn")
+CALL_SECONDS = 325
 RESTARTS = 6
 LOG_TAIL = 12000
 CLOCK_EVERY = 5.0  # seconds
 DONE, CUT, DIED = "done", "cut short", "died"
+MAIN = ("triton", "eager", "autocast", "compile")
+MORE_OF_MAIN = ("triton", "triton-lse", "eager", "autocast", "gemm", "compile")
+LOOPS = ("triton", "triton-recompute", "automodel", "textbrewer", "tinybert")
+ATTENTION = ("sdpa", "sdpa-lse", "xformers-lse")
 
 
 class Job(NamedTuple):
@@ -61,82 +62,93 @@ class Part(NamedTuple):
     """What is run together, for at most so many seconds, and how its output becomes figures."""
 
     seconds: float
-    jobs: Callable[[argparse.Namespace, Path], list[Job]]
+    jobs: Callable[[argparse.Namespace, Path, float], list[Job]]
     figures: Callable[[str], Row] | None = None  # of a job's output
 
 
-def bench(name: str, script: str, *flags: str, budget: float | None = None) -> Job:
-    """A bench; it begins nothing new when its budget is spent."""
-    limit = [] if budget is None else ["--budget", str(budget)]
-    return Job(name, [sys.executable, str(BENCH / script), *flags, *limit])
+def script(args: argparse.Namespace, name: str, *words: str) -> list[str]:
+    return [sys.executable, str(BENCH / name), *words, "--device", args.device]
 
 
-def common(args: argparse.Namespace) -> list[str]:
-    return ["--device", args.device, *(["--quick"] if args.quick else [])]
+def card(*words: str) -> Callable[[argparse.Namespace, Path, float], list[Job]]:
+    """A part of bench/card.py; it begins nothing new shortly before its time is over."""
+
+    def jobs(args: argparse.Namespace, folder: Path, seconds: float) -> list[Job]:
+        quick = ["--quick", "--case", "hidden32k"] if args.quick else []
+        command = script(args, "card.py", *words, "--budget", str(max(5, seconds - 12)), *quick)
+        return [Job(words[0], command)]
+
+    return jobs
 
 
-def sanity(args: argparse.Namespace, folder: Path) -> list[Job]:
-    """Every kernel against float64; beside it, what the next parts need is compiled."""
-    dtypes = ("bfloat16", "float16", "float32") if args.device == "cuda" else ("float32",)
-    flags = ["--device", args.device, *(["--small"] if args.quick else [])]
-    jobs = [
-        bench(f"{target}-{dtype}", "check_kernels.py", "--case", target, "--dtype", dtype, *flags)
-        for target in (("hidden",) if args.quick else ("hidden", "scores", "probs"))
-        for dtype in dtypes
-    ]
-    if args.device == "cuda":
-        flags = ["--warm", "--providers", "triton", "triton-lse", "compile", *common(args)]
-        jobs += [
-            bench(f"warm-{case}", "bench_losses.py", "--suite", "main", "--case", case, *flags)
-            for case in MAIN_CASES
+def compilers(*words: str) -> Callable[[argparse.Namespace, Path, float], list[Job]]:
+    """Everything that the call measures is compiled once, in a process a core."""
+
+    def jobs(args: argparse.Namespace, folder: Path, seconds: float) -> list[Job]:
+        count = 1 if args.quick else min(16, os.cpu_count() or 1)
+        few = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        (job,) = card("compile", *words)(args, folder, seconds)
+        return [
+            Job(f"compile-{i}", [*job.command, "--shard", f"{i}/{count}"], environment=few)
+            for i in range(count)
         ]
-    return jobs
-
-
-def losses(
-    suite: str, seconds: float, *flags: str, providers: str = ""
-) -> Callable[[argparse.Namespace, Path], list[Job]]:
-    def jobs(args: argparse.Namespace, folder: Path) -> list[Job]:
-        chosen = ["--providers", *providers.split()] if providers else []
-        if args.quick:
-            chosen = ["--providers", "triton", "blockwise", "eager", "--case", "layers1"]
-            chosen = chosen if suite == "growth" else [*chosen[:-1], "hidden"]
-        flags_ = ["--suite", suite, *chosen, *flags, *common(args)]
-        return [bench(suite, "bench_losses.py", *flags_, budget=max(5.0, seconds - 15))]
 
     return jobs
 
 
-def kernels(part: str, seconds: float) -> Callable[[argparse.Namespace, Path], list[Job]]:
-    def jobs(args: argparse.Namespace, folder: Path) -> list[Job]:
-        flags = ["--part", part, *common(args)]
-        if args.quick:
-            flags += ["--case", "hidden"]
-        if part == "tune":
-            flags += ["--write", str(Path(args.results) / "launch-tuned.py")]
-        budget = max(5.0, args.seconds - 20 if part == "tune" else seconds - 15)
-        return [bench(part, "bench_kernels.py", *flags, budget=budget)]
+def check(args: argparse.Namespace, folder: Path, seconds: float) -> list[Job]:
+    """bfloat16, which the interpreter cannot multiply, against float64; a cell a process."""
+    kind = "bfloat16" if args.device == "cuda" else "float32"
+    cells = [
+        *(f"hidden-{x}" for x in ("tile", "odd", "large")),
+        *(f"{t}-{x}" for t in ("scores", "probs") for x in ("tile", "odd", "large", "narrow")),
+    ]
+    return [
+        Job(cell, script(args, "check.py", "--case", cell, "--dtype", kind))
+        for cell in (cells[1:2] if args.quick else cells)
+    ]
 
-    return jobs
+
+def races(args: argparse.Namespace, folder: Path, seconds: float) -> list[Job]:
+    tool = shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path=f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin"
+    )
+    if tool is None or args.device != "cuda":
+        return []
+    return [
+        Job(
+            cell,
+            [tool, "--tool", "racecheck",
+             *script(args, "check.py", "--case", cell, "--dtype", "bfloat16", "--once")],
+            rows=False,
+            # else an access past a tensor lands in PyTorch's pool and goes unseen
+            environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        )
+        for cell in ("probs-odd", "probs-large")
+    ]  # fmt: skip
 
 
-def suite(args: argparse.Namespace, folder: Path) -> list[Job]:
-    """The tests that need torch, triton, numpy and pytest; a file that needs more is named."""
+def race_figures(output: str) -> Row:
+    return {"summary": re.findall(r"=+ RACECHECK SUMMARY: (.*)", output)[-1:]}
+
+
+def tests(args: argparse.Namespace, folder: Path, seconds: float) -> list[Job]:
+    """Those that only a card can run; the interpreter runs the others everywhere."""
     if importlib.util.find_spec("pytest") is None:
         return []
     command = [
         sys.executable, "-m", "pytest", "-v", "-rfE", "--tb=short", "-p", "no:cacheprovider",
-        "--continue-on-collection-errors", "--durations=5",
         # other packages' warnings are theirs, and other versions have other ones
-        "-W", "default", "--ignore", "tests/kernels/test_resources.py",
+        "--continue-on-collection-errors", "-W", "default",
     ]  # fmt: skip
-    if not args.quick:
-        command += ["-k", ON_A_CARD]
-    if importlib.util.find_spec("xdist") is not None:  # compiling takes most of the time
-        command += ["-p", "xdist", "-n", str(min(8, os.cpu_count() or 1))]
-    paths = ("tests/losses/test_reference.py",) if args.quick else TESTS
+    if importlib.util.find_spec("xdist") is not None and not args.quick:
+        command += ["-p", "xdist", "-n", str(min(8, os.cpu_count() or 1))]  # compiling takes most
+    if args.quick:
+        command += ["tests/losses/test_cuda.py", "tests/distill/test_arms.py"]
+    else:
+        command += ["-m", "gpu", "tests/losses", "tests/kernels"]
     # no plugin that happens to be installed may change what a test sees
-    return [Job("pytest", [*command, *paths], False, {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})]
+    return [Job("pytest", command, False, {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})]
 
 
 def test_figures(output: str) -> Row:
@@ -159,30 +171,11 @@ def test_figures(output: str) -> Row:
     return {**found, "wrong": list(wrong.values())[:60]}
 
 
-def sanitizer(args: argparse.Namespace, folder: Path) -> list[Job]:
-    tool = shutil.which("compute-sanitizer") or shutil.which(
-        "compute-sanitizer", path=f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin"
-    )
-    if tool is None or args.device != "cuda":
-        return []
-    check = [sys.executable, str(BENCH / "check_kernels.py"), "--small", "--dtype", "bfloat16"]
-    # else an access past a tensor lands in PyTorch's pool and goes unseen
-    alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    return [
-        Job(f"{kind}-{target}", [tool, "--tool", kind, *check, "--case", target], False, alone)
-        for kind, target in (("racecheck", "probs"), ("memcheck", "probs"), ("memcheck", "hidden"))
-    ]
-
-
-def sanitizer_figures(output: str) -> Row:
-    return {"summary": re.findall(r"=+ (?:ERROR|RACECHECK) SUMMARY: (.*)", output)[-1:]}
-
-
 def missing_for_training() -> list[str]:
     return [name for name in TRAINER if importlib.util.find_spec(name) is None]
 
 
-def training(args: argparse.Namespace, folder: Path) -> list[Job]:
+def training(args: argparse.Namespace, folder: Path, seconds: float) -> list[Job]:
     """A short run of the built-in task, compiled."""
     if missing_for_training():
         return []
@@ -197,41 +190,43 @@ def training(args: argparse.Namespace, folder: Path) -> list[Job]:
 
 WHY_EMPTY = {
     "tests": lambda: "pytest is not installed",
-    "sanitizer": lambda: "there is no compute-sanitizer here (or no CUDA device)",
+    "races": lambda: "there is no compute-sanitizer here (or no CUDA device)",
     "training": lambda: f"not installed: {', '.join(missing_for_training())}",
 }
-MAIN_CASES = tuple(case.name for case in SUITES["main"])
-MAIN = "triton triton-lse eager autocast gemm"  # blockwise: thousands of launches a step
-RIVALS = "triton textbrewer tinybert automodel triton-recompute"
-# seconds are the most a part gets; those of a call fit in CALL_SECONDS
-FIRST: dict[str, Part] = {
-    "sanity": Part(80, sanity),
-    "main": Part(105, losses("main", 105, "--seconds", "0.5", providers=f"{MAIN} compile")),
-    "ceilings": Part(20, kernels("ceilings", 20)),
-    "kernels": Part(25, kernels("kernels", 25)),
-    "candidates": Part(60, kernels("sweep", 60)),
-    "sanitizer": Part(40, sanitizer, sanitizer_figures),
+# seconds are what a part may count on, those of a call together its limit
+CALLS: dict[str, dict[str, Part]] = {
+    "1": {
+        "ceilings": Part(20, card("ceilings")),
+        "compile": Part(75, compilers("--providers", "triton", "compile", "--candidates")),
+        "check": Part(35, check),
+        "races": Part(35, races, race_figures),
+        "kernels": Part(35, card("kernels")),
+        "candidates": Part(55, card("candidates")),
+        "six": Part(70, card("losses", "--providers", *MAIN)),
+    },
+    "2": {
+        "compile-all": Part(
+            55,
+            compilers("--suite", "headline", "--providers", "triton", "triton-lse", "compile"),
+        ),
+        "headline": Part(110, card("losses", "--suite", "headline", "--providers", *MORE_OF_MAIN)),
+        "tests": Part(60, tests, test_figures),
+        "training": Part(40, training),
+        "attention": Part(25, card("losses", "--case", "probs", "--providers", *ATTENTION)),
+        "loops": Part(35, card("losses", "--providers", *LOOPS)),
+    },
 }
-SECOND: dict[str, Part] = {
-    "headline": Part(110, losses("headline", 110, "--seconds", "0.5", providers=MAIN)),
-    "tests": Part(90, suite, test_figures),
-    "training": Part(40, training),
-    "rivals": Part(30, losses("main", 30, "--seconds", "0.3", providers=RIVALS)),
-    "loss-only": Part(15, losses("main", 15, "--loss-only", "--seconds", "0.3", providers=MAIN)),
-    "growth": Part(40, losses("growth", 40, "--seconds", "0.1", providers=MAIN)),
-}
-PARTS = {**FIRST, **SECOND}
-CALLS = {"1": tuple(FIRST), "2": tuple(SECOND)}
-CALL_SECONDS = 330
-# on demand: longer than a part of the default may be
+# on demand
 MORE: dict[str, Part] = {
+    "loss-only": Part(60, card("losses", "--loss-only", "--providers", *MAIN[:3])),
+    "growth": Part(120, card("losses", "--suite", "growth", "--providers", *MAIN[:3])),
     "crossover": Part(
-        60, losses("crossover", 60, "--seconds", "0.1", providers="triton blockwise eager")
+        120,
+        card("losses", "--suite", "crossover", "--providers", "triton", "blockwise", "eager"),
     ),
-    "sweep": Part(240, kernels("sweep", 240)),
-    "tune": Part(550, kernels("tune", 550)),
-    "max": Part(400, losses("headline", 400, providers="triton triton-lse compile compile-max")),
+    "neighbours": Part(300, card("candidates", "--reach", "1")),
 }
+PARTS = {**CALLS["1"], **CALLS["2"], **MORE}
 
 
 def machine(device: str) -> Row:
@@ -354,16 +349,15 @@ def environment(args: argparse.Namespace) -> dict[str, str]:
 
 
 def run_part(name: str, seconds: float, args: argparse.Namespace, results: Results) -> Row:
-    part = {**PARTS, **MORE}[name]
+    part = PARTS[name]
     folder = Path(tempfile.mkdtemp(prefix=f"optima-gpu-{name}-"))
     start, clocks, saved = time.monotonic(), [], 0.0
-    jobs = part.jobs(args, folder)
+    jobs = part.jobs(args, folder, seconds)
     if not jobs:
         row: Row = {"status": "left out", "why": WHY_EMPTY[name]()}
         results.save(name, row)
         return row
     row = {"status": "running", "limit": round(seconds), "jobs": {}}
-    # sanitizers one after the other would need the time of all; nothing is timed while they run
     running = [Running(job, folder, environment(args)) for job in jobs]
     read_at = -CLOCK_EVERY
     try:
@@ -425,46 +419,35 @@ def show_part(name: str, row: Row) -> None:
 
 
 def show_losses(parts: dict[str, Row]) -> None:
-    """Ours against each other contender, from every part that timed the headline cases."""
-    for name in ("main", "headline", "rivals", "loss-only", "max"):
-        by_case: dict[str, dict[str, Row]] = {}
-        for job in parts.get(name, {}).get("jobs", {}).values():
+    """Of every part that timed losses: ours against each other contender, then the peaks."""
+    for name, part in parts.items():
+        by_case: dict[str, list[Row]] = {}
+        for job in part.get("jobs", {}).values():
             for row in job.get("rows", ()):
-                if "ms" in row:
-                    by_case.setdefault(row["case"], {})[row["provider"]] = row
-        for case, found in by_case.items():
-            for ours in ("triton", "triton-lse", "triton-recompute"):
-                if ours not in found:
-                    continue
-                mine = found[ours]
-                floor = (
-                    f", {mine['floor_ms'] / mine['ms']:.0%} of the floor"
-                    if "floor_ms" in mine
-                    else ""
-                )
+                if "peak_mb" in row:
+                    by_case.setdefault(row["case"], []).append(row)
+        for case, rows in by_case.items():
+            for mine in (row for row in rows if row["ours"]):
+                floor = f", {mine['share']:.0%} of the floor" if mine["share"] else ""
                 others = ", ".join(
-                    f"{k} {x['ms'] / mine['ms']:.2f}x"
-                    for k, x in found.items()
-                    if not k.startswith(ours)
+                    f"{x['provider']} {x['ms'] / mine['ms']:.2f}x" for x in rows if x is not mine
                 )
-                print(f"{name:9} {case:22} {ours} {mine['ms']:.4f} ms{floor}; {others}")
+                print(f"{name:9} {case:22} {mine['provider']} {mine['ms']:.4f} ms{floor}; {others}")
+        for case, rows in by_case.items():
+            peaks = ", ".join(f"{x['provider']} {x['peak_mb']:.0f}" for x in rows)
+            print(f"{name:9} {case:22} peak MB: {peaks}")
 
 
 def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--call", choices=CALLS, help="one half of it; default: both")
-    parser.add_argument("--part", nargs="+", choices=[*PARTS, *MORE], help="these parts alone")
-    parser.add_argument(
-        "--seconds", type=float, default=None,
-        help=f"for everything; also GPU_SECONDS (default {CALL_SECONDS} a call)",
-    )  # fmt: skip
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--call", choices=CALLS, default="1")
+    chosen.add_argument("--part", nargs="+", choices=PARTS)
+    parser.add_argument("--seconds", type=float, default=CALL_SECONDS, help="for everything")
     parser.add_argument("--results", default=str(BENCH / "results"), metavar="FOLDER")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, a run or two")
     args = parser.parse_args(argv)
-    if args.seconds is None:
-        calls = 1 if args.call or args.part else len(CALLS)
-        args.seconds = float(os.environ.get("GPU_SECONDS", CALL_SECONDS * calls))
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error(
             f"must have a CUDA device, got PyTorch {torch.__version__} that sees none; give the"
@@ -475,19 +458,16 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parsed(argv)
-    names = list(dict.fromkeys(args.part or CALLS.get(args.call, tuple(PARTS))))
+    names: list[str] = args.part or list(CALLS[args.call])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what runs is stopped, and saved
     results = Results(Path(args.results), machine(args.device))
     facts = results.content["machine"]
     print(", ".join(f"{k} {v}" for k, v in facts.items() if k != "nvidia_smi"), flush=True)
-    start = time.monotonic()
-    known = {**PARTS, **MORE}
-    spare = args.seconds - sum(known[name].seconds for name in names)
-    for name in names:
-        left = args.seconds - (time.monotonic() - start)
-        share = min(
-            left, known[name].seconds + max(0.0, spare) if args.part else known[name].seconds
-        )
+    end = time.monotonic() + args.seconds
+    for i, name in enumerate(names):
+        later = sum(PARTS[x].seconds for x in names[i + 1 :])
+        left = end - time.monotonic()
+        share = max(left - later, min(left, PARTS[name].seconds))
         if share < 5:
             row: Row = {"status": "left out", "why": "no time left"}
         else:

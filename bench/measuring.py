@@ -1,4 +1,4 @@
-"""What the benches share: the machine's facts, checked and interleaved timing, peak memory, rows.
+"""What the benches share: the machine's facts, interleaved timing, peak memory, rows of results.
 
 On a GPU a sample is the time between two CUDA events. The L2 cache is overwritten before it, and
 the stream is kept busy until the host has launched the whole step, so that it is time on the device
@@ -17,6 +17,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -215,22 +216,36 @@ class Timer:
             size = max(2 * getattr(properties, "L2_cache_size", 0), 128 << 20)
             self.cache = torch.empty(size, dtype=torch.int8, device=device)
             self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        self.backlogs: dict[Step, int] = {}
+        self.known: dict[Step, int] = {}  # cycles of backlog on a GPU, else calls a sample
 
     def sample(self, run: Step) -> float:
+        if run not in self.known:
+            self.known[run] = self._backlog(run) if self.cuda else self._calls(run)
         if not self.cuda:
+            calls = self.known[run]
             start = time.perf_counter()
-            run()
-            return (time.perf_counter() - start) * 1e3
-        if run not in self.backlogs:
-            self.backlogs[run] = self._backlog(run)
+            for _ in range(calls):
+                run()
+            return (time.perf_counter() - start) * 1e3 / calls
         self.cache.zero_()
-        torch.cuda._sleep(self.backlogs[run])
+        torch.cuda._sleep(self.known[run])
         self.events[0].record()
         run()
         self.events[1].record()
         torch.cuda.synchronize()
         return self.events[0].elapsed_time(self.events[1])
+
+    def _calls(self, run: Step) -> int:
+        """Enough for the clock, well below a time slice, so that few samples are interrupted."""
+        run()
+        calls = 1
+        while True:
+            start = time.perf_counter()
+            for _ in range(calls):
+                run()
+            if time.perf_counter() - start > 2e-4:
+                return calls
+            calls *= 2
 
     def _backlog(self, run: Step) -> int:
         """Cycles that outlast the host's part of a step by half."""
@@ -257,18 +272,21 @@ class Timer:
 
 
 def interleave(
-    steps: Mapping[str, Step], timer: Timer, *, seconds: float, least: int, most: int | None = None
-) -> dict[str, Spread]:
+    steps: Mapping[Any, Step], timer: Timer, *, seconds: float, least: int
+) -> dict[Any, list[float]]:
     """Samples of all steps in turn, so that a busy machine slows them alike."""
-    samples: dict[str, list[float]] = {name: [] for name in steps}
+    samples: dict[Any, list[float]] = {name: [] for name in steps}
     begin, rounds = time.perf_counter(), 0
     while steps and (rounds < least or time.perf_counter() - begin < seconds):
         for name, run in steps.items():
             samples[name].append(timer.sample(run))
         rounds += 1
-        if most is not None and rounds >= most:
-            break
-    return {name: spread(times) for name, times in samples.items()}
+    return samples
+
+
+def ratio(samples: list[float], anchor: list[float]) -> float:
+    """Median over the rounds of a step's time over the anchor's beside it."""
+    return statistics.median(x / y for x, y in zip(samples, anchor, strict=True))
 
 
 def lost(error: BaseException) -> bool:
@@ -289,7 +307,8 @@ def tidy() -> Iterable[None]:
     try:
         yield
     finally:
-        torch.compiler.reset()
+        if "torch._dynamo" in sys.modules:  # importing it takes a second
+            torch.compiler.reset()
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             with contextlib.suppress(RuntimeError):
                 torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Launch configurations: what to try, which to take, and kernels/launch.py rewritten with them.
+"""Launch configurations: what to try, which to take, and how kernels/launch.py writes it.
 
 A table is a dict of kernels/launch.py from a key, whose first number is the compute capability's
 major one, to a NamedTuple of tile sizes and compiler options. Entries are changed in place, which a
@@ -7,12 +7,9 @@ launch sees at once; those that a call uses are found by watching it.
 
 from __future__ import annotations
 
-import ast
-import importlib.util
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -127,70 +124,3 @@ def literal(key: Key, config: Any) -> str:
         f"{f}={getattr(config, f)!r}" for f, x in defaults.items() if getattr(config, f) != x
     ]
     return f"{key!r}: {type(config).__name__}({', '.join(values)}),"
-
-
-def _key_of(node: ast.expr | None) -> Key | None:
-    try:
-        return ast.literal_eval(node) if node is not None else None
-    except ValueError:
-        return None
-
-
-def rewritten(source: str, entry: Entry, config: Any, provenance: str) -> str:
-    """A launch module's text with one entry replaced or added, its provenance in a comment."""
-    assigned = next(
-        (
-            node
-            for node in ast.parse(source).body
-            if isinstance(node, (ast.Assign, ast.AnnAssign))
-            and isinstance(node.value, ast.Dict)
-            and entry.table
-            in {
-                getattr(x, "id", "")
-                for x in (node.targets if isinstance(node, ast.Assign) else [node.target])
-            }
-        ),
-        None,
-    )
-    if assigned is None:
-        raise ValueError(f"the launch module has no table {entry.table} written as a plain dict")
-    assert isinstance(assigned.value, ast.Dict)
-    lines = source.splitlines()
-    new = [f"    # {provenance}", f"    {literal(entry.key, config)}"]
-    for key, value in zip(assigned.value.keys, assigned.value.values, strict=True):
-        if key is not None and _key_of(key) == entry.key:
-            start, end = key.lineno - 1, value.end_lineno
-            while lines[start - 1].lstrip().startswith("#"):
-                start -= 1  # what was said of the old entry
-            return "\n".join([*lines[:start], *new, *lines[end:]]) + "\n"
-    end = assigned.value.end_lineno
-    assert end is not None
-    return "\n".join([*lines[: end - 1], *new, *lines[end - 1 :]]) + "\n"
-
-
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("launch_read_again", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def write(path: Path, chosen: Mapping[Entry, tuple[Any, str]], target: Path | None = None) -> None:
-    """Rewrite a launch module, or a copy of it, with the chosen entries; read it again to be sure.
-
-    Args:
-        path: the module to start from.
-        chosen: the configuration and the provenance of each entry.
-        target: where to write; by default the module itself.
-    """
-    text = path.read_text(encoding="utf-8")
-    for entry, (config, provenance) in chosen.items():
-        text = rewritten(text, entry, config, provenance)
-    target = path if target is None else target
-    target.write_text(text, encoding="utf-8")
-    again = tables(load(target))
-    for entry, (config, _) in chosen.items():
-        if tuple(again[entry.table][entry.key]) != tuple(config):
-            raise RuntimeError(f"{target}: {entry} reads back as {again[entry.table][entry.key]}")

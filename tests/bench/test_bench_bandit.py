@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 import bench_bandit
@@ -18,48 +17,55 @@ def alone(monkeypatch):
         monkeypatch.setitem(sys.modules, package, None)
 
 
+def compare(*names, arms=7):
+    return bench_bandit.compare(names, arms, seconds=0.0, least=2, runs=2, rounds=100)
+
+
 @pytest.mark.usefixtures("alone")
-def test_the_smoke_form_times_every_policy(tmp_path, capsys):
-    path = tmp_path / "bandit.jsonl"
-    assert bench_bandit.main(["--smoke", "--json", str(path)]) == 0
-    printed = capsys.readouterr().out
-    for package in ("mabwiser", "river"):
-        assert f"{package} is left out: pip install {package} to compare (" in printed
-    rows = {row["policy"]: row for row in map(json.loads, path.read_text().splitlines())}
-    assert set(rows) == {*bandit.names(), "numpy paper"} - {"fixed", "greedy"}
-    for name, row in rows.items():
-        assert f"| {name} | " in printed
-        times = {key: value for key, value in row.items() if "arms" in key}
-        own = name != "numpy paper" and bandit.BACKEND == "c++"
-        assert len(times) == (4 if own else 2)
-        assert all(0.01 < value < 1e5 for value in times.values())
+def test_every_policy_is_timed_and_who_is_not_installed_is_named():
+    found, samples = compare(*bench_bandit.makers())
+    cores = ("C++", "Python") if bandit.BACKEND == "c++" else ("Python",)
+    names = set(bandit.names()) - {"fixed", "greedy"}
+    assert set(samples) == {"numpy paper", *(f"{n}, {core}" for n in names for core in cores)}
+    for name in samples:
+        row = found[name]
+        assert 1e-5 < row["ms"] < 100
+        assert row["ratio"] > 0
+        assert row["ours"] == (name != "numpy paper")
         assert all(0.3 < row[f"earns, {world}"] <= 1 for world in ("stationary", "drifting"))
+    for name in ("mabwiser UCB1", "river ThompsonSampling"):
+        assert found[name]["left_out"].startswith(f"{name}: ")
 
 
-@pytest.mark.usefixtures("alone")
-def test_who_does_not_find_the_best_arm_is_not_timed(monkeypatch, capsys):
+def test_what_is_earned_is_of_seven_arms():
+    found, _ = compare("random, Python", arms=3)
+    assert not any(key.startswith("earns") for key in found["random, Python"])
+
+
+def test_who_does_not_find_the_best_arm_is_not_timed(monkeypatch):
     class Backwards(bench_bandit.Numpy):
         def update(self, arm, reward):
             super().update(arm, -reward)
 
     monkeypatch.setattr(bench_bandit, "Numpy", Backwards)
-    assert bench_bandit.main(["--smoke"]) == 1
-    printed = capsys.readouterr().out
-    assert "numpy paper: does not find the best of three arms" in printed
-    assert "Microseconds" not in printed
+    found, samples = compare("numpy paper", "random, Python")
+    assert "numpy paper, 7 arms: does not find the best of three" in found["numpy paper"]["failed"]
+    assert set(samples) == {"random, Python"}
+    assert found["random, Python"]["ratio"] is None
 
 
 @pytest.mark.skipif(bandit.BACKEND != "c++", reason="the extension is not built")
-@pytest.mark.usefixtures("alone")
-def test_a_core_that_is_not_its_twin_is_found(monkeypatch, capsys):
+def test_a_core_that_is_not_its_twin_is_found(monkeypatch):
     ours = bench_bandit.ours
 
     def other(name, twin, arms, seed):
         return ours(name, twin, arms, seed + (twin and name == "random"))
 
     monkeypatch.setattr(bench_bandit, "ours", other)
-    assert bench_bandit.main(["--smoke"]) == 1
-    assert "random, 7 arms: C++ pulls other arms than its twin" in capsys.readouterr().out
+    found, samples = compare("random, C++", "random, Python", "paper, C++")
+    wrong = found["random, C++"]["failed"]
+    assert wrong == "WRONG: random, C++, 7 arms: C++ pulls other arms than its twin"
+    assert set(samples) == {"random, Python", "paper, C++"}
 
 
 def test_a_rival_is_told_every_reward(monkeypatch):

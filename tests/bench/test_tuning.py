@@ -1,16 +1,13 @@
-"""What the tuner tries, what it takes, and that it rewrites the launch table and nothing else."""
+"""What is tried beside an entry of a launch table, what is taken, and how it is written."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import tuning
 from measuring import Spread
 from tuning import Entry
-
-LAUNCH = Path(__file__).resolve().parents[2] / "kernels" / "launch.py"
 
 
 class Config(NamedTuple):
@@ -48,6 +45,7 @@ def test_candidates_stay_in_range_and_leave_other_fields():
 
 def test_candidates_that_are_listed_are_tried_with_fewer_steps():
     far = Config(16, 256, 1, 1)
+    assert tuning.candidates(START, 0, (far,)) == [START, far]
     assert tuning.candidates(START, 1, (far,)) == [START, far, *tuning.candidates(START, 1)[1:]]
     found = tuning.candidates(START, 2, (far, START))
     assert set(found) == {*tuning.candidates(START, 2), *tuning.candidates(far, 1)}
@@ -98,81 +96,36 @@ def test_the_entries_that_a_call_uses_are_found():
     assert type(tables["U"][8, 2]) is Config
 
 
-SOURCE = '''"""Tables."""
-from typing import NamedTuple
-
-class Config(NamedTuple):
+class Full(NamedTuple):
     block_m: int
     num_warps: int
     programs: int = 0
     split: int = 1
 
-LIMIT = 3
-# said of the table
-FIRST = {
-    (8, 2): Config(128, 4),
-    # said of (9, 2)
-    # in two lines
-    (9, 2): Config(
-        64, 8
-    ),
-}
-SECOND: dict[tuple[int, ...], Config] = {(9, 2, 64): Config(32, 2)}
-THIRD = {
-    (9, 2): Config(16, 1),
-}
-'''
+
+@pytest.mark.parametrize(
+    ("config", "source"),
+    [
+        (Full(256, 16), "(9, 2): Full(256, 16),"),
+        (Full(256, 16, split=2), "(9, 2): Full(256, 16, split=2),"),
+        (Full(256, 16, 1, 2), "(9, 2): Full(256, 16, programs=1, split=2),"),
+    ],
+)
+def test_an_entry_as_source(config, source):
+    assert tuning.literal((9, 2), config) == source
+    assert eval(f"{{{source}}}") == {(9, 2): config}
 
 
-@pytest.fixture
-def module(tmp_path):
-    path = tmp_path / "launch_copy.py"
-    path.write_text(SOURCE)
-    return path
-
-
-def test_an_entry_is_replaced_with_its_comment(module):
-    config = tuning.load(module).Config
-    tuning.write(module, {Entry("FIRST", (9, 2)): (config(256, 16), "0.1 ms, card, date")})
-    text = module.read_text()
-    assert "    # 0.1 ms, card, date\n    (9, 2): Config(256, 16),\n}\n" in text
-    assert "said of (9, 2)" not in text
-    assert "# said of the table\nFIRST = {\n    (8, 2): Config(128, 4),\n" in text
-    assert text.partition("SECOND")[2] == SOURCE.partition("SECOND")[2]
-    again = tuning.tables(tuning.load(module))
-    assert set(again) == {"FIRST", "SECOND", "THIRD"}
-    assert again["FIRST"] == {(8, 2): (128, 4, 0, 1), (9, 2): (256, 16, 0, 1)}
-
-
-def test_an_entry_is_added(module, tmp_path):
-    target = tmp_path / "other.py"
-    config = tuning.load(module).Config
-    chosen = {
-        Entry("FIRST", (10, 2)): (config(64, 2), "new"),
-        Entry("THIRD", (8, 4)): (config(32, 2, split=2), "new too"),
-    }
-    tuning.write(module, chosen, target)
-    assert module.read_text() == SOURCE
-    again = tuning.tables(tuning.load(target))
-    assert again["FIRST"][10, 2] == (64, 2, 0, 1)
-    assert again["THIRD"] == {(9, 2): (16, 1, 0, 1), (8, 4): (32, 2, 0, 2)}
-    assert "    (8, 4): Config(32, 2, split=2),\n" in target.read_text()
-
-
-def test_a_table_that_is_not_there(module):
-    with pytest.raises(ValueError, match="no table NONE written as a plain dict"):
-        tuning.rewritten(SOURCE, Entry("NONE", (9, 2)), A, "x")
-
-
-def test_the_real_tables_can_be_rewritten_entry_by_entry(tmp_path):
-    """Every table is found, and each entry can be changed in the text without touching another."""
-    found = tuning.tables(tuning.load(LAUNCH))
+def test_the_real_tables_and_their_candidates():
+    """A candidate is of a table, for a key that it may have, and of the kind of its entries."""
+    launch = pytest.importorskip("optima_fast.kernels.launch")
+    found = tuning.tables(launch)
     assert any(name.startswith("PRODUCT") for name in found)
-    target = tmp_path / "launch.py"
-    for name, table in found.items():
-        for key, config in table.items():
-            changed = next(x for x in tuning.candidates(config, 1) if x != config)
-            tuning.write(LAUNCH, {Entry(name, key): (changed, "a test")}, target)
-            again = tuning.tables(tuning.load(target))
-            assert again.pop(name) == {**table, key: changed}
-            assert again == {k: v for k, v in found.items() if k != name}
+    assert launch.CANDIDATES
+    for name, listed in launch.CANDIDATES.items():
+        assert name in found
+        entry = next(iter(found[name].values()))
+        lengths = {len(key) for key in found[name]}
+        for key, configs in listed.items():
+            assert len(key) in lengths
+            assert all(type(config) is type(entry) for config in configs)

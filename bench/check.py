@@ -1,7 +1,7 @@
 """Quick sanity of the Triton kernels on this machine: against float64, twice, with masks.
 
-    python bench/check_kernels.py                 # every loss and dtype, small odd shapes
-    python bench/check_kernels.py --case probs --dtype bfloat16 --small   # for compute-sanitizer
+    python bench/check.py                                  # every loss and dtype, small odd shapes
+    python bench/check.py --case probs-odd --dtype bfloat16 --once   # for compute-sanitizer
 
 A cell holds if losses and gradients are within a bound of the dtype's rounding, a second run
 returns the same bits, what is masked holds nan, and, on a GPU, nothing waits for the host.
@@ -36,7 +36,6 @@ HIDDEN = {
     "odd": ((2, 77, 65, 130), (1, 5, 300, 40), (3, 129, 48, 96)),
     "large": ((4, 300, 768, 1024),),
 }
-SMALL = "odd"
 SCALE = 4096.0
 
 
@@ -165,9 +164,9 @@ def run(cell: Callable[[], float], target: str, name: str, dtype: str, rows: Row
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--case", default="", help="hidden, scores or probs")
+    parser.add_argument("--case", default="", help="cells whose name contains this, as probs-odd")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: what the device has")
-    parser.add_argument("--small", action="store_true", help="one cell a loss, each run once")
+    parser.add_argument("--once", action="store_true", help="run each once, for a sanitizer")
     parser.add_argument("--json", metavar="FILE", help="append one line a cell")
     parser.add_argument("--resume", action="store_true", help="leave out cells that FILE has")
     args = parser.parse_args(argv)
@@ -178,12 +177,12 @@ def main(argv: list[str] | None = None) -> int:
     rows, good = Rows(args.json, facts, resume=args.resume), True
     for dtype in kinds:
         for target, name, shapes in cells():
-            if args.case not in target or (args.small and name != SMALL):
+            if args.case not in f"{target}-{name}":
                 continue
 
             def cell(target=target, shapes=shapes, dtype=dtype) -> float:  # type: ignore[no-untyped-def]
                 problem = Problem(target, shapes, DTYPES[dtype], args.device)
-                return check(problem, bound(DTYPES[dtype]), args.device, again=not args.small)
+                return check(problem, bound(DTYPES[dtype]), args.device, again=not args.once)
 
             good &= run(cell, target, name, dtype, rows)
     rows.close()
