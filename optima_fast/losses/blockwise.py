@@ -95,33 +95,41 @@ def hidden_mse(
     need_weight: bool,
     dtype: torch.dtype,
 ) -> Gradients:
-    """Mean of ``(student @ weight - teacher) ** 2``; gradients of student and weight."""
+    """Mean of ``(student @ weight - teacher) ** 2``; gradients of student and weight.
+
+    Where student and weight are bfloat16, the residual is float32's and rounded for the products of
+    the gradients, as in the Triton kernels; every sum is float32's.
+    """
     (B, N, d_s), d_t = student.shape, weight.shape[1]
     w = weight.to(dtype)
+    narrow = torch.bfloat16 if student.dtype == weight.dtype == torch.bfloat16 else dtype
     d_student, d_weight = empty_gradient(student, need_student), empty_gradient(weight, need_weight)
     if not teacher.numel():
         return nothing(w, d_student, d_weight)
     count: Tensor | float = float(teacher.numel())
     if mask is not None:
         count = (mask.sum() * d_t).clamp(min=1).to(dtype)
-    back = (w * (2 / count)).t()
+    back = (w * (2 / count)).to(narrow).t()
     dw = w.new_zeros(d_s, d_t) if need_weight else None
     items, rows = block_shape(B, N, max(d_s, d_t))
     work = w.new_empty(items * rows * d_t)
     partial = []
     for b0, b1 in starts(B, items):
         for i0, i1 in starts(N, rows):
-            x = student[b0:b1, i0:i1].reshape(-1, d_s).to(dtype)
+            x = student[b0:b1, i0:i1].reshape(-1, d_s)
             y = teacher[b0:b1, i0:i1].reshape(-1, d_t).to(dtype)
-            residual = torch.addmm(y, x, w, beta=-1, out=view(work, len(x), d_t))
+            residual = torch.addmm(y, x.to(dtype), w, beta=-1, out=view(work, len(x), d_t))
             if mask is not None:
                 masked = ~mask[b0:b1, i0:i1].reshape(-1, 1)
                 x, residual = x.masked_fill(masked, 0), residual.masked_fill_(masked, 0)
             partial.append(residual.square().sum())
+            x, residual = x.to(narrow), residual.to(narrow)
             if d_student is not None:
                 d_student[b0:b1, i0:i1] = (residual @ back).view(b1 - b0, i1 - i0, d_s)
-            if dw is not None:
+            if dw is not None and narrow == dtype:
                 dw.addmm_(x.t(), residual)
+            elif dw is not None:
+                dw += x.t() @ residual
     if d_weight is not None and dw is not None:
         d_weight.copy_(dw.mul_(2 / count))
     return Gradients(mean(partial, count), d_student, d_weight)
