@@ -31,7 +31,14 @@ import torch
 from torch import Tensor
 
 from . import launch, probs_rows, probs_sweeps
-from .attention_tiles import Counted, Model, is_dense, residual_width, width
+from .attention_tiles import (
+    Counted,
+    Model,
+    in_powers_of_two,
+    is_dense,
+    residual_width,
+    width,
+)
 from .core import accumulator, device_refusals, dtype_refusals
 from .layers import groups, in_order
 from .probs_rows import Tiles
@@ -85,10 +92,10 @@ def attention_probs_forward(
 
     Returns:
         losses ``[L]``; residuals, L x ``[B, Nq, residual_width(Nk)]`` in the students' dtype, zero
-        where nothing counts, times ``2**SHIFTS[dtype][1]`` for float16; the students' log-sum-exp,
-        L x ``[B, H_s, Nq]``; scales ``[L]`` (2 / n, n at least 1). Losses, log-sum-exp and scales
-        are float32 or float64. The two lists are empty if no gradient is wanted. A log-sum-exp
-        that was given is returned itself.
+        where nothing counts, times ``2**SHIFTS[dtype][1]`` for float16; the students' log-sum-exp
+        in powers of two, L x ``[B, H_s, Nq]``; scales ``[L]`` (2 / n, n at least 1). Losses,
+        log-sum-exp and scales are float32 or float64. The two lists are empty if no gradient is
+        wanted.
     """
     student = Model.of(student_q, student_k, student_scale).positive()
     teacher = Model.of(teacher_q, teacher_k, teacher_scale).positive()
@@ -210,7 +217,7 @@ def _backward_tiles(student: Model, layer: int) -> Tiles | None:
 def _log_sums(
     model: Model, pairs: Counted, given: Sequence[Tensor | None], tiles: Sequence[Tiles | None]
 ) -> list[Tensor]:
-    """[B, H, Nq] of each layer: as given, computed, or room for what the residual finds."""
+    """[B, H, Nq] of each layer, in powers of two: given, computed, or room for what is found."""
     dtype, _ = accumulator(model.q[0])
     missing = [
         i for i, (lse, tile) in enumerate(zip(given, tiles, strict=True))
@@ -220,6 +227,6 @@ def _log_sums(
     return [
         computed[i] if i in computed
         else q.new_empty(q.shape[:3], dtype=dtype) if lse is None
-        else lse.to(dtype).contiguous()
+        else in_powers_of_two(lse, dtype)
         for i, (q, lse) in enumerate(zip(model.q, given, strict=True))
     ]  # fmt: skip

@@ -130,7 +130,7 @@ def keys_seen(rows, row, keys, CAUSAL: tl.constexpr):
 
 @triton.jit
 def log_sums(ptr, rows, SHIFT, MASKED: tl.constexpr):
-    """Of the rows at ptr: log2 sums less SHIFT, and which rows are to be read.
+    """Of the rows at ptr: log-sum-exp in powers of two less SHIFT, and which rows are to be read.
 
     A query that counts but sees no key has -inf, or anything where the log-sum-exp was given: it
     is not read, for it may hold nan.
@@ -139,7 +139,7 @@ def log_sums(ptr, rows, SHIFT, MASKED: tl.constexpr):
     if MASKED:
         rows &= lse > -float("inf")
         lse = tl.where(rows, lse, 0.0)
-    return lse * LOG2E - SHIFT, rows
+    return lse - SHIFT, rows
 
 
 @triton.jit
@@ -223,6 +223,11 @@ def is_dense(x: Tensor) -> bool:
 def strides(x: Tensor) -> tuple[int, int, int]:
     """Of B, H and N."""
     return stride(x, 0), stride(x, 1), stride(x, 2)
+
+
+def in_powers_of_two(lse: Tensor, dtype: torch.dtype) -> Tensor:
+    """A natural log-sum-exp as the kernels keep it: each change of base would cost accuracy."""
+    return (lse.to(dtype) * LOG2E.value).contiguous()
 
 
 def width(x: Tensor) -> int:

@@ -88,7 +88,7 @@ def _add_map(
             k = load_rows(k_ptr + BLOCK_N * stride_k, stride_k, cols_tail, 0, WIDTH, D, False)
             s_tail = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC)
         if GIVEN:
-            lse = tl.load(lse_ptr, mask=rows, other=0.0) * LOG2E
+            lse = tl.load(lse_ptr, mask=rows, other=0.0)
             acc += weight * tl.exp2(s * c - lse[:, None])
             if TAIL:
                 acc_tail += weight * tl.exp2(s_tail * c - lse[:, None])
@@ -111,7 +111,7 @@ def _add_map(
             if TAIL:
                 acc_tail += p_tail * share[:, None]
             if STORE:
-                lse = tl.where(sums == 0, -float("inf"), (top + tl.log2(some)) / LOG2E)
+                lse = tl.where(sums == 0, -float("inf"), top + tl.log2(some))
                 tl.store(lse_ptr, lse, mask=rows)
         q_ptr += model.q_stride[1]
         k_ptr += model.k_stride[1]

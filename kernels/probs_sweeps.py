@@ -113,7 +113,7 @@ def _lse_kernel(
     m = tl.arange(0, BLOCK_M)
     lse_ptr = pick(lse_ptrs, layer) + (item.to(tl.int64) * heads + head) * queries + row
     lse = tl.where(total == 0, -float("inf"), top + tl.log2(tl.where(total == 0, 1.0, total)))
-    tl.store(lse_ptr + m, lse / LOG2E, mask=m < queries - row)
+    tl.store(lse_ptr + m, lse, mask=m < queries - row)
 
 
 @triton.jit
@@ -135,7 +135,7 @@ def _add_map(
     for _ in tl.range(0, heads):
         q = load_rows(q_ptr, stride_q, rows, 0, WIDTH, D, WHOLE)
         k = load_rows(k_ptr, stride_k, cols, 0, WIDTH, D, WHOLE)
-        lse = tl.load(lse_ptr, mask=rows, other=0.0) * LOG2E + log_heads
+        lse = tl.load(lse_ptr, mask=rows, other=0.0) + log_heads
         s = products(q, k, q_ptr, k_ptr, stride_q, stride_k, rows, cols, WIDTH, CHUNK, D, ACC)
         acc += sign * tl.exp2(s * c - lse[:, None])
         q_ptr += model.q_stride[1]
@@ -342,7 +342,7 @@ def _dk_sweep(
             lse, rows = log_sums(lse_ptr + row, rows, P_SHIFT, MASKED)
             term = tl.load(term_ptr + row + m, mask=rows, other=0.0)
         else:
-            lse = tl.load(lse_ptr + row + m) * LOG2E - P_SHIFT
+            lse = tl.load(lse_ptr + row + m) - P_SHIFT
             term = tl.load(term_ptr + row + m)
         q_ptr = q_base + tl.cast(row, tl.int64) * stride_q
         q = load_rows(q_ptr, stride_q, rows, 0, WIDTH, D, not EDGE)

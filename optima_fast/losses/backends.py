@@ -321,7 +321,7 @@ def _triton_attention_backward(grad: Tensor, saved: list[Tensor], x: AttentionIn
 
     layers, scale = len(x.student_q), saved[-1]
     lses = [
-        lse if given is None else given.to(scale.dtype).contiguous()
+        lse if given is None else probs.in_powers_of_two(given, scale.dtype)
         for lse, given in zip(saved[layers:-1], x.student_lse, strict=True)
     ]
     first, second = probs.attention_probs_backward(*inputs, saved[:layers], lses, scale, **settings)

@@ -342,7 +342,10 @@ def test_triton_by_name_serves_the_public_function(problem, loss, dtype, recompu
         p("triton", -2.0), p("reference", -2.0), p.double()("reference", -2.0), strict=True
     )
     for name, compared in zip(names, results, strict=True):
-        assert_as_good_as_eager(name, *compared)
+        # a probability is 2 to a difference of scores, below 2**4 here: it errs by 6 eps where
+        # eager's first subtracts the greatest and divides by the sum
+        size = (4 if loss == "probs" else 1) * compared[2].abs().max().item()
+        assert_as_good_as_eager(name, *compared, scale=size)
     with torch.no_grad():
         only = p.loss(*p.arguments(p.trained), backend="triton", **p.options)
     assert torch.equal(only, p("triton")[0])
