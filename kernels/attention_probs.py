@@ -1,4 +1,4 @@
-"""Mean squared error of head-averaged attention maps, for many layers of any shapes in one launch.
+"""Mean squared error of head-averaged attention maps, for many layers of any shapes.
 
     P_h = softmax_j(s Q_h K_h^T)          over the keys that count; s: the model's scale
     R   = mean_h P_h^s - mean_h P_h^t     0 at pairs that do not count

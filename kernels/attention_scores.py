@@ -1,4 +1,4 @@
-"""Mean squared error of head-averaged attention scores, for many layers in one launch.
+"""Mean squared error of head-averaged attention scores, for many layers of any shapes.
 
     R = V (a_s sum_h Qs_h Ks_h^T - a_t sum_h Qt_h Kt_h^T)    a = scale / heads, V: the valid pairs
     loss = sum R^2 / n              n = valid pairs; none: 0

@@ -1,4 +1,4 @@
-"""Mean squared error of projected hidden states, for many layers of any shapes in one launch.
+"""Mean squared error of projected hidden states, for many layers, those of one form in one launch.
 
     E = M (Hs W - Ht)               Hs: [T, d_s], W: [d_s, d_t], Ht: [T, d_t]; M: which tokens count
     loss = sum E^2 / n              n = (tokens that count) * d_t; no token counts: 0

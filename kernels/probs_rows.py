@@ -1,8 +1,9 @@
-"""Kernels of head-averaged attention maps whose rows fit in registers: up to 272 keys.
+"""Kernels of head-averaged attention maps whose rows fit in registers: up to 256 keys.
 
 A program holds whole rows, so that the softmax needs no second sweep: one launch forward, with the
-log-sum-exp as a by-product, and one backward for both gradients. Keys are a tile of 64, 128 or 256,
-and queries blocks of 64, each with a tail of up to 16: 77 tokens take 64 + 16, not 128.
+log-sum-exp as a by-product. Keys are a tile of 64, 128 or 256 and queries blocks of 64; beside 64
+there may be a tail of up to 16: 77 tokens take 64 + 16, not 128. The backward kernel holds all of
+such a short map's queries too, and gives both gradients.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Both functions take all matched layers in one call and return one value a layer. Backends:
 ``reference`` (plain PyTorch: the meaning), ``blockwise`` (cache-sized blocks, any device) and
-``triton`` (one launch for all layers, CUDA). ``auto`` takes ``triton`` on a CUDA device where it
-can serve, except for products of float32, else ``blockwise``.
+``triton`` (one launch for layers of one form, CUDA). ``auto`` takes ``triton`` on a CUDA device
+where it can serve, except for products of float32, else ``blockwise``.
 """
 
 from __future__ import annotations

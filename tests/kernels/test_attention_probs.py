@@ -27,7 +27,7 @@ pytestmark = [
 BFLOAT16 = pytest.mark.skipif(
     not ON_GPU, reason="the interpreter multiplies the bit patterns of bfloat16"
 )
-# a row of a map in registers, up to 128 tokens and not for float32, or several sweeps
+# a row of a map in registers, up to 256 keys and not for float32, or several sweeps
 CASES = [
     pytest.param("rows", torch.float16, id="rows-float16"),
     pytest.param("rows", torch.bfloat16, id="rows-bfloat16", marks=BFLOAT16),
