@@ -44,7 +44,7 @@ WIDE_COPY = (
     r"\bcp\.async\.cg\.shared\.global .*0x10|\bcp\.async\.bulk\.tensor\S*\.shared"
     r"|\bld\.global\S*\.(?:v4\.b32|v2\.b64)"
 )
-# programs of an operator that a multiprocessor must hold, so that one's epilogue hides under
+# programs of a kernel that a multiprocessor must hold, so that one's epilogue hides under
 # another's products; by default one
 RESIDENT = {"hidden_forward": 2, "hidden_forward_tma": 2}
 TIMED = "timed on an H200: another program on the multiprocessor is worth more than the spill"
