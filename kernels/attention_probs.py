@@ -80,9 +80,10 @@ def attention_probs_forward(
     """Losses of L layers, and what their backward needs.
 
     Args:
-        student_q, student_k: L x ``[B, H_s, Nq, d_s]`` and ``[B, H_s, Nk, d_s]`` of one dtype. All
-            sizes may differ from layer to layer; any strides, read in place where rows are dense.
-        teacher_q, teacher_k: L x ``[B, H_t, Nq, d_t]`` and ``[B, H_t, Nk, d_t]`` of one dtype.
+        student_q, student_k: L x ``[B, H_s, Nq, d_s]`` and ``[B, G_s, Nk, d_s]`` of one dtype; head
+            h of q takes head ``h // (H_s / G_s)`` of k. All sizes may differ from layer to layer;
+            any strides, read in place where rows are dense.
+        teacher_q, teacher_k: L x ``[B, H_t, Nq, d_t]`` and ``[B, G_t, Nk, d_t]`` of one dtype.
         query_masks, key_masks: L x ``[B, Nq]`` and ``[B, Nk]`` bool, True what counts, or None.
         student_lse, teacher_lse: L x ``[B, H, Nq]``, natural log-sum-exp of the scaled scores over
             the keys that count, or None where it is to be computed.
@@ -167,7 +168,7 @@ def attention_probs_backward(
             be scaled later) of float16 inputs underflows in float16.
 
     Returns:
-        dQ, L x ``[B, H_s, Nq, d_s]``, and dK, L x ``[B, H_s, Nk, d_s]``, in the layout that
+        dQ, L x ``[B, H_s, Nq, d_s]``, and dK, L x ``[B, G_s, Nk, d_s]``, in the layout that
         ``torch.empty_like`` gives; None where none was asked for.
     """
     student = Model.of(student_q, student_k, student_scale)
@@ -211,6 +212,8 @@ def _forward_tiles(student: Model, teacher: Model, layer: int) -> Tiles | None:
 
 def _backward_tiles(student: Model, layer: int) -> Tiles | None:
     x = student.q[layer]
+    if student.share(layer) > 1:
+        return None
     return probs_rows.backward_tiles(x.shape[2], student.k[layer].shape[2], width(x), x)
 
 

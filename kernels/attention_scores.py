@@ -58,7 +58,7 @@ def _add_scores(
     k_ptr = place(pick(model.k, layer), model.k_stride, item, 0, col)
     return add_product(
         acc, q_ptr, k_ptr, model.q_stride[1], model.q_stride[2], 1, model.k_stride[1], 1,
-        model.k_stride[2], rows, cols, heads, width, BLOCK_K, WHOLE,
+        model.k_stride[2], rows, cols, heads, model.share, width, BLOCK_K, WHOLE,
     )  # fmt: skip
 
 
@@ -161,13 +161,14 @@ def _extent(ptr, length, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["heads", "of", "scale", "queries", "keys"])
 def _scores_backward_kernel(
     r_ptrs,  # [B, Nq, stride_r]
-    x_ptrs,  # [B, H, Nk, D] keys; TRANSPOSED: [B, H, Nq, D] queries
+    x_ptrs,  # [B, H, Nk, D] keys; TRANSPOSED: [B, H share, Nq, D] queries
     masks,  # Masks
     dx_ptrs,  # [B, H, Nq, D] out: of the queries; TRANSPOSED: [B, H, Nk, D] of the keys
     factor_ptr,  # [L]: 2 g / n
     x_stride,  # of B, H and N
     dx_stride,
     heads,
+    share,  # heads of x for each of dx, which are summed
     of,
     width,
     scale,
@@ -213,30 +214,31 @@ def _scores_backward_kernel(
     m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     in_rows, in_cols = m < length - row, n < width - col
     r_ptr = pick(r_ptrs, layer) + item.to(tl.int64) * queries * stride_r
-    x_ptr = place(pick(x_ptrs, layer), x_stride, item, head, 0) + col
     stride_x = x_stride[2]
     x_tile = k[:, None] * stride_x + n[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
-    for start in tl.range(low, high, BLOCK_K):
-        inner = start + k
-        if TRANSPOSED:
-            r_tile = r_ptr + tl.cast(start, tl.int64) * stride_r + row
-            r_tile += k[:, None] * stride_r + m[None, :]
-            r_mask = (inner < high)[:, None] & (m < stride_r - row)[None, :]
-        else:
-            r_tile = r_ptr + tl.cast(row, tl.int64) * stride_r + start
-            r_tile += m[:, None] * stride_r + k[None, :]
-            r_mask = in_rows[:, None] & (k < stride_r - start)[None, :]
-        x_at = x_ptr + tl.cast(start, tl.int64) * stride_x + x_tile
-        if WHOLE:
-            r, x = tl.load(r_tile), tl.load(x_at)
-        else:
-            r = tl.load(r_tile, mask=r_mask, other=0.0)
-            counts = _counts(q_mask if TRANSPOSED else k_mask, inner, high, MASKED)
-            x = tl.load(x_at, mask=counts[:, None] & in_cols[None, :], other=0.0)
-        if TRANSPOSED:
-            r = tl.trans(r)
-        acc = tl.dot(r, x, acc, input_precision="ieee", out_dtype=ACC)
+    for of_head in tl.range(head * share, (head + 1) * share):
+        x_ptr = place(pick(x_ptrs, layer), x_stride, item, of_head, 0) + col
+        for start in tl.range(low, high, BLOCK_K):
+            inner = start + k
+            if TRANSPOSED:
+                r_tile = r_ptr + tl.cast(start, tl.int64) * stride_r + row
+                r_tile += k[:, None] * stride_r + m[None, :]
+                r_mask = (inner < high)[:, None] & (m < stride_r - row)[None, :]
+            else:
+                r_tile = r_ptr + tl.cast(row, tl.int64) * stride_r + start
+                r_tile += m[:, None] * stride_r + k[None, :]
+                r_mask = in_rows[:, None] & (k < stride_r - start)[None, :]
+            x_at = x_ptr + tl.cast(start, tl.int64) * stride_x + x_tile
+            if WHOLE:
+                r, x = tl.load(r_tile), tl.load(x_at)
+            else:
+                r = tl.load(r_tile, mask=r_mask, other=0.0)
+                counts = _counts(q_mask if TRANSPOSED else k_mask, inner, high, MASKED)
+                x = tl.load(x_at, mask=counts[:, None] & in_cols[None, :], other=0.0)
+            if TRANSPOSED:
+                r = tl.trans(r)
+            acc = tl.dot(r, x, acc, input_precision="ieee", out_dtype=ACC)
     factor = tl.load(factor_ptr + layer) * tl.cast(scale, ACC) / of
     dx_ptr = place(pick(dx_ptrs, layer), dx_stride, item, head, row) + col
     dx_tile = dx_ptr + m[:, None] * dx_stride[2] + n[None, :]
@@ -272,8 +274,8 @@ def attention_scores_forward(
     """Losses of L layers, and what their backward needs.
 
     Args:
-        student_q, student_k: L x ``[B, H, Nq, d]`` and ``[B, H, Nk, d]`` of one dtype. All sizes
-            may differ from layer to layer.
+        student_q, student_k: L x ``[B, H, Nq, d]`` and ``[B, G, Nk, d]`` of one dtype; head h of q
+            takes head ``h // (H / G)`` of k. All sizes may differ from layer to layer.
         teacher_q, teacher_k: likewise of one dtype, with heads and head sizes of their own.
         query_masks: L x ``[B, Nq]`` bool, True where a query counts, or None where each does.
         key_masks: L x ``[B, Nk]``, likewise.
@@ -343,8 +345,10 @@ def _join(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)[:, None]
 
 
-def _side_by_side(*tensors: Tensor) -> bool:
-    return all(x.shape[1] > 1 and x.stride(1) == x.shape[3] for x in tensors)
+def _side_by_side(x: Tensor, y: Tensor) -> bool:
+    """Whether both have the same heads, each token's side by side."""
+    same = x.shape[1] == y.shape[1] > 1
+    return same and all(z.stride(1) == z.shape[3] for z in (x, y))
 
 
 def _joined(model: Model) -> Model:
@@ -408,13 +412,15 @@ def attention_scores_backward(
     pairs = Counted(query_masks, key_masks, causal)
     r = [_padded(x) for x in residuals]
     results: list[list[Tensor | None]] = []
+    # the mean is over the queries' heads
+    of = [q.shape[1] for q in student_q]
     with torch.cuda.device_of(student_q[0]):
         for outer, inner, need in (
             (student_q, student_k, need_q),
             (student_k, student_q, need_k),
         ):
             out = {i: torch.empty_like(x, dtype=dtype) for i, x in enumerate(outer) if need[i]}
-            _gradients(out, inner, pairs, r, factor, student_scale, outer is student_k)
+            _gradients(out, inner, pairs, r, factor, student_scale, of, outer is student_k)
             results.append([out.get(i) for i in range(len(outer))])
     return results[0], results[1]
 
@@ -426,24 +432,34 @@ def _gradients(
     r: Sequence[Tensor],
     factor: Tensor,
     scale: Sequence[float],
+    of: Sequence[int],
     transposed: bool,
 ) -> None:
-    """Fills ``out``: R times ``inner``, or R^T times it."""
+    """Fills ``out``: R times ``inner``, or R^T times it.
+
+    Heads of ``out`` that share a head of ``inner`` have one gradient, which is copied; those of
+    ``inner`` that share a head of ``out`` are summed.
+    """
     x: dict[int, Tensor] = {}
     dx: dict[int, Tensor] = {}
     # kernels read and write rows that are dense, in a copy where they are not
-    written = {i: y if is_dense(y) else y.new_empty(y.shape) for i, y in out.items()}
+    written = {
+        i: y
+        if is_dense(y) and y.shape[1] <= inner[i].shape[1]
+        else y.new_empty(y.shape[0], min(y.shape[1], inner[i].shape[1]), *y.shape[2:])
+        for i, y in out.items()
+    }
     for i, y in written.items():
         x[i] = inner[i] if is_dense(inner[i]) else inner[i].contiguous()
         joined = _side_by_side(x[i], y)
         x[i], dx[i] = (_join(x[i]), _join(y)) if joined else (x[i], y)
     forms = {
-        i: (y.shape, strides(y), x[i].shape[2], strides(x[i]), inner[i].shape[1], scale[i],
-            pairs.form(i))
+        i: (y.shape, strides(y), x[i].shape[1:3], strides(x[i]), of[i], scale[i], pairs.form(i))
         for i, y in dx.items()
-    }  # fmt: skip
-    for (shape, dx_stride, others, x_stride, of, c, (masked, causal)), part in groups(forms):
+    }
+    for (shape, dx_stride, (of_heads, others), x_stride, mean_of, c, form), part in groups(forms):
         B, heads, length, d = shape
+        masked, causal = form
         like = r[part[0]]
         config = _config(launch.SCORES_BACKWARD, like, d)
         m, n, step = config.block_m, config.block_n, config.block_k
@@ -453,11 +469,11 @@ def _gradients(
             _scores_backward_kernel[(tiles, len(part))](
                 pointers(r, part), pointers(x, part), pairs.arguments(like, queries, keys, part),
                 pointers(dx, part), of_layers(factor, part), x_stride, dx_stride,
-                heads, of, d, c, queries, keys, residual_width(keys),
+                heads, of_heads // heads, mean_of, d, c, queries, keys, residual_width(keys),
                 TRANSPOSED=transposed, MASKED=masked, CAUSAL=causal,
                 WHOLE=not (masked or causal or length % m or d % n or others % step),
                 ACC=accumulator(like)[1], **launch.options(config),
             )  # fmt: skip
     for i, y in written.items():
         if y is not out[i]:
-            out[i].copy_(y)
+            out[i].unflatten(1, (y.shape[1], -1)).copy_(y[:, :, None])

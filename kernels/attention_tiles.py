@@ -26,9 +26,10 @@ class Heads(NamedTuple):
     """The queries and keys of one model's layers, as a kernel takes them."""
 
     q: Any  # pointers, one a layer, to [B, H, Nq, D]
-    k: Any  # to [B, H, Nk, D]
+    k: Any  # to [B, H / share, Nk, D]
     q_stride: Any  # of B, H and Nq; D lies side by side
     k_stride: Any
+    share: Any  # heads of q side by side that take the same head of k
 
 
 class Masks(NamedTuple):
@@ -43,6 +44,12 @@ def place(ptr, strides, item, head, row):
     """Where a head's row is. B H N d passes 2**31; offsets within a tile do not."""
     offset = strides[0] * item.to(tl.int64) + strides[1] * tl.cast(head, tl.int64)
     return ptr + (offset + strides[2] * tl.cast(row, tl.int64))
+
+
+@triton.jit
+def next_key(head, share, stride):
+    """How far it is from the keys of a head to those of the next: 0 where they are the same."""
+    return tl.where((head + 1) % share == 0, tl.cast(stride, tl.int64), 0)
 
 
 @triton.jit
@@ -179,13 +186,17 @@ class Model(NamedTuple):
     def form(self, layer: int) -> tuple[object, ...]:
         """What layers of one launch share."""
         q, k = self.q[layer], self.k[layer]
-        return q.shape, k.shape[2], self.scale[layer], strides(q), strides(k)
+        return q.shape, k.shape[1:3], self.scale[layer], strides(q), strides(k)
 
     def arguments(self, layers: Sequence[int]) -> Heads:
         """What a launch passes."""
         i = layers[0]
         q, k = pointers(self.q, layers), pointers(self.k, layers)
-        return Heads(q, k, strides(self.q[i]), strides(self.k[i]))
+        return Heads(q, k, strides(self.q[i]), strides(self.k[i]), self.share(i))
+
+    def share(self, layer: int) -> int:
+        """Heads of q for each of k."""
+        return self.q[layer].shape[1] // self.k[layer].shape[1]
 
 
 class Counted(NamedTuple):

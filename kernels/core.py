@@ -18,11 +18,12 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def add_product(
     acc,  # [BLOCK_M, BLOCK_N]
     a_ptr,  # [heads, M, K]
-    b_ptr,  # [heads, K, N]
+    b_ptr,  # [heads / share, K, N]: heads of A side by side take the same B
     stride_ah, stride_am, stride_ak, stride_bh, stride_bk, stride_bn,
     rows,  # [BLOCK_M] bool: False reads as 0
     cols,  # [BLOCK_N] bool
     heads,
+    share,
     K,
     BLOCK_K: tl.constexpr,
     WHOLE: tl.constexpr,  # every row and column is read, and K is a multiple of BLOCK_K
@@ -33,8 +34,9 @@ def add_product(
     b_tile = k[:, None] * stride_bk + n[None, :] * stride_bn
     steps = tl.cdiv(K, BLOCK_K)
     back = tl.cast(steps * BLOCK_K, tl.int64)
-    a_next, b_next = stride_ah - back * stride_ak, stride_bh - back * stride_bk
+    a_next, b_back = stride_ah - back * stride_ak, -back * stride_bk
     start = K * 0
+    head = K * 0
     # one loop, so that loads run ahead from head to head
     for _ in tl.range(0, heads * steps):
         if WHOLE:
@@ -49,6 +51,8 @@ def add_product(
         b_ptr += BLOCK_K * stride_bk
         ends = start >= K
         a_ptr += tl.where(ends, a_next, 0)
+        head += ends.to(tl.int32)
+        b_next = b_back + tl.where(head % share == 0, stride_bh, 0)
         b_ptr += tl.where(ends, b_next, 0)
         start = tl.where(ends, 0, start)
     return acc

@@ -86,7 +86,7 @@ def _hidden_forward_kernel(
     # the sum starts at -t: read at the end, t would take a third more registers
     e = add_product(
         -t.to(ACC), pick(s_ptrs, layer) + row * stride_s, pick(w_ptrs, layer) + col,
-        0, stride_s, 1, 0, stride_w, 1, rows, cols, 1, d_s, BLOCK_K, WHOLE and not MASKED,
+        0, stride_s, 1, 0, stride_w, 1, rows, cols, 1, 1, d_s, BLOCK_K, WHOLE and not MASKED,
     )  # fmt: skip
     at = layer.to(tl.int64) * tl.num_programs(0) + tile
     if MASKED:
@@ -199,7 +199,7 @@ def _hidden_backward_kernel(
     acc = add_product(
         tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC),
         pick(e_ptrs, layer) + row * d_t, pick(w_ptrs, layer) + col * stride_w,
-        0, d_t, 1, 0, 1, stride_w, rows, cols, 1, d_t, BLOCK_K, WHOLE,
+        0, d_t, 1, 0, 1, stride_w, rows, cols, 1, 1, d_t, BLOCK_K, WHOLE,
     )  # fmt: skip
     ds_ptr = pick(ds_ptrs, layer)
     ds = (acc * tl.load(factor_ptr + layer)).to(ds_ptr.dtype.element_ty)

@@ -26,6 +26,7 @@ from .attention_tiles import (
     load_residual,
     load_rows,
     log_sums,
+    next_key,
     place,
     positive,
     residual_width,
@@ -81,7 +82,7 @@ def _add_map(
     lse_ptr += item.to(tl.int64) * heads * queries + row + m
     c = positive(scale, ACC)
     weight = sign / tl.cast(heads, ACC)
-    for _ in tl.range(0, heads):
+    for head in tl.range(0, heads):
         q = load_rows(q_ptr, stride_q, rows, 0, WIDTH, D, ROWS_WHOLE)
         k = load_rows(k_ptr, stride_k, cols, 0, WIDTH, D, KEYS_WHOLE)
         s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC)
@@ -115,7 +116,7 @@ def _add_map(
                 lse = tl.where(sums == 0, -float("inf"), top + tl.log2(some))
                 tl.store(lse_ptr, lse, mask=rows)
         q_ptr += model.q_stride[1]
-        k_ptr += model.k_stride[1]
+        k_ptr += next_key(head, model.share, model.k_stride[1])
         lse_ptr += queries
     return acc, acc_tail
 

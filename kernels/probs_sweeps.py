@@ -25,6 +25,7 @@ from .attention_tiles import (
     load_residual,
     load_rows,
     log_sums,
+    next_key,
     place,
     positive,
     products,
@@ -92,7 +93,7 @@ def _lse_kernel(
     end = keys_seen(rows, row, keys, CAUSAL)
     stride_q, stride_k = model.q_stride[2], model.k_stride[2]
     q_ptr = place(pick(model.q, layer), model.q_stride, item, head, row)
-    k_base = place(pick(model.k, layer), model.k_stride, item, head, 0)
+    k_base = place(pick(model.k, layer), model.k_stride, item, head // model.share, 0)
     q = load_rows(q_ptr, stride_q, rows, 0, WIDTH, D, False)
     key_mask = pick(masks.key, layer)
     c = positive(scale, ACC)
@@ -132,14 +133,14 @@ def _add_map(
     c = positive(scale, ACC)
     # 1 / H in the exponent costs nothing an element
     log_heads = tl.log2(tl.cast(tl.maximum(heads, 1), ACC))
-    for _ in tl.range(0, heads):
+    for head in tl.range(0, heads):
         q = load_rows(q_ptr, stride_q, rows, 0, WIDTH, D, WHOLE)
         k = load_rows(k_ptr, stride_k, cols, 0, WIDTH, D, WHOLE)
         lse = tl.load(lse_ptr, mask=rows, other=0.0) + log_heads
         s = products(q, k, q_ptr, k_ptr, stride_q, stride_k, rows, cols, WIDTH, CHUNK, D, ACC)
         acc += sign * tl.exp2(s * c - lse[:, None])
         q_ptr += model.q_stride[1]
-        k_ptr += model.k_stride[1]
+        k_ptr += next_key(head, model.share, model.k_stride[1])
         lse_ptr += queries
     return acc
 
@@ -293,7 +294,7 @@ def _dq_kernel(
     lse, rows = log_sums(pick(lse_ptrs, layer) + at, rows, P_SHIFT, MASKED)
     stride_q, stride_k = student.q_stride[2], student.k_stride[2]
     q_ptr = place(pick(student.q, layer), student.q_stride, item, head, row)
-    k_base = place(pick(student.k, layer), student.k_stride, item, head, 0)
+    k_base = place(pick(student.k, layer), student.k_stride, item, head // student.share, 0)
     r_ptr = pick(r_ptrs, layer) + item.to(tl.int64) * queries * stride_r
     key_mask = pick(masks.key, layer)
     q = load_rows(q_ptr, stride_q, rows, 0, WIDTH, D, False)
@@ -363,7 +364,7 @@ def _dk_kernel(
     lse_ptrs,  # [B, H, Nq]
     r_ptrs,  # [B, Nq, stride_r]
     term_ptrs,  # [B, H, Nq], as _dq_kernel wrote it
-    dk_ptrs,  # [B, H, Nk, D] out
+    dk_ptrs,  # [B, H / share, Nk, D] out
     factor_ptr,  # [L]
     heads,
     scale,
@@ -384,49 +385,55 @@ def _dk_kernel(
     ACC: tl.constexpr,
 ):
     layer = tl.program_id(1)
-    tile, across = tl.program_id(0), tl.cdiv(keys, BLOCK_N)
-    head, col, item = tile % heads, tile // heads % across * BLOCK_N, tile // heads // across
+    tile, across, shared = tl.program_id(0), tl.cdiv(keys, BLOCK_N), heads // student.share
+    key_head, col = tile % shared, tile // shared % across * BLOCK_N
+    item = tile // shared // across
     inside = tl.arange(0, BLOCK_N) < keys - col
     cols = counted(pick(masks.key, layer), item, col, keys, MASKED, BLOCK_N)
     stride_q, stride_k = student.q_stride[2], student.k_stride[2]
-    k_ptr = place(pick(student.k, layer), student.k_stride, item, head, col)
+    k_ptr = place(pick(student.k, layer), student.k_stride, item, key_head, col)
     k = load_rows(k_ptr, stride_k, cols, 0, WIDTH, D, False)
-    q_base = place(pick(student.q, layer), student.q_stride, item, head, 0)
     r_ptr = pick(r_ptrs, layer) + item.to(tl.int64) * queries * stride_r
-    at = (item.to(tl.int64) * heads + head) * queries
-    lse_ptr, term_ptr = pick(lse_ptrs, layer) + at, pick(term_ptrs, layer) + at
     query_mask = pick(masks.query, layer)
     scale = tl.cast(scale, ACC)
     c = scale * LOG2E
     dk = tl.zeros((BLOCK_N, WIDTH), ACC)
     # queries that see some of the keys, those that see all of them, and what is left of a block
     low = col // BLOCK_M * BLOCK_M if CAUSAL else 0
-    high = low
-    if not MASKED:
-        if CAUSAL:
-            high = tl.minimum(tl.cdiv(col + BLOCK_N - 1, BLOCK_M) * BLOCK_M, queries)
+    if MASKED:
+        whole, rest = low, low
+    elif CAUSAL:
+        whole = tl.cdiv(tl.minimum(tl.cdiv(col + BLOCK_N - 1, BLOCK_M) * BLOCK_M, queries), BLOCK_M)
+        whole *= BLOCK_M
+        rest = tl.maximum(queries // BLOCK_M * BLOCK_M, whole)
+    else:
+        whole, rest = low, queries // BLOCK_M * BLOCK_M
+    for head in tl.range(key_head * student.share, (key_head + 1) * student.share):
+        q_base = place(pick(student.q, layer), student.q_stride, item, head, 0)
+        at = (item.to(tl.int64) * heads + head) * queries
+        lse_ptr, term_ptr = pick(lse_ptrs, layer) + at, pick(term_ptrs, layer) + at
+        if not MASKED:
+            if CAUSAL:
+                dk = _dk_sweep(
+                    dk, k, c, k_ptr, q_base, r_ptr, lse_ptr, term_ptr, stride_q, stride_k, stride_r,
+                    query_mask, cols, item, col, low, tl.minimum(whole, queries), queries,
+                    True, MASKED, CAUSAL, SETTLE, P_SHIFT, BLOCK_M, BLOCK_N, WIDTH,
+                    BLOCK_K, D, ACC,
+                )  # fmt: skip
             dk = _dk_sweep(
                 dk, k, c, k_ptr, q_base, r_ptr, lse_ptr, term_ptr, stride_q, stride_k, stride_r,
-                query_mask, cols, item, col, low, high, queries,
-                True, MASKED, CAUSAL, SETTLE, P_SHIFT, BLOCK_M, BLOCK_N, WIDTH,
+                query_mask, cols, item, col, whole, rest, queries,
+                False, MASKED, CAUSAL, SETTLE, P_SHIFT, BLOCK_M, BLOCK_N, WIDTH,
                 BLOCK_K, D, ACC,
             )  # fmt: skip
-            high = tl.cdiv(high, BLOCK_M) * BLOCK_M
-        low, high = high, tl.maximum(queries // BLOCK_M * BLOCK_M, high)
         dk = _dk_sweep(
             dk, k, c, k_ptr, q_base, r_ptr, lse_ptr, term_ptr, stride_q, stride_k, stride_r,
-            query_mask, cols, item, col, low, high, queries,
-            False, MASKED, CAUSAL, SETTLE, P_SHIFT, BLOCK_M, BLOCK_N, WIDTH,
-                BLOCK_K, D, ACC,
+            query_mask, cols, item, col, rest, queries, queries,
+            True, MASKED, CAUSAL, SETTLE, P_SHIFT, BLOCK_M, BLOCK_N, WIDTH,
+            BLOCK_K, D, ACC,
         )  # fmt: skip
-    dk = _dk_sweep(
-        dk, k, c, k_ptr, q_base, r_ptr, lse_ptr, term_ptr, stride_q, stride_k, stride_r,
-        query_mask, cols, item, col, high, queries, queries,
-        True, MASKED, CAUSAL, SETTLE, P_SHIFT, BLOCK_M, BLOCK_N, WIDTH,
-                BLOCK_K, D, ACC,
-    )  # fmt: skip
     alpha = tl.load(factor_ptr + layer) * scale / heads * 2.0 ** -(P_SHIFT + R_SHIFT)
-    dk_ptr = place(pick(dk_ptrs, layer), dk_stride, item, head, col)
+    dk_ptr = place(pick(dk_ptrs, layer), dk_stride, item, key_head, col)
     store_rows(dk_ptr, alpha * dk, dk_stride[2], inside, D)
 
 
@@ -520,7 +527,7 @@ def log_sums_of(model: Model, pairs: Counted, layers: Sequence[int]) -> dict[int
     dtype, acc = accumulator(model.q[0])
     lses = {i: model.q[i].new_empty(model.q[i].shape[:3], dtype=dtype) for i in layers}
     forms = {i: (*model.form(i), pairs.form(i)) for i in layers if lses[i].numel()}
-    for ((B, H, queries, d), keys, scale, *_, (masked, causal)), part in groups(forms):
+    for ((B, H, queries, d), (_, keys), scale, *_, (masked, causal)), part in groups(forms):
         x = model.q[part[0]]
         chosen = config(launch.PROBS_LSE, width(x), x).fitted(queries)
         _lse_kernel[(cdiv(queries, chosen.block_m) * H * B, len(part))](
@@ -596,7 +603,9 @@ def gradients(
         "P_SHIFT": p_shift, "R_SHIFT": r_shift, "D": d, "WIDTH": width(x), "ACC": acc,
     }  # fmt: skip
     one = config(launch.PROBS_ONE_BLOCK, width(x), x)
-    if queries <= one.block_m:
+    share = student.share(layers[0])
+    # keys that heads share are summed over programs there
+    if queries <= one.block_m and share == 1:
         for (dq_stride, dk_stride), part in groups(
             {i: (strides(d_q[i]), strides(all_k[i])) for i in layers}
         ):
@@ -616,13 +625,13 @@ def gradients(
                 )  # fmt: skip
         return
     terms = {i: x.new_empty(x.shape[:3], dtype=dtype) for i in layers}
-    for kernel, table, out, length in (
-        (_dq_kernel, launch.PROBS_DQ, d_q, queries),
-        (_dk_kernel, launch.PROBS_DK, d_k, keys),
+    for kernel, table, out, length, heads in (
+        (_dq_kernel, launch.PROBS_DQ, d_q, queries, H),
+        (_dk_kernel, launch.PROBS_DK, d_k, keys, H // share),
     ):
         chosen = config(table, width(x), x).fitted(queries)
         block = chosen.block_m if kernel is _dq_kernel else chosen.block_n
-        tiles = B * H * cdiv(length, block)
+        tiles = B * heads * cdiv(length, block)
         for dx_stride, part in groups({i: strides(out[i]) for i in layers if i in out}):
             if tiles:
                 kernel[(tiles, len(part))](

@@ -131,9 +131,11 @@ def attention_mse(
     Args:
         student_q: ``[B, H_s, Nq, d_s]``, or a sequence of L such; float16, bfloat16, float32 or
             float64, any strides (laid out as ``[B, N, H, d]`` nothing is copied).
-        student_k: ``[B, H_s, Nk, d_s]``, as many.
+        student_k: ``[B, G_s, Nk, d_s]``, as many. Grouped queries: G_s divides H_s, and query head
+            h takes key head ``h // (H_s / G_s)``, as with ``enable_gqa`` of PyTorch's
+            ``scaled_dot_product_attention``; keys are not repeated in memory.
         teacher_q: ``[B, H_t, Nq, d_t]``, as many; heads, d and dtype may differ from the student's.
-        teacher_k: ``[B, H_t, Nk, d_t]``, as many.
+        teacher_k: ``[B, G_t, Nk, d_t]``, as many; groups may differ from the student's.
         target: ``"scores"``, before the softmax, or ``"probs"``, after it.
         causal: a query sees no later key; one for all layers or one per layer; needs Nq = Nk.
         query_mask: ``[B, Nq]`` bool, True where the query counts: one for all layers, or one (or
@@ -160,7 +162,7 @@ def attention_mse(
         TypeError: a tensor that is not floating, a mask that is not bool, a scale or ``causal`` of
             another type.
         ValueError: an empty list, lists of different lengths, shapes or devices that do not fit,
-            no head, ``causal`` with Nq != Nk, a log-sum-exp with ``target="scores"``, an unknown
+            no head, keys' heads that do not divide the queries', ``causal`` with Nq != Nk, a log-sum-exp with ``target="scores"``, an unknown
             target or backend, or a backend that cannot serve the call (with each reason).
 
     Example:

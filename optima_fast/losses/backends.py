@@ -49,9 +49,9 @@ class AttentionInputs(NamedTuple):
     """What ``attention_mse`` is computed from, every field but ``target`` with an entry a layer."""
 
     student_q: list[Tensor]  # [B, H_s, Nq, d_s]
-    student_k: list[Tensor]  # [B, H_s, Nk, d_s]
+    student_k: list[Tensor]  # [B, G_s, Nk, d_s]
     teacher_q: list[Tensor]  # [B, H_t, Nq, d_t]
-    teacher_k: list[Tensor]  # [B, H_t, Nk, d_t]
+    teacher_k: list[Tensor]  # [B, G_t, Nk, d_t]
     query_mask: list[Tensor | None]  # [B, Nq]
     key_mask: list[Tensor | None]  # [B, Nk]
     student_lse: list[Tensor | None]  # [B, H_s, Nq]

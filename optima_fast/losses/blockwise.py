@@ -8,6 +8,7 @@ attention_mse, with A = mean_h P_h, R = A_student - A_teacher on the n valid pai
 
     scores  P_h = c Q_h K_h^T = S_h          sum over heads = one product of width H d
             dQ = G K,  dK = G^T Q            G = 2 c R / (n H), heads side by side
+            heads that share a key: the sum of their queries is one query
     probs   P_h = softmax(S_h)
             dS_h = P_h * (G - r_h)           r_h = rowsum(G * P_h)
             dQ_h = dS_h K_h,  dK_h = dS_h^T Q_h
@@ -170,7 +171,7 @@ class Side(NamedTuple):
     """Student or teacher: one layer's queries and keys, and how their map is made."""
 
     q: Tensor  # [B, H, Nq, d]
-    k: Tensor  # [B, H, Nk, d]
+    k: Tensor  # [B, G, Nk, d]: head h of q takes head h // share
     scale: float
     lse: Tensor | None  # [B, H, Nq]
 
@@ -178,12 +179,16 @@ class Side(NamedTuple):
     def heads(self) -> int:
         return self.q.shape[1]
 
+    @property
+    def share(self) -> int:
+        return self.q.shape[1] // self.k.shape[1]
+
 
 def attention_mse(
     student_q: Tensor,  # [B, H_s, Nq, d_s]
-    student_k: Tensor,  # [B, H_s, Nk, d_s]
+    student_k: Tensor,  # [B, G_s, Nk, d_s]
     teacher_q: Tensor,  # [B, H_t, Nq, d_t]
-    teacher_k: Tensor,  # [B, H_t, Nk, d_t]
+    teacher_k: Tensor,  # [B, G_t, Nk, d_t]
     query_mask: Tensor | None,  # [B, Nq]
     key_mask: Tensor | None,  # [B, Nk]
     student_lse: Tensor | None,  # [B, H_s, Nq]
@@ -225,13 +230,15 @@ def _scores(
     dtype: torch.dtype,
 ) -> Gradients:
     B, H, Nq, d = student.q.shape
-    Nk = student.k.shape[2]
+    G, Nk = student.k.shape[1:3]
     scale = student.scale / H
     items, rows = block_shape(B, Nq, Nk)
     work = student.q.new_empty(items * rows * Nk, dtype=dtype)
     partial = []
     for b0, b1 in starts(B, items):
-        qs, qt = (_heads_last(x.q, pairs.queries, b0, b1, dtype) for x in (student, teacher))
+        qs, qt = (
+            _heads_last(x.q, pairs.queries, b0, b1, dtype, x.share) for x in (student, teacher)
+        )
         ks, kt = (_heads_last(x.k, pairs.keys, b0, b1, dtype) for x in (student, teacher))
         dk = torch.empty_like(ks) if d_k is not None else None
         for i0, i1 in starts(Nq, rows):
@@ -247,11 +254,12 @@ def _scores(
             partial.append(residual.square().sum())
             residual.mul_(2 * scale / pairs.number)
             if d_q is not None:
-                d_q[b0:b1, :, i0:i1] = (residual @ k).view(-1, i1 - i0, H, d).transpose(1, 2)
+                product = (residual @ k).view(-1, i1 - i0, G, d).transpose(1, 2)
+                d_q[b0:b1, :, i0:i1].unflatten(1, (G, -1)).copy_(product[:, :, None])
             if dk is not None:
                 dk[:, :n].baddbmm_(residual.mT, q, beta=beta)
         if d_k is not None and dk is not None:
-            d_k[b0:b1] = dk.view(-1, Nk, H, d).transpose(1, 2)
+            d_k[b0:b1] = dk.view(-1, Nk, G, d).transpose(1, 2)
     return Gradients(mean(partial, pairs.number), d_q, d_k)
 
 
@@ -266,7 +274,7 @@ def _probs(
     dtype: torch.dtype,
 ) -> Gradients:
     B, H, Nq, d = student.q.shape
-    Nk = student.k.shape[2]
+    G, Nk = student.k.shape[1:3]
     most = max(H, teacher.heads)
     # of one item queries and keys are views, of several copies, which only small maps repay
     items, rows = block_shape(B, Nq, most * Nk, shared=8)
@@ -274,31 +282,37 @@ def _probs(
     partial = []
     for b0, b1 in starts(B, items):
         C = b1 - b0
-        qs, qt = (_heads_first(x.q, pairs.queries, b0, b1, dtype) for x in (student, teacher))
-        ks, kt = (_heads_first(x.k, pairs.keys, b0, b1, dtype) for x in (student, teacher))
-        ls, lt = (_log2_normaliser(x.lse, pairs.queries, b0, b1, dtype) for x in (student, teacher))
+        # heads that share a key are apart from one another, so that each product is of views
+        qs, qt = (
+            _heads_first(x.q, pairs.queries, b0, b1, dtype, x.share) for x in (student, teacher)
+        )
+        (ks,), (kt,) = (
+            _heads_first(x.k, pairs.keys, b0, b1, dtype, 1) for x in (student, teacher)
+        )
+        ls, lt = (_log2_normaliser(x, pairs.queries, b0, b1, dtype) for x in (student, teacher))
         hidden = None if key_mask is None else ~key_mask[b0:b1, None, :]
         # [d, Nk], not [Nk, d]: the product that adds to it is a third faster
-        dk = qs.new_empty(H * C, d, Nk) if d_k is not None else None
+        dk = ks.new_empty(G * C, d, Nk) if d_k is not None else None
         for i0, i1 in starts(Nq, rows):
             # the last rows come first: there a causal block sees, and so initialises, every key
             m, n, beta = i1 - i0, i1 if causal else Nk, 0 if i1 == Nq else 1
             sums = []
             # the student last: its probabilities are still needed
-            for side, q, k, lse, out in (
+            for side, q, k, lse, mean_map in (
                 (teacher, qt, kt, lt, work[2]),
                 (student, qs, ks, ls, work[3]),
             ):
                 scores, probs = (view(x, side.heads, C, m, n) for x in work[:2])
                 factor = side.scale if lse is None else side.scale * LOG2_E
-                flat = scores.view(-1, m, n)
-                torch.baddbmm(flat, q[:, i0:i1], k[:, :n].mT, beta=0, alpha=factor, out=flat)
+                flat = scores.view(side.share, -1, m, n)
+                for x, out in zip(q, flat, strict=True):
+                    torch.baddbmm(out, x[:, i0:i1], k[:, :n].mT, beta=0, alpha=factor, out=out)
                 _hide(scores, None if hidden is None else hidden[..., :n], i0 if causal else None)
                 if lse is None:
                     torch.softmax(scores, -1, out=probs)
                 else:
                     torch.sub(scores, lse[:, :, i0:i1, None], out=probs).exp2_()
-                sums.append(torch.sum(probs, 0, out=view(out, C, m, n)))
+                sums.append(torch.sum(probs, 0, out=view(mean_map, C, m, n)))
             residual = sums[1].sub_(sums[0], alpha=H / teacher.heads)  # H times R
             if pairs.queries is not None:
                 residual.masked_fill_(~pairs.queries[b0:b1, i0:i1, None], 0)
@@ -308,14 +322,14 @@ def _probs(
             residual.mul_(2 * student.scale / (H * H) / pairs.number)
             d_scores = torch.mul(probs, residual, out=scores)
             d_scores.addcmul_(probs, d_scores.sum(-1, keepdim=True), value=-1)
-            flat = d_scores.view(-1, m, n)
-            if d_q is not None:
-                product = (flat @ ks[:, :n]).view(H, C, m, d)
-                d_q[b0:b1, :, i0:i1] = product.transpose(0, 1)
-            if dk is not None:
-                dk[:, :, :n].baddbmm_(qs[:, i0:i1].mT, flat, beta=beta)
+            for j, flat in enumerate(d_scores.view(student.share, -1, m, n)):
+                if d_q is not None:
+                    product = (flat @ ks[:, :n]).view(G, C, m, d)
+                    d_q[b0:b1, j :: student.share, i0:i1] = product.transpose(0, 1)
+                if dk is not None:
+                    dk[:, :, :n].baddbmm_(qs[j][:, i0:i1].mT, flat, beta=beta if j == 0 else 1)
         if d_k is not None and dk is not None:
-            d_k[b0:b1] = dk.view(H, C, d, Nk).transpose(0, 1).mT
+            d_k[b0:b1] = dk.view(G, C, d, Nk).transpose(0, 1).mT
     return Gradients(mean(partial, pairs.number * H**2), d_q, d_k)
 
 
@@ -333,25 +347,44 @@ def _hide(scores: Tensor, hidden: Tensor | None, start: int | None) -> None:
         scores[..., start:].masked_fill_(later, low)
 
 
-def _heads_first(x: Tensor, keep: Tensor | None, b0: int, b1: int, dtype: torch.dtype) -> Tensor:
-    """[H * C, N, d] of C batch items, zero where nothing counts; of one float32 item a view."""
-    x = x[b0:b1].transpose(0, 1).to(dtype)
+def _heads_first(
+    x: Tensor, keep: Tensor | None, b0: int, b1: int, dtype: torch.dtype, share: int
+) -> Tensor:
+    """[share, G * C, N, d] of C batch items, zero where nothing counts; of one float32 item a view.
+
+    Heads that share a key are side by side in x, and ``G * C`` apart here.
+    """
+    x = _share_first(x[b0:b1], share).to(dtype)
     if keep is not None:
         x = torch.where(keep[b0:b1, :, None], x, 0)
-    return x.reshape(-1, *x.shape[2:])
+    return x.flatten(1, 2)
 
 
-def _heads_last(x: Tensor, keep: Tensor | None, b0: int, b1: int, dtype: torch.dtype) -> Tensor:
-    """[C, N, H * d] of C batch items; a view of a tensor laid out as [B, N, H, d]."""
-    x = x[b0:b1].transpose(1, 2).flatten(2).to(dtype)
+def _share_first(x: Tensor, share: int) -> Tensor:
+    """[share, G, C, ...] of [C, G * share, ...]."""
+    return x.unflatten(1, (-1, share)).transpose(0, 2)
+
+
+def _heads_last(
+    x: Tensor, keep: Tensor | None, b0: int, b1: int, dtype: torch.dtype, share: int = 1
+) -> Tensor:
+    """[C, N, G * d] of C batch items; a view of a tensor laid out as [B, N, G, d].
+
+    Of heads that share a key, the sum.
+    """
+    x = x[b0:b1].to(dtype)
+    if share > 1:
+        x = x.unflatten(1, (-1, share)).sum(2)
+    x = x.transpose(1, 2).flatten(2)
     return x if keep is None else torch.where(keep[b0:b1, :, None], x, 0)
 
 
 def _log2_normaliser(
-    lse: Tensor | None, keep: Tensor | None, b0: int, b1: int, dtype: torch.dtype
+    side: Side, keep: Tensor | None, b0: int, b1: int, dtype: torch.dtype
 ) -> Tensor | None:
-    """[H, C, Nq] base-2 log-sum-exp, 0 for queries that do not count (theirs may be infinite)."""
-    if lse is None:
+    """[H, C, Nq] base-2 log-sum-exp, heads as in ``_heads_first``, 0 for queries that do not count
+    (theirs may be infinite)."""
+    if side.lse is None:
         return None
-    x = lse[b0:b1].transpose(0, 1).to(dtype) * LOG2_E
+    x = _share_first(side.lse[b0:b1], side.share).flatten(0, 1).to(dtype) * LOG2_E
     return x if keep is None else torch.where(keep[b0:b1], x, 0)

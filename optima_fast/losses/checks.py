@@ -112,15 +112,20 @@ def hidden_shapes(student: Tensor, teacher: Tensor, weight: Tensor) -> None:
 
 
 def attention_shapes(name: str, q: Tensor, k: Tensor) -> None:
-    """Queries and keys of one model."""
-    fit = q.ndim == k.ndim == 4 and q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3]
+    """Queries and keys of one model; keys may be shared by groups of query heads."""
+    fit = q.ndim == k.ndim == 4 and q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3]
     if not fit:
         raise ValueError(
-            f"{name}_q and {name}_k must be [B, H, Nq, d] and [B, H, Nk, d], got {_shape(q)} and "
+            f"{name}_q and {name}_k must be [B, H, Nq, d] and [B, G, Nk, d], got {_shape(q)} and "
             f"{_shape(k)}"
         )
     if q.shape[1] < 1 or q.shape[3] < 1:
         raise ValueError(f"{name}_q must have at least one head and d >= 1, got {_shape(q)}")
+    if k.shape[1] < 1 or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"{name}_q's heads must be a multiple of {name}_k's, each of which serves as many "
+            f"queries' heads: got {q.shape[1]} and {k.shape[1]}"
+        )
 
 
 def matching_maps(

@@ -50,9 +50,10 @@ def valid_pairs(
 
 
 def attention_map(q: Tensor, k: Tensor, valid: Tensor, target: str, scale: float) -> Tensor:
-    """[B, Nq, Nk] scores or probabilities, averaged over the heads."""
+    """[B, Nq, Nk] scores or probabilities, averaged over the heads of q."""
     q = torch.where(valid.any(2)[:, None, :, None], q, 0)
     k = torch.where(valid.any(1)[:, None, :, None], k, 0)
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     scores = q @ k.transpose(-1, -2) * scale
     if target == "probs":
         # finite, so that a query without a valid key has a softmax to be discarded, not nan
@@ -63,9 +64,9 @@ def attention_map(q: Tensor, k: Tensor, valid: Tensor, target: str, scale: float
 
 def attention_mse(
     student_q: Tensor,  # [B, H_s, Nq, d_s]
-    student_k: Tensor,  # [B, H_s, Nk, d_s]
+    student_k: Tensor,  # [B, G_s, Nk, d_s]
     teacher_q: Tensor,  # [B, H_t, Nq, d_t]
-    teacher_k: Tensor,  # [B, H_t, Nk, d_t]
+    teacher_k: Tensor,  # [B, G_t, Nk, d_t]
     query_mask: Tensor | None,  # [B, Nq]
     key_mask: Tensor | None,  # [B, Nk]
     *,
