@@ -162,8 +162,9 @@ def attention_mse(
         TypeError: a tensor that is not floating, a mask that is not bool, a scale or ``causal`` of
             another type.
         ValueError: an empty list, lists of different lengths, shapes or devices that do not fit,
-            no head, keys' heads that do not divide the queries', ``causal`` with Nq != Nk, a log-sum-exp with ``target="scores"``, an unknown
-            target or backend, or a backend that cannot serve the call (with each reason).
+            no head, keys' heads that do not divide the queries', ``causal`` with Nq != Nk, a
+            log-sum-exp with ``target="scores"``, an unknown target or backend, or a backend that
+            cannot serve the call (with each reason).
 
     Example:
         >>> import torch, optima_fast

@@ -286,9 +286,7 @@ def _probs(
         qs, qt = (
             _heads_first(x.q, pairs.queries, b0, b1, dtype, x.share) for x in (student, teacher)
         )
-        (ks,), (kt,) = (
-            _heads_first(x.k, pairs.keys, b0, b1, dtype, 1) for x in (student, teacher)
-        )
+        (ks,), (kt,) = (_heads_first(x.k, pairs.keys, b0, b1, dtype, 1) for x in (student, teacher))
         ls, lt = (_log2_normaliser(x, pairs.queries, b0, b1, dtype) for x in (student, teacher))
         hidden = None if key_mask is None else ~key_mask[b0:b1, None, :]
         # [d, Nk], not [Nk, d]: the product that adds to it is a third faster

@@ -51,6 +51,7 @@ class Shape(NamedTuple):
     N_Q: int
     N_K: int
     causal: bool = False
+    share: tuple[int, int] = (1, 1)  # heads of a model's queries for each of its keys'
 
 
 class Layers(NamedTuple):
@@ -112,6 +113,12 @@ INTERIOR = [
     Shape(1, 3, 16, 1, 16, 40, 70),
     Shape(1, 1, 16, 2, 16, 40, 70, causal=True),
 ]
+# keys that heads share: one block of queries and several, one model or both
+GROUPED = [
+    Shape(2, 4, 8, 6, 20, 20, 20, share=(2, 3)),
+    Shape(1, 4, 16, 3, 16, 40, 70, causal=True, share=(4, 1)),
+    Shape(1, 2, 16, 4, 16, 40, 50, share=(1, 2)),
+]
 MIXED = [
     Shape(2, 2, 8, 3, 6, 34, 17),
     Shape(0, 2, 4, 2, 4, 5, 5),
@@ -156,8 +163,13 @@ def make(
     """
     generator = torch.Generator().manual_seed(seed)
     layers = Layers(*([] for _ in Layers._fields))
-    for i, (B, H_S, D_S, H_T, D_T, N_Q, N_K, causal) in enumerate(shapes):
-        sides = ((H_S, D_S, N_Q), (H_S, D_S, N_K), (H_T, D_T, N_Q), (H_T, D_T, N_K))
+    for i, (B, H_S, D_S, H_T, D_T, N_Q, N_K, causal, share) in enumerate(shapes):
+        student, teacher = ((H_S, H_S // share[0], D_S), (H_T, H_T // share[1], D_T))
+        sides = [
+            (h, d, n)
+            for *heads, d in (student, teacher)
+            for h, n in zip(heads, (N_Q, N_K), strict=True)
+        ]
         masks: list[Tensor | None] = []
         for n, wanted in ((N_Q, i % 3 != 1), (N_K, i % 3 != 2)):
             mask = torch.rand(B, n, generator=generator) < 0.7
@@ -328,7 +340,7 @@ on_each_path = pytest.mark.parametrize(("path", "dtype"), CASES, indirect=["path
 
 
 @on_each_path
-@pytest.mark.parametrize("shape", EDGES, ids=lambda s: "x".join(str(int(n)) for n in s))
+@pytest.mark.parametrize("shape", EDGES, ids=lambda s: "x".join(str(int(n)) for n in s[:8]))
 def test_one_layer(shape: Shape, path: None, dtype: torch.dtype, device: str) -> None:
     layers = make([shape], dtype, device, masked=True)
     ours = check(layers, torch.full((1,), -2.5, device=device))
@@ -337,9 +349,16 @@ def test_one_layer(shape: Shape, path: None, dtype: torch.dtype, device: str) ->
 
 
 @on_each_path
-@pytest.mark.parametrize("shape", INTERIOR, ids=lambda s: "x".join(str(int(n)) for n in s))
+@pytest.mark.parametrize("shape", INTERIOR, ids=lambda s: "x".join(str(int(n)) for n in s[:8]))
 def test_one_layer_without_masks(shape: Shape, path: None, dtype: torch.dtype, device: str) -> None:
     check(make([shape], dtype, device), torch.full((1,), -2.5, device=device))
+
+
+@on_each_path
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+def test_grouped_queries(masked: bool, path: None, dtype: torch.dtype, device: str) -> None:
+    ours = check(make(GROUPED, dtype, device, masked))
+    assert [x.shape[1] for x in ours.d_k] == [s.H_S // s.share[0] for s in GROUPED]
 
 
 @on_each_path

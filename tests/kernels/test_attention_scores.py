@@ -51,6 +51,7 @@ class Shape(NamedTuple):
     N_Q: int
     N_K: int
     causal: bool = False
+    share: tuple[int, int] = (1, 1)  # heads of a model's queries for each of its keys'
 
 
 class Layers(NamedTuple):
@@ -84,6 +85,12 @@ EDGES = [
     Shape(1, 3, 4, 2, 6, 7, BLOCK_N + 16, causal=True),
     Shape(1, 2, 65, 1, 3, 2 * BLOCK_N + 3, 5, causal=True),
 ]
+# keys that heads share: in one model or in both
+GROUPED = [
+    Shape(2, 4, 8, 6, 20, 20, 20, share=(2, 3)),
+    Shape(1, 4, 2 * BLOCK_K, 3, 16, BLOCK_M, BLOCK_N, share=(4, 1)),
+    Shape(1, 2, 16, 4, 16, 40, 70, causal=True, share=(1, 2)),
+]
 MIXED = [
     Shape(2, 2, 8, 3, 6, 66, 17),
     Shape(0, 2, 4, 2, 4, 5, 5),
@@ -103,8 +110,13 @@ def make(
     """
     generator = torch.Generator().manual_seed(seed)
     layers = Layers(*([] for _ in Layers._fields))
-    for i, (B, H_S, D_S, H_T, D_T, N_Q, N_K, causal) in enumerate(shapes):
-        sides = ((H_S, D_S, N_Q), (H_S, D_S, N_K), (H_T, D_T, N_Q), (H_T, D_T, N_K))
+    for i, (B, H_S, D_S, H_T, D_T, N_Q, N_K, causal, share) in enumerate(shapes):
+        student, teacher = ((H_S, H_S // share[0], D_S), (H_T, H_T // share[1], D_T))
+        sides = [
+            (h, d, n)
+            for *heads, d in (student, teacher)
+            for h, n in zip(heads, (N_Q, N_K), strict=True)
+        ]
         masks: list[Tensor | None] = []
         for n, wanted in ((N_Q, i % 3 != 1), (N_K, i % 3 != 2)):
             mask = torch.rand(B, n, generator=generator) < 0.7
@@ -220,12 +232,23 @@ def assert_same(a: Results, b: Results) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
-@pytest.mark.parametrize("shape", EDGES, ids=lambda s: "x".join(str(int(n)) for n in s))
+@pytest.mark.parametrize("shape", EDGES, ids=lambda s: "x".join(str(int(n)) for n in s[:8]))
 def test_one_layer(shape: Shape, masked: bool, dtype: torch.dtype, device: str) -> None:
     layers = make([shape], dtype, device, masked)
     ours = check(layers, torch.full((1,), -2.5, device=device))
     assert ours.losses[0].dtype == torch.float32
     assert ours.d_q[0].dtype == ours.d_k[0].dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("contiguous", [False, True], ids=["side by side", "contiguous"])
+def test_grouped_queries(contiguous: bool, masked: bool, dtype: torch.dtype, device: str) -> None:
+    layers = make(GROUPED, dtype, device, masked)
+    if contiguous:
+        layers = Layers(*([x.contiguous() for x in y] for y in layers[:4]), *layers[4:])
+    ours = check(layers)
+    assert [x.shape[1] for x in ours.d_k] == [s.H_S // s.share[0] for s in GROUPED]
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,7 @@ def attention_problem(device: str) -> Callable[..., Problem]:
         dtype: torch.dtype = torch.float32,
         masked: str = "",
         seed: int = 0,
+        share: tuple[int, int] = (1, 1),
         **options: Any,
     ) -> Problem:
         keys = queries if keys is None else keys
@@ -90,8 +91,8 @@ def attention_problem(device: str) -> Callable[..., Problem]:
         tensors = [
             # as a model makes them, [B, N, H, d] in memory; * 1.5 for a softmax with peaks
             (1.5 * draw(batch, n, h, d)).to(device, dtype).transpose(1, 2)
-            for h, d in zip(heads, widths, strict=True)
-            for n in (queries, keys)
+            for h_q, d, shared in zip(heads, widths, share, strict=True)
+            for n, h in ((queries, h_q), (keys, h_q // shared))
         ]
         query_mask = torch.rand(batch, queries, generator=g) > 0.3
         key_mask = torch.rand(batch, keys, generator=g) > 0.4

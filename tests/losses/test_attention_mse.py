@@ -80,6 +80,48 @@ def test_heads_and_sizes(attention_problem, heads, widths, target):
     compare(attention_problem(heads=heads, widths=widths, target=target))
 
 
+SHARES = [((4, 6), (2, 3)), ((6, 2), (6, 1)), ((3, 4), (1, 4))]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("heads", "share"), SHARES)
+@pytest.mark.parametrize(("causal", "masked"), [(False, ""), (True, "qk")])
+@pytest.mark.parametrize("elements", [160, 2**20])
+def test_grouped_queries(
+    attention_problem, small_blocks, heads, share, causal, masked, elements, target, poisoned_memory
+):
+    """Keys of fewer heads are those keys repeated, and their gradients the sum."""
+    small_blocks(elements)
+    p = attention_problem(3, 19, heads=heads, share=share, causal=causal, masked=masked,
+                          target=target)  # fmt: skip
+    compare(p, -2.0)
+    repeated = [
+        x.repeat_interleave(n, 1) for x, n in zip((p.trained[1], p.fixed[1]), share, strict=True)
+    ]
+    full = type(p)(p.loss, [p.trained[0], repeated[0]], [p.fixed[0], repeated[1]], **p.options)
+    loss, d_q, d_k = full.double()("reference")
+    d_k = d_k.unflatten(1, (-1, share[0])).sum(2)
+    for x, y in zip(p.double()("reference"), (loss, d_q, d_k), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_grouped_queries_with_normalisers(attention_problem):
+    p = attention_problem(3, 19, heads=(4, 6), share=(2, 3), target="probs")
+    valid = torch.ones(3, 19, 19, dtype=torch.bool, device=p.trained[0].device)
+    expected = p.double()("reference")
+    for side, (q, k), n in zip(("student", "teacher"), (p.trained, p.fixed), (2, 3), strict=True):
+        p.options[f"{side}_lse"] = normaliser(q, k.repeat_interleave(n, 1), valid)
+    for x, y in zip(p.double()("blockwise"), expected, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_grouped_queries_of_heads_that_do_not_divide(attention_problem):
+    p = attention_problem(heads=(6, 3))
+    keys = p.trained[1][:, :4]
+    with pytest.raises(ValueError, match="multiple of student_k's.*got 6 and 4"):
+        p.loss(p.trained[0], keys, *p.fixed)
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_default_blocks_match_too(attention_problem, target):
     """Several blocks at the size the library uses."""
