@@ -20,6 +20,9 @@ __all__ = [
     "hidden_mse",
     "losses",
     "models",
+    "record",
+    "tap",
+    "taps",
     "tasks",
     "training",
 ]
@@ -34,12 +37,15 @@ _HOMES = {
     "arms": "optima_fast.distill",
     "attention_mse": "optima_fast.losses",
     "hidden_mse": "optima_fast.losses",
+    "record": "optima_fast.taps",
+    "tap": "optima_fast.taps",
 }
 
 if TYPE_CHECKING:
-    from optima_fast import bandit, distill, losses, models, tasks, training
+    from optima_fast import bandit, distill, losses, models, taps, tasks, training
     from optima_fast.distill import Distiller, arms
     from optima_fast.losses import attention_mse, hidden_mse
+    from optima_fast.taps import record, tap
 
 
 def __getattr__(name: str) -> Any:

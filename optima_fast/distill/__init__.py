@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from optima_fast.distill.arms import arm_name, arm_space, arms, group_arms, parse_arm
-from optima_fast.distill.distiller import Distillable, Distiller, LayerPair, StepLosses
+from optima_fast.distill.distiller import Distillable, Distiller, LayerLosses, LayerPair, StepLosses
 from optima_fast.distill.headroom import Headroom
 from optima_fast.distill.matching import match_layers
 from optima_fast.distill.measurement import Measurement
@@ -14,6 +14,7 @@ __all__ = [
     "Distillable",
     "Distiller",
     "Headroom",
+    "LayerLosses",
     "LayerPair",
     "Measurement",
     "StepLosses",

@@ -11,35 +11,34 @@ from torch import Tensor, nn
 from optima_fast.distill.arms import Arm, arm_layers
 from optima_fast.distill.matching import match_layers
 from optima_fast.distill.measurement import Layers, Measurement
+from optima_fast.distill.tapped import Modules, TappedModel, TappedRecord, paths, summary
+from optima_fast.errors import UserError
 from optima_fast.losses import attention_mse, hidden_mse
+from optima_fast.taps.records import Attention, Layer
 
 Batch = Mapping[str, Tensor]
 
 
 class Record(Protocol):
-    """What a model returns: logits, and the taps and token masks of the layers asked for."""
+    """What a model returns: its output, and the records of the layers asked for."""
 
     @property
-    def logits(self) -> Tensor | None: ...
-    @property
-    def taps(self) -> Mapping[str, Sequence[Any]]: ...
-    @property
-    def masks(self) -> Mapping[str, Tensor | None]: ...
+    def logits(self) -> Any: ...
+
+    def layers(self, module: str) -> Sequence[Layer]: ...
 
 
 class Distillable(Protocol):
     """What a :class:`Distiller` needs of a student or a teacher.
 
-    ``optima_fast.models.TaskModel`` is one; any model that yields ``hidden`` [B, N, d], ``q`` and
-    ``k`` [B, H, N, d_h] for the layers in a request (module name to 0-based indices) can be.
+    ``optima_fast.models.TaskModel`` is one; :meth:`Distiller.from_models` makes one of any model.
+    A request is a mapping from the name of a module to 0-based layers, ascending.
     """
 
     @property
     def layer_counts(self) -> Mapping[str, int]: ...
     @property
     def widths(self) -> Mapping[str, int]: ...
-    @property
-    def causal(self) -> Mapping[str, bool]: ...
     @property
     def __call__(self) -> Callable[..., Any]: ...
 
@@ -70,9 +69,21 @@ class StepLosses(NamedTuple):
     pairs: tuple[LayerPair, ...]
 
 
+class LayerLosses(NamedTuple):
+    """The layers' terms of Eq. 5: their weighted sum, and each before its weight, [L] as pairs."""
+
+    total: Tensor
+    hidden: Tensor
+    attention: Tensor | None
+    pairs: tuple[LayerPair, ...]
+
+
 class _Records(NamedTuple):
     student: Record
     teacher: Record | None  # none where nothing of it is needed
+
+
+Matched = tuple[Layer, Layer]  # a student's and its teacher's
 
 
 class Distiller(nn.Module):
@@ -99,7 +110,13 @@ class Distiller(nn.Module):
             is the share of variance not yet explained.
         reduction: ``"sum"`` over layers, or ``"mean"``.
         cross_attention: match the decoder's cross-attention too.
+        teacher_layers: for a module, the teacher's layer (0-based) that each student layer learns
+            from; default: evenly spread, last from last.
+        projections: ``"all"`` layers, or those ``"needed"``, where widths differ.
         backend: of the losses, see :func:`optima_fast.hidden_mse`.
+
+    Attributes:
+        summary: made by :meth:`from_models`: a line a pair, with shapes and what is compared.
 
     Raises:
         ValueError: an unknown module or option; a student deeper than its teacher.
@@ -124,6 +141,8 @@ class Distiller(nn.Module):
         hidden_scale: str = "none",
         reduction: str = "sum",
         cross_attention: bool = False,
+        teacher_layers: Mapping[str, Sequence[int]] | None = None,
+        projections: str = "all",
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -138,6 +157,7 @@ class Distiller(nn.Module):
             ("attention_target", attention_target, ("scores", "probs")),
             ("hidden_scale", hidden_scale, ("none", "variance")),
             ("reduction", reduction, ("sum", "mean")),
+            ("projections", projections, ("all", "needed")),
         ):
             if value not in allowed:
                 raise ValueError(f"{option} must be one of {allowed}, got {value!r}")
@@ -165,10 +185,17 @@ class Distiller(nn.Module):
         self.reduction = reduction
         self.cross_attention = cross_attention
         self.backend = backend
+        self.summary = ""
+        given = teacher_layers or {}
+        counts = {n: (student.layer_counts[n], teacher.layer_counts[n]) for n in names}
         self.pairs = {
             name: tuple(
                 LayerPair(name, s, t)
-                for s, t in match_layers(student.layer_counts[name], teacher.layer_counts[name])
+                for s, t in (
+                    _given_layers(name, given[name], *counts[name])
+                    if name in given
+                    else match_layers(*counts[name])
+                )
             )
             for name in names
         }
@@ -176,13 +203,69 @@ class Distiller(nn.Module):
         self.projections = nn.ParameterDict()
         for name in names:
             d_s, d_t = student.widths[name], teacher.widths[name]
-            for pair in self.pairs[name]:
+            for pair in self.pairs[name] if projections == "all" or d_s != d_t else ():
                 # nn.Linear's own initialisation
                 self.projections[f"{name}_{pair.student}"] = nn.Parameter(
                     torch.empty(d_s, d_t).uniform_(-(d_s**-0.5), d_s**-0.5)
                 )
-        if isinstance(teacher, nn.Module):
-            teacher.eval().requires_grad_(False)
+        frozen = _module(teacher)
+        if frozen is not None:
+            frozen.eval().requires_grad_(False)
+
+    @classmethod
+    def from_models(
+        cls,
+        student: nn.Module,
+        teacher: nn.Module,
+        batch: Batch,
+        *,
+        modules: Modules | None = None,
+        **options: Any,
+    ) -> Distiller:
+        """A distiller of any two models that one batch fits, their fast attention left on.
+
+        Both are tapped (:func:`optima_fast.tap`) and run once on the batch, so that shapes are
+        known and what cannot be compared is refused before training.
+
+        Args:
+            student: the model to train.
+            teacher: the model to learn from; put in eval mode, its parameters frozen.
+            batch: what both take by keyword, such as ``{"input_ids": ..., "attention_mask": ...}``.
+            modules: by a name of yours the path of a list of layers, the same in both models or one
+                for each: ``{"vision": ("vision.blocks", "vision_model.encoder.layers")}``. Default:
+                all that are found. Arms are made of these names.
+            options: of the constructor; ``projections`` is ``"needed"`` unless given.
+
+        Raises:
+            UserError: modules that are not found, attention that cannot be represented while
+                ``attention_weight`` is not 0, layers that do not fit each other.
+
+        Example::
+
+            distiller = optima_fast.Distiller.from_models(student, teacher, batch)
+            print(distiller.summary)
+            step = distiller(batch)  # output.loss of the student, hidden states, attention
+            step.total.backward()
+        """
+        of_student, of_teacher = paths(student, teacher, modules)
+        tapped: list[TappedModel] = []
+        try:
+            tapped.append(TappedModel(student, of_student))
+            tapped.append(TappedModel(teacher, of_teacher))
+            s, t = (x.try_out(batch) for x in tapped)
+            distiller = cls(*tapped, **{"projections": "needed", **options})
+            chosen = distiller.selected(distiller.modules_matched)
+            t = TappedRecord(None, distiller._requested(t.found))
+            layers = _matched(chosen, s, t)
+            distiller.summary = summary(chosen, layers)
+            distiller.to(layers[0][0].hidden.device)
+            with torch.no_grad():
+                distiller._layer_losses(chosen, s, t)
+        except BaseException:
+            for x in tapped:
+                x.tap.close()
+            raise
+        return distiller
 
     @property
     def student(self) -> Distillable:
@@ -195,20 +278,21 @@ class Distiller(nn.Module):
     def forward(
         self,
         batch: Batch,
-        arm: Arm,
+        arm: Arm | None = None,
         *,
-        predict: Callable[[Tensor, Batch], Tensor],
-        divergence: Callable[[Tensor, Tensor, Batch], Tensor] | None = None,
+        predict: Callable[[Any, Batch], Tensor] | None = None,
+        divergence: Callable[[Any, Any, Batch], Tensor] | None = None,
     ) -> StepLosses:
         """Eq. 5 on one batch.
 
         Args:
             batch: whatever both models take.
             arm: the modules (``image``) or student layers (``image[1-3]``, counted from 1) that
-                are distilled now; may be empty.
-            predict: ``(student_logits, batch) -> scalar`` prediction loss.
+                are distilled now; may be empty. Default: all.
+            predict: ``(student_logits, batch) -> scalar`` prediction loss. With
+                :meth:`from_models` it gets the student's output; default ``output.loss``.
             divergence: ``(student_logits, teacher_logits, batch) -> scalar``; needed when
-                ``kl_weight`` is not 0.
+                ``kl_weight`` is not 0. With :meth:`from_models` it gets both outputs.
 
         Returns:
             The weighted total and each term.
@@ -217,8 +301,40 @@ class Distiller(nn.Module):
             raise ValueError(f"kl_weight is {self.kl_weight}: pass divergence=")
         if not self.kl_weight:
             divergence = None
+        arm = self.modules_matched if arm is None else arm
         records = self._records(batch, arm, teacher_logits=divergence is not None)
-        return self._losses(batch, arm, records, predict, divergence)
+        return self._losses(batch, arm, records, predict or _own_loss, divergence)
+
+    def compare(self, arm: Arm | None = None, *, batch: Batch | None = None) -> LayerLosses:
+        """The layers' losses of what both models did last; for a loop that runs them itself.
+
+        Of a distiller made by :meth:`from_models`.
+
+        Args:
+            arm: as for :meth:`forward`.
+            batch: for the teacher to run on first. Default: it has run already.
+        """
+        student, teacher = self._models
+        if not isinstance(student, TappedModel) or not isinstance(teacher, TappedModel):
+            raise TypeError("compare() is of a distiller made by Distiller.from_models")
+        pairs = self.selected(self.modules_matched if arm is None else arm)
+        if not pairs:
+            raise ValueError("compare() needs an arm with a module or a layer, got an empty one")
+        if batch is not None:
+            with torch.no_grad():
+                teacher.model(**batch)
+        found = TappedRecord(None, self._requested(teacher.last().found))
+        return self._layer_losses(pairs, student.last(), found)
+
+    def close(self) -> None:
+        """Take the taps of :meth:`from_models` off both models."""
+        for model in self._models:
+            if isinstance(model, TappedModel):
+                model.tap.close()
+
+    def _requested(self, layers: Mapping[str, Sequence[Layer]]) -> dict[str, list[Layer]]:
+        """The teacher's matched layers, in the order of the pairs."""
+        return {n: [layers[n][p.teacher] for p in self.pairs[n]] for n in self.modules_matched}
 
     @torch.no_grad()
     def measure(
@@ -240,29 +356,29 @@ class Distiller(nn.Module):
         Returns:
             The sums with layers reduced as in training, and each layer's; unweighted.
         """
-        student = self.student
-        training = isinstance(student, nn.Module) and student.training
-        if training:
-            student.eval()  # type: ignore[attr-defined]
+        student = _module(self.student)
+        training = student is not None and student.training
+        if student is not None:
+            student.eval()
         try:
             records = self._records(batch, self.modules_matched, teacher_logits=True)
         finally:
-            if training:
-                student.train()  # type: ignore[attr-defined]
+            if student is not None:
+                student.train(training)
         step = self._losses(batch, self.modules_matched, records, predict, divergence)
-        assert step.kl is not None and step.hidden is not None and step.attention is not None
+        assert step.kl is not None and step.hidden is not None
+        maps = torch.zeros_like(step.hidden) if step.attention is None else step.attention
         assert records.teacher is not None and records.teacher.logits is not None
         unexplained = step.hidden
         if self.hidden_scale == "none":
-            unexplained = unexplained / self._variances(
-                step.pairs, records.student, records.teacher
-            )
+            layers = _matched(step.pairs, records.student, records.teacher)
+            unexplained = unexplained / self._variances(layers)
         teacher = predict(records.teacher.logits, batch).float()
-        sums = (step.kl, self._reduce(step.hidden), self._reduce(step.attention), step.prediction)
+        sums = (step.kl, self._reduce(step.hidden), self._reduce(maps), step.prediction)
         stacked = torch.stack([term.double() for term in (*sums, teacher)])
-        layers = torch.stack([step.hidden, step.attention, unexplained]).double()
+        by_layer = torch.stack([step.hidden, maps, unexplained]).double()
         kl, hidden, attention, prediction, taught = stacked.tolist()
-        a, b, c = (_by_module(step.pairs, row) for row in layers.tolist())
+        a, b, c = (_by_module(step.pairs, row) for row in by_layer.tolist())
         return Measurement(kl, hidden, attention, prediction, a, b, c, taught)
 
     def selected(self, arm: Arm) -> tuple[LayerPair, ...]:
@@ -333,73 +449,126 @@ class Distiller(nn.Module):
             total = total + self.kl_weight * kl
         if pairs:
             assert teacher is not None
-            hidden = self._hidden(pairs, student, teacher)
-            attention = self._attention(pairs, student, teacher)
-            total = total + self.hidden_weight * self._reduce(hidden)
-            total = total + self.attention_weight * self._reduce(attention)
+            of_layers = self._layer_losses(pairs, student, teacher)
+            total = total + of_layers.total
+            hidden, attention = of_layers.hidden, of_layers.attention
         return StepLosses(total, prediction, kl, hidden, attention, pairs)
+
+    def _layer_losses(
+        self, pairs: tuple[LayerPair, ...], student: Record, teacher: Record
+    ) -> LayerLosses:
+        layers = _matched(pairs, student, teacher)
+        hidden = self._hidden(pairs, layers)
+        total = self.hidden_weight * self._reduce(hidden)
+        if not self.attention_weight and any(s.refusals or t.refusals for s, t in layers):
+            return LayerLosses(total, hidden, None, pairs)
+        attention = self._attention(pairs, layers)
+        total = total + self.attention_weight * self._reduce(attention)
+        return LayerLosses(total, hidden, attention, pairs)
 
     def _reduce(self, layers: Tensor) -> Tensor:
         return layers.sum() if self.reduction == "sum" else layers.mean()
 
-    def _hidden(self, pairs: Sequence[LayerPair], student: Record, teacher: Record) -> Tensor:
+    def _hidden(self, pairs: Sequence[LayerPair], layers: Sequence[Matched]) -> Tensor:
+        projections = [self._projection(pair) for pair in pairs]
         losses = hidden_mse(
-            [student.taps[p.module][p.student].hidden for p in pairs],
-            [teacher.taps[p.module][p.student].hidden for p in pairs],
-            [self.projections[f"{p.module}_{p.student}"] for p in pairs],
-            mask=[student.masks[p.module] for p in pairs],
+            [s.hidden for s, _ in layers],
+            [t.hidden for _, t in layers],
+            projections,
+            mask=[s.mask for s, _ in layers],
             backend=self.backend,
         )
         if self.hidden_scale == "variance":
-            losses = losses / self._variances(pairs, student, teacher)
+            losses = losses / self._variances(layers)
         return losses
 
-    def _variances(self, pairs: Sequence[LayerPair], student: Record, teacher: Record) -> Tensor:
-        """Of the teacher's states, [L], as the pairs."""
-        return torch.stack(
-            [
-                _variance(teacher.taps[p.module][p.student].hidden, student.masks[p.module])
-                for p in pairs
-            ]
-        )
+    def _projection(self, pair: LayerPair) -> Tensor | None:
+        """None where widths agree and no projection was asked for."""
+        name = f"{pair.module}_{pair.student}"
+        found: Tensor | None = self.projections.get(name)
+        return found
 
-    def _attention(self, pairs: Sequence[LayerPair], student: Record, teacher: Record) -> Tensor:
-        rows: list[tuple[Any, ...]] = []
-        crossing = []
-        for pair in pairs:
-            mask = student.masks[pair.module]
-            causal = bool(self.student.causal[pair.module])
-            # both are recorded from the first matched layer on, in the order of the pairs
-            s = student.taps[pair.module][pair.student]
-            t = teacher.taps[pair.module][pair.student]
-            if self.cross_attention and s.cross_q is not None:
-                crossing.append((len(rows), s, t, mask))
-            rows.append((s.q, s.k, t.q, t.k, s.lse, t.lse, causal, mask, mask))
-        layers = len(rows)
-        for _, s, t, mask in crossing:
-            rows.append((s.cross_q, s.cross_k, t.cross_q, t.cross_k, None, None, False, mask, None))
-        q_s, k_s, q_t, k_t, lse_s, lse_t, causals, query_mask, key_mask = map(
-            list, zip(*rows, strict=True)
-        )
+    def _variances(self, layers: Sequence[Matched]) -> Tensor:
+        """Of the teacher's states, [L], as the pairs."""
+        return torch.stack([_variance(t.hidden, s.mask) for s, t in layers])
+
+    def _attention(self, pairs: Sequence[LayerPair], layers: Sequence[Matched]) -> Tensor:
+        rows: list[tuple[Attention, Attention]] = []
+        owners: list[int] = []
+        for i, (pair, (s, t)) in enumerate(zip(pairs, layers, strict=True)):
+            if s.refusals or t.refusals:
+                raise UserError(
+                    f"{pair}: the attention losses cannot represent "
+                    + "; ".join((*s.refusals, *t.refusals))
+                    + ". Set attention_weight=0, or leave the layer out of the arm"
+                )
+            if not s.attentions or len(s.attentions) != len(t.attentions):
+                raise UserError(
+                    f"{pair}: the student's layer has {len(s.attentions)} attentions and the "
+                    f"teacher's {len(t.attentions)}; set attention_weight=0"
+                )
+            own = list(zip(s.attentions, t.attentions, strict=True))
+            rows += own if self.cross_attention else own[:1]
+            owners += [i] * (len(rows) - len(owners))
+        student, teacher = ([row[i] for row in rows] for i in range(2))
         probs = self.attention_target == "probs"
         losses = attention_mse(
-            q_s,
-            k_s,
-            q_t,
-            k_t,
+            [a.q for a in student],
+            [a.k for a in student],
+            [a.q for a in teacher],
+            [a.k for a in teacher],
             target=self.attention_target,
-            causal=causals,
-            query_mask=query_mask,
-            key_mask=key_mask,
-            student_lse=lse_s if probs else None,
-            teacher_lse=lse_t if probs else None,
+            causal=[a.causal for a in student],
+            query_mask=[a.query_mask for a in student],
+            key_mask=[a.key_mask for a in student],
+            student_lse=[a.lse for a in student] if probs else None,
+            teacher_lse=[a.lse for a in teacher] if probs else None,
+            student_scale=[a.scale for a in student],
+            teacher_scale=[a.scale for a in teacher],
             backend=self.backend,
         )
-        if not crossing:
+        if len(rows) == len(pairs):
             return losses
         # a layer's two attentions are one loss
-        owner = torch.tensor([row for row, *_ in crossing], device=losses.device)
-        return losses[:layers].index_add(0, owner, losses[layers:])
+        owner = torch.tensor(owners, device=losses.device)
+        return losses.new_zeros(len(pairs)).index_add(0, owner, losses)
+
+
+def _module(model: object) -> nn.Module | None:
+    """The PyTorch module of a model, if it is one."""
+    inner = model.model if isinstance(model, TappedModel) else model
+    return inner if isinstance(inner, nn.Module) else None
+
+
+def _own_loss(output: Any, batch: Batch) -> Tensor:
+    loss = getattr(output, "loss", None)
+    if not isinstance(loss, Tensor):
+        raise UserError(
+            f"the student's output ({type(output).__name__}) has no loss: put labels into the "
+            "batch, or pass predict="
+        )
+    return loss
+
+
+def _given_layers(
+    name: str, layers: Sequence[int], students: int, teachers: int
+) -> list[tuple[int, int]]:
+    chosen = list(layers)
+    if len(chosen) != students or not all(0 <= i < teachers for i in chosen):
+        raise UserError(
+            f"teacher_layers[{name!r}] must be {students} layers from 0 to {teachers - 1}, one for "
+            f"each of the student's, got {chosen}"
+        )
+    if chosen != sorted(chosen):
+        raise UserError(f"teacher_layers[{name!r}] must not go back, got {chosen}")
+    return list(enumerate(chosen))
+
+
+def _matched(pairs: Sequence[LayerPair], student: Record, teacher: Record) -> list[Matched]:
+    """The records of each pair: both models' are of the first matched layers, in their order."""
+    names = {pair.module for pair in pairs}
+    of = {name: (student.layers(name), teacher.layers(name)) for name in names}
+    return [(of[p.module][0][p.student], of[p.module][1][p.student]) for p in pairs]
 
 
 def _by_module(pairs: Sequence[LayerPair], values: Sequence[float]) -> Layers:

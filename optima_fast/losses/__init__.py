@@ -19,7 +19,7 @@ from optima_fast.losses import backends, checks, ops, reference
 __all__ = ["attention_mse", "hidden_mse"]
 
 Layers = Tensor | Sequence[Tensor]
-OptionalLayers = Tensor | Sequence[Tensor | None] | None
+OptionalLayers = Tensor | Sequence[Tensor] | Sequence[Tensor | None] | None
 
 
 def hidden_mse(
@@ -71,28 +71,38 @@ def hidden_mse(
     """
     checks.option("backend", backend, backends.NAMES)
     checks.flags("recompute", recompute, 1)
+    if weight is None:
+        weight = [None] * len(checks.listed(student))
     students, teachers, weights = checks.floating_layers(
-        student=student, teacher=teacher, weight=weight
+        optional="weight", student=student, teacher=teacher, weight=weight
     )
     for s, t, w in zip(students, teachers, weights, strict=True):
         checks.hidden_shapes(s, t, w)
     shapes = [tuple(s.shape[:-1]) for s in students]
     masks = checks.masks("mask", mask, shapes, students[0].device)
-    if backend == "reference":
-        dtype = reference.accumulator(*students, *teachers, *weights)
-        layers = zip(students, teachers, weights, masks, strict=True)
-        return torch.stack([reference.hidden_mse(*layer, dtype=dtype) for layer in layers])
-    loss: Tensor = ops.hidden_mse(
-        [_batched(x, 2) for x in students],
-        [_batched(x.detach(), 2) for x in teachers],
-        weights,
-        [None if x is None else _batched(x, 1) for x in masks],
-        _needed(students),
-        _needed(weights),
-        backend,
-        recompute,
-    )[0]
-    return loss
+    every = range(len(students))
+    fused = [] if backend == "reference" else [i for i in every if weights[i] is not None]
+    dtype = reference.accumulator(*students, *teachers, *(w for w in weights if w is not None))
+    losses = {
+        i: reference.hidden_mse(students[i], teachers[i], weights[i], masks[i], dtype=dtype)
+        for i in every
+        if i not in fused
+    }
+    if fused:
+        found: Tensor = ops.hidden_mse(
+            [_batched(students[i], 2) for i in fused],
+            [_batched(teachers[i].detach(), 2) for i in fused],
+            [weights[i] for i in fused],
+            [None if x is None else _batched(x, 1) for x in (masks[i] for i in fused)],
+            _needed([students[i] for i in fused]),
+            _needed([weights[i] for i in fused]),
+            backend,
+            recompute,
+        )[0]
+        if not losses:
+            return found
+        losses.update(zip(fused, found.to(dtype).unbind(), strict=True))
+    return torch.stack([losses[i] for i in every])
 
 
 def attention_mse(

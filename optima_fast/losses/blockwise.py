@@ -255,7 +255,7 @@ def _scores(
             residual.mul_(2 * scale / pairs.number)
             if d_q is not None:
                 product = (residual @ k).view(-1, i1 - i0, G, d).transpose(1, 2)
-                d_q[b0:b1, :, i0:i1].unflatten(1, (G, -1)).copy_(product[:, :, None])
+                torch.unflatten(d_q[b0:b1, :, i0:i1], 1, (G, -1)).copy_(product[:, :, None])
             if dk is not None:
                 dk[:, :n].baddbmm_(residual.mT, q, beta=beta)
         if d_k is not None and dk is not None:
@@ -360,7 +360,7 @@ def _heads_first(
 
 def _share_first(x: Tensor, share: int) -> Tensor:
     """[share, G, C, ...] of [C, G * share, ...]."""
-    return x.unflatten(1, (-1, share)).transpose(0, 2)
+    return torch.unflatten(x, 1, (-1, share)).transpose(0, 2)
 
 
 def _heads_last(
@@ -372,7 +372,7 @@ def _heads_last(
     """
     x = x[b0:b1].to(dtype)
     if share > 1:
-        x = x.unflatten(1, (-1, share)).sum(2)
+        x = torch.unflatten(x, 1, (-1, share)).sum(2)
     x = x.transpose(1, 2).flatten(2)
     return x if keep is None else torch.where(keep[b0:b1, :, None], x, 0)
 

@@ -28,15 +28,19 @@ def listed(value: Any) -> list[Any]:
     return [value] if single else list(value)
 
 
-def floating_layers(**arguments: Tensor | Sequence[Tensor]) -> list[list[Tensor]]:
-    """Each argument as a list of one floating tensor a layer; all of one length and device."""
+def floating_layers(*, optional: str = "", **arguments: Any) -> list[list[Any]]:
+    """Each argument as a list of one floating tensor a layer; all of one length and device.
+
+    That named ``optional`` may hold None.
+    """
     lists = []
     for name, value in arguments.items():
         layers = listed(value)
         if not layers:
             raise ValueError(f"{name} must have at least one layer, got an empty list")
         for x in layers:
-            floating(name, x)
+            if x is not None or name != optional:
+                floating(name, x)
         lists.append(layers)
     lengths = {name: len(layers) for name, layers in zip(arguments, lists, strict=True)}
     if len(set(lengths.values())) > 1:
@@ -45,7 +49,8 @@ def floating_layers(**arguments: Tensor | Sequence[Tensor]) -> list[list[Tensor]
     first = lists[0][0].device
     for name, layers in zip(arguments, lists, strict=True):
         for x in layers:
-            same_device(name, x, first)
+            if x is not None:
+                same_device(name, x, first)
     return lists
 
 
@@ -98,14 +103,19 @@ def masks(
     return layers
 
 
-def hidden_shapes(student: Tensor, teacher: Tensor, weight: Tensor) -> None:
+def hidden_shapes(student: Tensor, teacher: Tensor, weight: Tensor | None) -> None:
     if student.ndim < 2 or teacher.ndim < 2 or student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
             "student and teacher must be [..., N, d_s] and [..., N, d_t] with the same tokens, got "
             f"{_shape(student)} and {_shape(teacher)}"
         )
     expected = (student.shape[-1], teacher.shape[-1])
-    if _shape(weight) != expected:
+    if weight is None and expected[0] != expected[1]:
+        raise ValueError(
+            f"states of different widths, d_s = {expected[0]} and d_t = {expected[1]}, need a "
+            "weight [d_s, d_t], got None"
+        )
+    if weight is not None and _shape(weight) != expected:
         raise ValueError(f"weight must be [d_s, d_t] = {expected}, got {_shape(weight)}")
     if 0 in expected:
         raise ValueError(f"d_s and d_t must be at least 1, got {expected}")

@@ -19,7 +19,7 @@ def accumulator(*tensors: Tensor) -> torch.dtype:
 def hidden_mse(
     student: Tensor,  # [..., N, d_s]
     teacher: Tensor,  # [..., N, d_t]
-    weight: Tensor,  # [d_s, d_t]
+    weight: Tensor | None,  # [d_s, d_t]; None: the identity
     mask: Tensor | None,  # [..., N]
     *,
     dtype: torch.dtype,
@@ -30,7 +30,8 @@ def hidden_mse(
         # masked before the product: 0 * nan is nan, in its gradient too
         student = torch.where(counted[..., None], student, 0).to(dtype)
         teacher = torch.where(counted[..., None], teacher.detach(), 0).to(dtype)
-        residual = student @ weight.to(dtype) - teacher
+        projected = student if weight is None else student @ weight.to(dtype)
+        residual = projected - teacher
         return residual.square().sum() / (counted.sum() * teacher.shape[-1]).clamp(min=1)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from optima_fast.models.attention import CrossAttention, Past, SelfAttention
 from optima_fast.models.basic import MLP, parameter
 from optima_fast.models.config import CoCaConfig
+from optima_fast.taps.records import Attention, Layer
 
 
 class LayerTap(NamedTuple):
@@ -29,6 +30,13 @@ class LayerTap(NamedTuple):
     lse: Tensor | None = None
     cross_q: Tensor | None = None
     cross_k: Tensor | None = None
+
+    def record(self, mask: Tensor | None, causal: bool) -> Layer:
+        """As the losses take it, with which tokens count and whether they see later ones."""
+        own = Attention(self.q, self.k, causal, mask, mask, lse=self.lse)
+        if self.cross_q is None or self.cross_k is None:
+            return Layer(self.hidden, mask, (own,))
+        return Layer(self.hidden, mask, (own, Attention(self.cross_q, self.cross_k, False, mask)))
 
 
 class SelfLayer(nn.Module):

@@ -21,6 +21,7 @@ from optima_fast.models.layers import LayerTap, Pooler
 from optima_fast.models.towers import ImageEncoder, MultimodalDecoder, TextDecoder
 
 MODULES = ("image", "text", "multimodal")
+CAUSAL = {"image": False, "text": True, "multimodal": True}
 TapRequest = Mapping[str, Sequence[int]]
 
 
@@ -64,7 +65,7 @@ class CoCa(nn.Module):
         self.config = config
         self.layer_counts = config.layer_counts
         self.widths = config.widths
-        self.causal = {"image": False, "text": True, "multimodal": True}
+        self.causal = CAUSAL
         width, form = config.text_width, config.contrastive
         heads, inner = config.pooler_heads, config.pooler_inner
         self.image = ImageEncoder(config)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from optima_fast.models.config import CoCaConfig
 from optima_fast.models.heads import CaptionHead, ClassificationHead, PairHead
 from optima_fast.models.layers import LayerTap
-from optima_fast.models.model import MODULES, CoCa, CoCaOutput, TapRequest
+from optima_fast.models.model import CAUSAL, MODULES, CoCa, CoCaOutput, TapRequest
+from optima_fast.taps.records import Layer
 
 HEADS = ("classification", "pair", "caption")
 
@@ -28,6 +29,10 @@ class TaskOutput(NamedTuple):
     logits: Tensor | None
     taps: dict[str, list[LayerTap]]
     masks: dict[str, Tensor | None]
+
+    def layers(self, module: str) -> list[Layer]:
+        """The records of a module as the losses take them."""
+        return [tap.record(self.masks[module], CAUSAL[module]) for tap in self.taps[module]]
 
 
 class TaskModel(nn.Module):
