@@ -519,6 +519,7 @@ class Distiller(nn.Module):
             [a.k for a in teacher],
             target=self.attention_target,
             causal=[a.causal for a in student],
+            window=[a.window for a in student],
             query_mask=[a.query_mask for a in student],
             key_mask=[a.key_mask for a in student],
             student_lse=[a.lse for a in student] if probs else None,

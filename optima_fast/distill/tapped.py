@@ -119,6 +119,7 @@ def summary(pairs: Sequence[Any], layers: Sequence[tuple[Layer, Layer]]) -> str:
         for i, (a, b) in enumerate(zip(s.attentions, t.attentions, strict=False)):
             text += f"; {'cross-attention' if i else 'attention'} of {_heads(a)} and {_heads(b)}"
             text += ", causal" * a.causal + ", padded" * (a.key_mask is not None)
+            text += f", window of {a.window}" if a.window else ""
         for reason in (*s.refusals, *t.refusals):
             text += f"; NOT COMPARED: {reason}"
         lines.append(text)

@@ -25,7 +25,7 @@ OptionalLayers = Tensor | Sequence[Tensor] | Sequence[Tensor | None] | None
 def hidden_mse(
     student: Layers,
     teacher: Layers,
-    weight: Layers,
+    weight: OptionalLayers = None,
     *,
     mask: OptionalLayers = None,
     backend: str = "auto",
@@ -46,7 +46,9 @@ def hidden_mse(
         student: ``[..., N, d_s]``, or a sequence of L such; float16, bfloat16, float32 or float64,
             any strides.
         teacher: ``[..., N, d_t]``, as many; the dtype may differ from the student's.
-        weight: ``[d_s, d_t]``, as many.
+        weight: ``[d_s, d_t]``, as many; None, for all layers or for one, where the student's states
+            are compared as they are and d_s = d_t. That is plain PyTorch on any backend: there is
+            no product to fuse with.
         mask: ``[..., N]`` bool, True where the token counts: one for all layers, or one (or None)
             per layer. Default: every token.
         backend: ``"auto"``, ``"triton"``, ``"blockwise"`` or ``"reference"``.
@@ -113,6 +115,7 @@ def attention_mse(
     *,
     target: str = "scores",
     causal: bool | Sequence[bool] = False,
+    window: int | Sequence[int | None] | None = None,
     query_mask: OptionalLayers = None,
     key_mask: OptionalLayers = None,
     student_lse: OptionalLayers = None,
@@ -128,12 +131,13 @@ def attention_mse(
         A = \frac{1}{H} \sum_h c\, Q_h K_h^\top \;\text{ or }\;
         \frac{1}{H} \sum_h \mathrm{softmax}(c\, Q_h K_h^\top)
 
-    A pair is valid if its query counts, its key counts and, with ``causal``, the key is not after
-    the query; :math:`n` is their number, and the loss is 0 with gradient 0 when there is none. The
-    softmax is over the valid keys; a query without any contributes 0. Tokens in no valid pair may
-    hold nan or inf. Gradients go to ``student_q`` and ``student_k``, never to the teacher. Products
-    and sums are kept in float32 (float64 if an input is float64), under autocast too; a gradient
-    comes in its input's dtype. No ``[B, H, Nq, Nk]`` tensor is made, except with
+    A pair is valid if its query counts, its key counts, with ``causal`` the key is not after the
+    query, and with ``window`` they are less than so many places apart; :math:`n` is their number,
+    and the loss is 0 with gradient 0 when there is none. The softmax is over the valid keys; a
+    query without any contributes 0. Tokens in no valid pair may hold nan or inf. Gradients go to
+    ``student_q`` and ``student_k``, never to the teacher. Products and sums are kept in float32
+    (float64 if an input is float64), under autocast too; a gradient comes in its input's dtype. No
+    ``[B, H, Nq, Nk]`` tensor is made, except with
     ``backend="reference"``, which alone is differentiable twice.
 
     OPTIMA, Eq. 4; ``"scores"`` is TinyBERT's attention loss on the head average.
@@ -148,6 +152,9 @@ def attention_mse(
         teacher_k: ``[B, G_t, Nk, d_t]``, as many; groups may differ from the student's.
         target: ``"scores"``, before the softmax, or ``"probs"``, after it.
         causal: a query sees no later key; one for all layers or one per layer; needs Nq = Nk.
+        window: a query sees only keys less than so many places from it (sliding window attention;
+            transformers' ``sliding_window`` of causal models); None: no such limit. One for all
+            layers or one per layer; needs Nq = Nk. ``reference`` and ``blockwise`` have it.
         query_mask: ``[B, Nq]`` bool, True where the query counts: one for all layers, or one (or
             None) per layer.
         key_mask: ``[B, Nk]`` bool, likewise for keys.
@@ -172,9 +179,9 @@ def attention_mse(
         TypeError: a tensor that is not floating, a mask that is not bool, a scale or ``causal`` of
             another type.
         ValueError: an empty list, lists of different lengths, shapes or devices that do not fit,
-            no head, keys' heads that do not divide the queries', ``causal`` with Nq != Nk, a
-            log-sum-exp with ``target="scores"``, an unknown target or backend, or a backend that
-            cannot serve the call (with each reason).
+            no head, keys' heads that do not divide the queries', ``causal`` or ``window`` with
+            Nq != Nk, a window below 1, a log-sum-exp with ``target="scores"``, an unknown target or
+            backend, or a backend that cannot serve the call (with each reason).
 
     Example:
         >>> import torch, optima_fast
@@ -190,8 +197,9 @@ def attention_mse(
     )
     queries, keys, teacher_queries, teacher_keys = inputs
     causals = checks.flags("causal", causal, len(queries))
-    for *layer, flag in zip(*inputs, causals, strict=True):
-        checks.matching_maps(*layer, causal=flag)
+    windows = checks.windows(window, len(queries))
+    for *layer, flag, limit in zip(*inputs, causals, windows, strict=True):
+        checks.matching_maps(*layer, causal=flag, window=limit)
     device = queries[0].device
     query_masks = checks.masks(
         "query_mask", query_mask, [(x.shape[0], x.shape[2]) for x in queries], device
@@ -209,6 +217,7 @@ def attention_mse(
                     *layer,
                     target=target,
                     causal=causals[i],
+                    window=windows[i],
                     student_scale=student_scales[i],
                     teacher_scale=teacher_scales[i],
                     dtype=dtype,
@@ -229,6 +238,7 @@ def attention_mse(
         teacher_scales,
         target,
         causals,
+        windows,
         _needed(queries),
         _needed(keys),
         backend,

@@ -60,6 +60,7 @@ class AttentionInputs(NamedTuple):
     teacher_scale: list[float]
     target: str
     causal: list[bool]
+    window: list[int]  # 0: none
     need_q: list[bool]
     need_k: list[bool]
 
@@ -160,6 +161,7 @@ def _blockwise_attention(x: AttentionInputs) -> tuple[Tensor, list[Tensor]]:
             student_scale=x.student_scale[i],
             teacher_scale=x.teacher_scale[i],
             causal=x.causal[i],
+            window=x.window[i],
             need_q=x.need_q[i],
             need_k=x.need_k[i],
             dtype=dtype,
@@ -334,6 +336,8 @@ def _attention_refusals(x: AttentionInputs) -> list[str]:
     else:
         from optima_fast.kernels import attention_probs as kernel
     reasons: list[str] = kernel.not_served(*x[:4])
+    if any(x.window):
+        reasons.append("it has no kernel for a window")
     return reasons
 
 

@@ -142,12 +142,31 @@ class Pairs(NamedTuple):
     queries: Tensor | None  # [B, Nq] bool: takes part in a valid pair. None: each does
     keys: Tensor | None  # [B, Nk] bool: takes part in a valid pair. None: each does
     number: Tensor | float  # of valid pairs, at least 1
+    causal: bool
+    window: int  # 0: none
+
+    def seen(self, i0: int, i1: int, keys: int) -> tuple[int, int]:
+        """The keys that queries i0 to i1 may see, from the first to after the last."""
+        first = max(0, i0 - self.window + 1) if self.window else 0
+        if self.causal:
+            return first, i1
+        return first, min(keys, i1 + self.window - 1) if self.window else keys
+
+    def unseen(self, i0: int, i1: int, j0: int, j1: int, like: Tensor) -> Tensor | None:
+        """[i1 - i0, j1 - j0] bool: too far, or later; None where all is seen."""
+        if not self.window:
+            return None
+        distance = torch.arange(i0, i1, device=like.device)[:, None]
+        distance = distance - torch.arange(j0, j1, device=like.device)
+        far = distance.abs() >= self.window
+        return far | (distance < 0) if self.causal else far
 
 
 def valid_pairs(
     query_mask: Tensor | None,
     key_mask: Tensor | None,
     causal: bool,
+    window: int,
     shape: tuple[int, int, int],
     dtype: torch.dtype,
 ) -> Pairs:
@@ -155,16 +174,30 @@ def valid_pairs(
     B, Nq, Nk = shape
     given = query_mask if key_mask is None else key_mask
     if given is None:
-        return Pairs(None, None, float(B * (Nq * (Nq + 1) // 2 if causal else Nq * Nk)))
+        number = B * Nq * Nk
+        if causal or window:
+            width = min(window, Nq) if window else Nq
+            lower = Nq * width - width * (width - 1) // 2
+            number = B * (lower if causal else 2 * lower - Nq)
+        return Pairs(None, None, float(number), causal, window)
     q = given.new_ones(B, Nq) if query_mask is None else query_mask
     k = given.new_ones(B, Nk) if key_mask is None else key_mask
-    if causal:
-        seen = k.cumsum(1)  # keys that query i sees
-        seeing = q.flip(1).cumsum(1).flip(1)  # queries that see key j
+    if causal or window:
+        # keys that query i sees, and queries that see key j
+        seen = _counted(k, window - 1 if window else Nk, 0 if causal else window - 1)
+        seeing = _counted(q, 0 if causal else window - 1, window - 1 if window else Nq)
     else:
         seen, seeing = k.sum(1, keepdim=True), q.sum(1, keepdim=True)
     count = (q * seen).sum().clamp(min=1).to(dtype)
-    return Pairs(q & (seen > 0), k & (seeing > 0), count)
+    return Pairs(q & (seen > 0), k & (seeing > 0), count, causal, window)
+
+
+def _counted(mask: Tensor, before: int, after: int) -> Tensor:
+    """[B, N]: how many count from so many places before each one to so many after it."""
+    n = mask.shape[1]
+    sums = torch.nn.functional.pad(mask.cumsum(1), (1, 0))
+    place = torch.arange(n, device=mask.device)
+    return sums[:, (place + after + 1).clamp(max=n)] - sums[:, (place - before).clamp(min=0)]
 
 
 class Side(NamedTuple):
@@ -196,6 +229,7 @@ def attention_mse(
     *,
     target: str,
     causal: bool,
+    window: int = 0,
     student_scale: float,
     teacher_scale: float,
     need_q: bool,
@@ -214,17 +248,16 @@ def attention_mse(
         return nothing(student_q.new_empty(0, dtype=dtype), d_q, d_k)
     student = Side(student_q, student_k, student_scale, student_lse)
     teacher = Side(teacher_q, teacher_k, teacher_scale, teacher_lse)
-    pairs = valid_pairs(query_mask, key_mask, causal, (B, Nq, Nk), dtype)
+    pairs = valid_pairs(query_mask, key_mask, causal, window, (B, Nq, Nk), dtype)
     if target == "scores":
-        return _scores(student, teacher, pairs, causal, d_q, d_k, dtype)
-    return _probs(student, teacher, pairs, key_mask, causal, d_q, d_k, dtype)
+        return _scores(student, teacher, pairs, d_q, d_k, dtype)
+    return _probs(student, teacher, pairs, key_mask, d_q, d_k, dtype)
 
 
 def _scores(
     student: Side,
     teacher: Side,
     pairs: Pairs,
-    causal: bool,
     d_q: Tensor | None,
     d_k: Tensor | None,
     dtype: torch.dtype,
@@ -240,16 +273,18 @@ def _scores(
             _heads_last(x.q, pairs.queries, b0, b1, dtype, x.share) for x in (student, teacher)
         )
         ks, kt = (_heads_last(x.k, pairs.keys, b0, b1, dtype) for x in (student, teacher))
-        dk = torch.empty_like(ks) if d_k is not None else None
+        dk = torch.zeros_like(ks) if d_k is not None else None
         for i0, i1 in starts(Nq, rows):
-            # the last rows come first: there a causal block sees, and so initialises, every key
-            n, beta = i1 if causal else Nk, 0 if i1 == Nq else 1
-            block = view(work, b1 - b0, i1 - i0, n)
-            q, k = qs[:, i0:i1], ks[:, :n]
+            j0, j1 = pairs.seen(i0, i1, Nk)
+            block = view(work, b1 - b0, i1 - i0, j1 - j0)
+            q, k = qs[:, i0:i1], ks[:, j0:j1]
             residual = torch.baddbmm(block, q, k.mT, beta=0, alpha=scale, out=block)
-            residual.baddbmm_(qt[:, i0:i1], kt[:, :n].mT, alpha=-teacher.scale / teacher.heads)
+            residual.baddbmm_(qt[:, i0:i1], kt[:, j0:j1].mT, alpha=-teacher.scale / teacher.heads)
             # 0 already where a query or key is masked: both its products are with zeros
-            if causal:
+            unseen = pairs.unseen(i0, i1, j0, j1, residual)
+            if unseen is not None:
+                residual.masked_fill_(unseen, 0)
+            elif pairs.causal:
                 residual.tril_(i0)
             partial.append(residual.square().sum())
             residual.mul_(2 * scale / pairs.number)
@@ -257,7 +292,7 @@ def _scores(
                 product = (residual @ k).view(-1, i1 - i0, G, d).transpose(1, 2)
                 torch.unflatten(d_q[b0:b1, :, i0:i1], 1, (G, -1)).copy_(product[:, :, None])
             if dk is not None:
-                dk[:, :n].baddbmm_(residual.mT, q, beta=beta)
+                dk[:, j0:j1].baddbmm_(residual.mT, q)
         if d_k is not None and dk is not None:
             d_k[b0:b1] = dk.view(-1, Nk, G, d).transpose(1, 2)
     return Gradients(mean(partial, pairs.number), d_q, d_k)
@@ -268,7 +303,6 @@ def _probs(
     teacher: Side,
     pairs: Pairs,
     key_mask: Tensor | None,
-    causal: bool,
     d_q: Tensor | None,
     d_k: Tensor | None,
     dtype: torch.dtype,
@@ -290,10 +324,12 @@ def _probs(
         ls, lt = (_log2_normaliser(x, pairs.queries, b0, b1, dtype) for x in (student, teacher))
         hidden = None if key_mask is None else ~key_mask[b0:b1, None, :]
         # [d, Nk], not [Nk, d]: the product that adds to it is a third faster
-        dk = ks.new_empty(G * C, d, Nk) if d_k is not None else None
+        dk = ks.new_zeros(G * C, d, Nk) if d_k is not None else None
         for i0, i1 in starts(Nq, rows):
-            # the last rows come first: there a causal block sees, and so initialises, every key
-            m, n, beta = i1 - i0, i1 if causal else Nk, 0 if i1 == Nq else 1
+            j0, j1 = pairs.seen(i0, i1, Nk)
+            m, n = i1 - i0, j1 - j0
+            unseen = pairs.unseen(i0, i1, j0, j1, ks)
+            later = i0 if pairs.causal and unseen is None else None
             sums = []
             # the student last: its probabilities are still needed
             for side, q, k, lse, mean_map in (
@@ -304,8 +340,8 @@ def _probs(
                 factor = side.scale if lse is None else side.scale * LOG2_E
                 flat = scores.view(side.share, -1, m, n)
                 for x, out in zip(q, flat, strict=True):
-                    torch.baddbmm(out, x[:, i0:i1], k[:, :n].mT, beta=0, alpha=factor, out=out)
-                _hide(scores, None if hidden is None else hidden[..., :n], i0 if causal else None)
+                    torch.baddbmm(out, x[:, i0:i1], k[:, j0:j1].mT, beta=0, alpha=factor, out=out)
+                _hide(scores, None if hidden is None else hidden[..., j0:j1], unseen, later)
                 if lse is None:
                     torch.softmax(scores, -1, out=probs)
                 else:
@@ -322,23 +358,25 @@ def _probs(
             d_scores.addcmul_(probs, d_scores.sum(-1, keepdim=True), value=-1)
             for j, flat in enumerate(d_scores.view(student.share, -1, m, n)):
                 if d_q is not None:
-                    product = (flat @ ks[:, :n]).view(G, C, m, d)
+                    product = (flat @ ks[:, j0:j1]).view(G, C, m, d)
                     d_q[b0:b1, j :: student.share, i0:i1] = product.transpose(0, 1)
                 if dk is not None:
-                    dk[:, :, :n].baddbmm_(qs[j][:, i0:i1].mT, flat, beta=beta if j == 0 else 1)
+                    dk[:, :, j0:j1].baddbmm_(qs[j][:, i0:i1].mT, flat)
         if d_k is not None and dk is not None:
             d_k[b0:b1] = dk.view(G, C, d, Nk).transpose(0, 1).mT
     return Gradients(mean(partial, pairs.number * H**2), d_q, d_k)
 
 
-def _hide(scores: Tensor, hidden: Tensor | None, start: int | None) -> None:
-    """Masked keys, and keys after their query, to the lowest finite score.
+def _hide(scores: Tensor, hidden: Tensor | None, unseen: Tensor | None, start: int | None) -> None:
+    """Masked keys, those unseen, and keys after their query, to the lowest finite score.
 
     Finite, so that a query without any key has a softmax to be discarded, not nan.
     """
     low = torch.finfo(scores.dtype).min
     if hidden is not None:
         scores.masked_fill_(hidden, low)
+    if unseen is not None:
+        scores.masked_fill_(unseen, low)
     if start is not None:
         m = scores.shape[2]
         later = torch.ones(m, m, dtype=torch.bool, device=scores.device).triu_(1)

@@ -139,7 +139,13 @@ def attention_shapes(name: str, q: Tensor, k: Tensor) -> None:
 
 
 def matching_maps(
-    student_q: Tensor, student_k: Tensor, teacher_q: Tensor, teacher_k: Tensor, *, causal: bool
+    student_q: Tensor,
+    student_k: Tensor,
+    teacher_q: Tensor,
+    teacher_k: Tensor,
+    *,
+    causal: bool,
+    window: int,
 ) -> None:
     """Both attention maps cover the same [B, Nq, Nk]."""
     attention_shapes("student", student_q, student_k)
@@ -153,8 +159,9 @@ def matching_maps(
             "student and teacher must agree in batch, queries and keys [B, Nq, Nk], got "
             f"{student} and {teacher}"
         )
-    if causal and student[1] != student[2]:
-        raise ValueError(f"causal needs Nq = Nk, got Nq = {student[1]} and Nk = {student[2]}")
+    if (causal or window) and student[1] != student[2]:
+        name = "causal" if causal else "window"
+        raise ValueError(f"{name} needs Nq = Nk, got Nq = {student[1]} and Nk = {student[2]}")
 
 
 def normalisers(
@@ -190,6 +197,17 @@ def flags(name: str, value: bool | Sequence[bool], layers: int) -> list[bool]:
         if not isinstance(x, bool):
             raise TypeError(f"{name} must be True or False, got {x!r}")
     return values
+
+
+def windows(value: Any, layers: int) -> list[int]:
+    """A number of places a layer; 0 where there is no window."""
+    values = per_layer("window", value, layers)
+    for x in values:
+        if x is not None and (not isinstance(x, int) or isinstance(x, bool)):
+            raise TypeError(f"window must be a number of places or None, got {x!r}")
+        if x is not None and x < 1:
+            raise ValueError(f"window must be at least 1, where a query sees itself, got {x}")
+    return [x or 0 for x in values]
 
 
 def scales(

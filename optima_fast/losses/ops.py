@@ -237,7 +237,7 @@ attention_mse = _operator(
     "Tensor[] student_q, Tensor[] student_k, Tensor[] teacher_q, Tensor[] teacher_k,"
     " Tensor?[] query_mask, Tensor?[] key_mask, Tensor?[] student_lse, Tensor?[] teacher_lse,"
     " float[] student_scale, float[] teacher_scale, str target, bool[] causal,"
-    " bool[] need_q, bool[] need_k",
+    " int[] window, bool[] need_q, bool[] need_k",
     AttentionInputs,
     ATTENTION_MSE,
     trained=("student_q", "student_k"),

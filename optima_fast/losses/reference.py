@@ -36,13 +36,20 @@ def hidden_mse(
 
 
 def valid_pairs(
-    query_mask: Tensor | None, key_mask: Tensor | None, causal: bool, like: Tensor, keys: int
+    query_mask: Tensor | None,
+    key_mask: Tensor | None,
+    causal: bool,
+    like: Tensor,
+    keys: int,
+    window: int = 0,
 ) -> Tensor:
-    """[B, Nq, Nk] bool: the query counts, the key counts and causality lets one see the other."""
+    """[B, Nq, Nk] bool: query and key count, and causality and window let one see the other."""
     batch, _, queries, _ = like.shape
     valid = torch.ones(batch, queries, keys, dtype=torch.bool, device=like.device)
     if causal:
         valid = valid.tril()
+    if window:
+        valid = valid.tril(window - 1).triu(1 - window)
     if query_mask is not None:
         valid = valid & query_mask[:, :, None]
     if key_mask is not None:
@@ -73,6 +80,7 @@ def attention_mse(
     *,
     target: str,
     causal: bool,
+    window: int = 0,
     student_scale: float,
     teacher_scale: float,
     dtype: torch.dtype,
@@ -82,7 +90,7 @@ def attention_mse(
     A log-sum-exp is not among the arguments: it would only save the softmax its normaliser.
     """
     with torch.autocast(student_q.device.type, enabled=False):
-        valid = valid_pairs(query_mask, key_mask, causal, student_q, student_k.shape[2])
+        valid = valid_pairs(query_mask, key_mask, causal, student_q, student_k.shape[2], window)
         student = attention_map(
             student_q.to(dtype), student_k.to(dtype), valid, target, student_scale
         )

@@ -33,10 +33,11 @@ class LayerTap(NamedTuple):
 
     def record(self, mask: Tensor | None, causal: bool) -> Layer:
         """As the losses take it, with which tokens count and whether they see later ones."""
-        own = Attention(self.q, self.k, causal, mask, mask, lse=self.lse)
+        own = Attention(self.q, self.k, causal, query_mask=mask, key_mask=mask, lse=self.lse)
         if self.cross_q is None or self.cross_k is None:
             return Layer(self.hidden, mask, (own,))
-        return Layer(self.hidden, mask, (own, Attention(self.cross_q, self.cross_k, False, mask)))
+        cross = Attention(self.cross_q, self.cross_k, query_mask=mask)
+        return Layer(self.hidden, mask, (own, cross))
 
 
 class SelfLayer(nn.Module):

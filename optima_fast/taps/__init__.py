@@ -68,7 +68,7 @@ class Tap:
 
         Returns:
             By module, first layer first. ``refusals`` of a layer name attentions that the losses
-            cannot represent: a bias added to the scores, capped scores, sinks, windows.
+            cannot represent: a bias added to the scores, capped scores, sinks.
 
         Raises:
             UserError: the model has not run since the last call, or a layer ran more than once.
@@ -292,10 +292,8 @@ def _attention(
     shape = (q.shape[0], q.shape[2], k.shape[2])
     if call.refusal:
         raise masks.Refused(call.refusal)
-    if call.window is not None and call.window < shape[2]:
-        raise masks.Refused(f"it has a window of {call.window} keys", tokens)
     if call.of_tokens:
-        pairs = masks.of_tokens(call.mask, shape, call.causal)
+        pairs = masks.of_tokens(call.mask, shape, call.causal, call.window)
     else:
         key = (id(call.mask), crossing)
         if key not in known:
@@ -312,4 +310,4 @@ def _attention(
         queries = tokens
     elif crossing:
         queries = None
-    return Attention(q, k, pairs.causal, queries, pairs.keys, call.scale)
+    return Attention(q, k, pairs.causal, pairs.window, queries, pairs.keys, call.scale)

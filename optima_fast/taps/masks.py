@@ -1,8 +1,8 @@
-"""What an attention mask says: which tokens count, causality.
+"""What an attention mask says: which tokens count, causality, a window.
 
-Models hand their attention a mask of pairs, made from less: which tokens are padding, and that no
-query sees a later key. The losses take the latter. It is read back from the mask's values and the
-mask is made again from it; one that differs is refused, not approximated.
+Models hand their attention a mask of pairs, made from less: which tokens are padding, that no query
+sees a later key, or one too far away. The losses take the latter. It is read back from the mask's
+values and the mask is made again from it; one that differs is refused, not approximated.
 """
 
 from __future__ import annotations
@@ -34,17 +34,22 @@ class Pairs(NamedTuple):
     queries: Tensor | None  # [B, Nq] bool; None: each
     keys: Tensor | None  # [B, Nk] bool
     causal: bool
+    window: int | None = None  # places
 
 
-def of_tokens(mask: Tensor | None, shape: tuple[int, int, int], causal: bool) -> Pairs:
+def of_tokens(
+    mask: Tensor | None, shape: tuple[int, int, int], causal: bool, window: int | None
+) -> Pairs:
     """From ``[B, Nk]``, as flash attention's callers have it, or nothing: each token counts."""
     _, queries, keys = shape
     if causal and queries != keys:
         raise Refused(f"it is causal with {queries} queries and {keys} keys")
+    if window is not None and window >= keys:
+        window = None
     if mask is None:
-        return Pairs(None, None, causal)
+        return Pairs(None, None, causal, window)
     mask = mask.bool()
-    return Pairs(mask if queries == keys else None, mask, causal)
+    return Pairs(mask if queries == keys else None, mask, causal, window)
 
 
 def of_pairs(mask: Any, shape: tuple[int, int, int], cross: bool) -> Pairs:
@@ -56,7 +61,7 @@ def of_pairs(mask: Any, shape: tuple[int, int, int], cross: bool) -> Pairs:
         cross: whether keys are of another sequence than queries.
 
     Raises:
-        Refused: it is another pattern than padding and causality, or a bias.
+        Refused: it is another pattern than padding, causality and a window, or a bias.
     """
     batch, queries, keys = shape
     if isinstance(mask, Tensor) and mask.requires_grad:
@@ -78,20 +83,27 @@ def of_pairs(mask: Any, shape: tuple[int, int, int], cross: bool) -> Pairs:
     token = visible.diagonal(dim1=1, dim2=2)
     counts = token[:, :, None] & token[:, None, :]
     seen = visible & token[:, :, None]
-    full = (seen == counts).all()
-    causal = (seen == counts.tril()).all()
-    flags = torch.stack([is_mask, full, causal, token.all()]).tolist()
-    known, is_full, is_causal, every = flags
+    tests = [is_mask, token.all(), (seen == counts).all(), (seen == counts.tril()).all()]
+    known, every, full, causal = torch.stack(tests).tolist()
     if not known:
         raise Refused("its mask adds a bias to the scores, or differs from head to head")
     tokens = None if every else token
-    if not (is_full or is_causal):
-        raise Refused(
-            "its mask is neither padding nor padding and causality: a window, packed sequences or "
-            "a prefix",
-            tokens,
-        )
-    return Pairs(tokens, tokens, not is_full)
+    if full or causal:
+        return Pairs(tokens, tokens, not full)
+    place = torch.arange(queries, device=seen.device)
+    distance = (place[:, None] - place).abs()
+    window = torch.where(seen, distance, 0).max() + 1
+    near = counts & (distance < window)
+    both, before, places = torch.stack(
+        [(seen == near).all().long(), (seen == near.tril()).all().long(), window]
+    ).tolist()
+    if both or before:
+        return Pairs(tokens, tokens, not both, places)
+    raise Refused(
+        "its mask is none of padding, causality and a window: packed sequences, it seems, or a "
+        "prefix",
+        tokens,
+    )
 
 
 def _visible(mask: Any, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ class Attention(NamedTuple):
         q: ``[B, H, Nq, d]``, after rotary embedding and any norm, before the scale.
         k: ``[B, G, Nk, d]``, with G dividing H (grouped queries), likewise.
         causal: a query sees no later key.
+        window: a query sees only keys less than so many places away; None: no such limit.
         query_mask: ``[B, Nq]`` bool, True where a query counts; None: each does.
         key_mask: ``[B, Nk]`` bool, likewise.
         scale: of the scores; None: ``1 / sqrt(d)``.
@@ -23,6 +24,7 @@ class Attention(NamedTuple):
     q: Tensor
     k: Tensor
     causal: bool = False
+    window: int | None = None
     query_mask: Tensor | None = None
     key_mask: Tensor | None = None
     scale: float | None = None

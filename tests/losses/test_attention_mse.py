@@ -23,7 +23,8 @@ def sizes(p, upstream):
     """The largest terms that cancel: of the loss, and of the gradients of q and k."""
     (q, k), (teacher_q, teacher_k) = p.double().trained, p.double().fixed
     masks = p.options.get("query_mask"), p.options.get("key_mask")
-    valid = reference.valid_pairs(*masks, p.options.get("causal", False), q, k.shape[2])
+    window = p.options.get("window", 0)
+    valid = reference.valid_pairs(*masks, p.options.get("causal", False), q, k.shape[2], window)
     scale = p.options.get("student_scale", q.shape[-1] ** -0.5)
     target = p.options.get("target", "scores")
     maps = (
@@ -123,6 +124,41 @@ def test_grouped_queries_of_heads_that_do_not_divide(attention_problem):
 
 
 @pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("masked", ["", "qk"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("elements", [160, 2**20])
+def test_windows(
+    attention_problem, small_blocks, elements, causal, masked, target, poisoned_memory
+):
+    """One that reaches over several blocks, one of the query alone, one of all keys."""
+    small_blocks(elements)
+    for window in (1, 4, 17, 50):
+        p = attention_problem(3, 37, causal=causal, window=window, masked=masked, target=target)
+        compare(p, -2.0)
+
+
+def test_a_window_is_the_pairs_so_near(attention_problem):
+    """By hand: each query sees itself and the one before, or its neighbours too."""
+    for causal, seen in ((True, lambda i, j: 0 <= i - j < 2), (False, lambda i, j: abs(i - j) < 2)):
+        p = attention_problem(1, 5, heads=(1, 1), widths=(3, 3), dtype=torch.float64)
+        scores = [(q[0, 0] @ k[0, 0].T * 3**-0.5).tolist() for q, k in (p.trained, p.fixed)]
+        pairs = [(i, j) for i in range(5) for j in range(5) if seen(i, j)]
+        expected = sum((scores[0][i][j] - scores[1][i][j]) ** 2 for i, j in pairs) / len(pairs)
+        for backend in ("reference", "blockwise"):
+            p.options.update(causal=causal, window=2)
+            assert p(backend)[0].item() == pytest.approx(expected)
+
+
+def test_a_key_that_no_query_of_its_window_counts_for_may_hold_nan(attention_problem):
+    p = attention_problem(1, 12, window=3, target="probs", masked="q")
+    p.options["query_mask"][:] = True
+    p.options["query_mask"][:, 6:] = False  # the last query that counts sees keys up to 7
+    p.trained[1][:, :, 8:] = float("nan")
+    assert all(x.isfinite().all() for x in p("blockwise"))
+    compare(p)
+
+
+@pytest.mark.parametrize("target", TARGETS)
 def test_default_blocks_match_too(attention_problem, target):
     """Several blocks at the size the library uses."""
     p = attention_problem(1, 700, heads=(3, 4), widths=(8, 8), target=target, causal=True)
@@ -219,7 +255,7 @@ def test_the_models_layout_is_read_in_place_and_kept(target):
     """[B, N, H, d] tensors are seen as heads side by side without a copy, and so are gradients."""
     q = torch.randn(2, 6, 3, 4).transpose(1, 2)
     assert blockwise._heads_last(q, None, 0, 2, q.dtype).data_ptr() == q.data_ptr()
-    assert blockwise._heads_first(q, None, 0, 1, q.dtype).data_ptr() == q.data_ptr()
+    assert blockwise._heads_first(q, None, 0, 1, q.dtype, 1).data_ptr() == q.data_ptr()
     q.requires_grad_()
     optima_fast.attention_mse(q, q.detach(), q, q, target=target, student_scale=2.0).backward()
     assert q.grad.stride() == q.stride()

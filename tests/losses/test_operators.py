@@ -65,6 +65,7 @@ def test_opcheck_attention(attention_problem, grad, target, backend, recompute):
             q, k, *([p.fixed[i] for p in (a, b)] for i in (0, 1)),
             [a.options["query_mask"], None], [a.options["key_mask"], None], [None, None], lse,
             [0.5, 0.25], [0.5, 0.5], target, [False, False],
+            [0, 2 if backend == "blockwise" and q[1].shape[2] == k[1].shape[2] else 0],
             [grad, grad], [grad, False], backend, recompute,
         ),
     )  # fmt: skip
@@ -271,7 +272,7 @@ def hidden_inputs(*tensors):
 def attention_inputs(target, *tensors):
     nothing = [[None]] * 4
     return backends.AttentionInputs(
-        *([x] for x in tensors), *nothing, [1.0], [1.0], target, [False], [True], [True]
+        *([x] for x in tensors), *nothing, [1.0], [1.0], target, [False], [0], [True], [True]
     )
 
 
