@@ -324,7 +324,7 @@ class Distiller(nn.Module):
             with torch.no_grad():
                 teacher.model(**batch)
         found = TappedRecord(None, self._requested(teacher.last().found))
-        return self._layer_losses(pairs, student.last(), found)
+        return self._layer_losses(pairs, _with_gradient(student.last(), student), found)
 
     def close(self) -> None:
         """Take the taps of :meth:`from_models` off both models."""
@@ -539,6 +539,17 @@ def _module(model: object) -> nn.Module | None:
     """The PyTorch module of a model, if it is one."""
     inner = model.model if isinstance(model, TappedModel) else model
     return inner if isinstance(inner, nn.Module) else None
+
+
+def _with_gradient(record: TappedRecord, model: TappedModel) -> TappedRecord:
+    """The record, which must lead to the weights of modules that are trained."""
+    for name, layers in record.found.items() if torch.is_grad_enabled() else ():
+        if not layers[-1].hidden.requires_grad and model.tap.trains(name):
+            raise UserError(
+                f"{name}: the student's layers were recorded without gradient: it ran under "
+                "no_grad, or in a reentrant checkpoint, which needs use_reentrant=False"
+            )
+    return record
 
 
 def _own_loss(output: Any, batch: Batch) -> Tensor:

@@ -71,6 +71,10 @@ class TappedModel:
             record = self(batch)
         finally:
             self.model.train(training)
+            # FSDP keeps its outermost weights whole for a backward pass that does not come here
+            reshard = getattr(self.model, "reshard", None)
+            if callable(reshard):
+                reshard()
         for name, layers in record.found.items():
             widths = {layer.hidden.shape[-1] for layer in layers}
             if len(widths) > 1:

@@ -60,6 +60,10 @@ class Tap:
         """How many layers each module has."""
         return {name: len(group) for name, group in self._layers.items()}
 
+    def trains(self, module: str) -> bool:
+        """Whether any weight of the module's layers is trained."""
+        return any(x.requires_grad for layer in self._layers[module] for x in layer.parameters())
+
     def layers(self) -> dict[str, list[Layer]]:
         """What the layers did in the model's last forward pass; the tap lets go of it.
 
@@ -124,7 +128,8 @@ class Tap:
 
     def _end(self, *_: Any) -> None:
         assert self._functions is not None
-        self._functions.__exit__(None, None, None)
+        if self._functions.on:
+            self._functions.__exit__(None, None, None)
 
     def _enter(self, module: nn.Module, *_: Any) -> None:
         assert self._functions is not None
@@ -132,7 +137,8 @@ class Tap:
 
     def _leave(self, *_: Any) -> None:
         assert self._functions is not None
-        self._functions.inside.pop()
+        if self._functions.inside:
+            self._functions.inside.pop()
 
     def _layer(
         self,

@@ -133,15 +133,18 @@ class Functions(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.inside: list[nn.Module] = []
+        self.on = False
 
     def __enter__(self) -> Functions:
         # nn.MultiheadAttention's own shortcut calls no attention function
         self._shortcut = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         super().__enter__()  # type: ignore[no-untyped-call]
+        self.on = True
         return self
 
     def __exit__(self, *exception: Any) -> None:
+        self.on = False
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
         torch.backends.mha.set_fastpath_enabled(self._shortcut)
 

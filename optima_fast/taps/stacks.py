@@ -31,7 +31,11 @@ def find(model: nn.Module) -> dict[str, str]:
         for path, module in model.named_modules()
         if isinstance(module, (nn.ModuleList, nn.Sequential)) and _is_stack(module)
     ]
-    inner = [p for p in paths if not any(q.startswith(f"{p}.") for q in paths)]
+    inner = [
+        p
+        for p in paths
+        if not any(q != p and f"{q}.".startswith(f"{p}.".lstrip(".")) for q in paths)
+    ]
     if not inner:
         raise UserError(
             f"{type(model).__name__} has no list of layers with attention that can be found: name "
