@@ -114,6 +114,7 @@ def test_hugging_face_trainer(tmp_path):
     assert "eval_loss" in trainer.evaluate()
 
 
+@pytest.mark.filterwarnings("ignore")  # of its own, about PyTorch's newest version
 def test_lightning(tmp_path):
     lightning = pytest.importorskip("lightning", reason="needs lightning")
     module = example("lightning_module")

@@ -86,9 +86,15 @@ def test_a_student_compiled_as_one_graph(name):
             student.zero_grad()
             run(**batch)
             distiller.compare(batch=batch).total.backward()
-        grads.append([p.grad.clone() for p in student.parameters() if p.grad is not None])
+        # one that is not used has none, or zeros from a compiled graph
+        grads.append(
+            [
+                torch.zeros_like(p) if p.grad is None else p.grad.clone()
+                for p in student.parameters()
+            ]
+        )
     assert graphs.frame_count == 1
-    assert len(grads[0]) == len(grads[1]) > 10
+    assert sum(bool(g.any()) for g in grads[0]) > 10
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
 
