@@ -6,11 +6,13 @@
     dS_h = (2 g / (n H)) P_h o (R - r_h)  r_h = sum_j P_h o R; g: upstream gradient of the loss
     dQ_h = s dS_h K_h,  dK_h = s dS_h^T Q_h
 
+A pair counts where the query does, the key does, and causality and a window let the one see the other.
 What does not count may hold nan or inf: it changes no value and no gradient. R is kept, in the
 students' dtype and only when a gradient is wanted: one map, whatever the number of heads.
 
 Up to 256 keys of 16 bits rows of a map lie in registers (``probs_rows.py``), and up to 80 tokens
-those of the backward pass: one launch each for all layers of a form. Else, with H heads in all, H_s
+those of the backward pass: one launch each for all layers of a form; but not with a window, nor the
+backward pass where heads share keys. Else, with H heads in all, H_s
 of them the students' (``probs_sweeps.py``):
   log-sum-exp  H Q K^T and H exponentials a pair; skipped for a model whose attention gave it
   residual     the same once more: a tile's loop over all heads, the sum in float32
@@ -73,6 +75,7 @@ def attention_probs_forward(
     teacher_lse: Sequence[Tensor | None],
     *,
     causal: Sequence[bool],
+    window: Sequence[int] | None = None,
     student_scale: Sequence[float],
     teacher_scale: Sequence[float],
     need_residual: bool,
@@ -88,6 +91,7 @@ def attention_probs_forward(
         student_lse, teacher_lse: L x ``[B, H, Nq]``, natural log-sum-exp of the scaled scores over
             the keys that count, or None where it is to be computed.
         causal: L flags: query i sees the keys up to i.
+        window: L numbers: query i sees keys less than so many places from i; 0: each.
         student_scale, teacher_scale: L factors of the scores.
         need_residual: whether a gradient will be wanted.
 
@@ -100,14 +104,14 @@ def attention_probs_forward(
     """
     student = Model.of(student_q, student_k, student_scale).positive()
     teacher = Model.of(teacher_q, teacher_k, teacher_scale).positive()
-    pairs = Counted(query_masks, key_masks, causal)
+    pairs = Counted.of(query_masks, key_masks, causal, window)
     L = len(student_q)
     residuals = [
         q.new_empty(q.shape[0], q.shape[2], residual_width(k.shape[2])) if need_residual else q
         for q, k in zip(student_q, student_k, strict=True)
     ]
     with torch.cuda.device_of(student_q[0]):
-        tiles = [_forward_tiles(student, teacher, i) for i in range(L)]
+        tiles = [None if pairs.window[i] else _forward_tiles(student, teacher, i) for i in range(L)]
         lses, teacher_lses = (
             _log_sums(model, pairs, given, tiles)
             for model, given in ((student, student_lse), (teacher, teacher_lse))
@@ -151,6 +155,7 @@ def attention_probs_backward(
     scales: Tensor,
     *,
     causal: Sequence[bool],
+    window: Sequence[int] | None = None,
     student_scale: Sequence[float],
     need_q: Sequence[bool],
     need_k: Sequence[bool],
@@ -160,7 +165,7 @@ def attention_probs_backward(
 
     Args:
         grad: ``[L]``, the upstream gradient; read on the device.
-        student_q, student_k, query_masks, key_masks, causal, student_scale: as given to
+        student_q, student_k, query_masks, key_masks, causal, window, student_scale: as given to
             ``attention_probs_forward``.
         residuals, student_lses, scales: as it returned them.
         need_q, need_k: L flags: which gradients to compute.
@@ -172,7 +177,7 @@ def attention_probs_backward(
         ``torch.empty_like`` gives; None where none was asked for.
     """
     student = Model.of(student_q, student_k, student_scale)
-    pairs = Counted(query_masks, key_masks, causal)
+    pairs = Counted.of(query_masks, key_masks, causal, window)
     factor = (grad * scales).to(scales.dtype).contiguous()
     wanted = [i for i, needs in enumerate(zip(need_q, need_k, strict=True)) if any(needs)]
     # dQ is needed on the way to dK
@@ -183,7 +188,7 @@ def attention_probs_backward(
         {i: x if is_dense(x) else x.new_empty(x.shape) for i, x in y.items()} for y in (d_q, d_k)
     )
     with torch.cuda.device_of(student_q[0]):
-        tiles = {i: _backward_tiles(student, i) for i in wanted}
+        tiles = {i: None if pairs.window[i] else _backward_tiles(student, i) for i in wanted}
         forms = {i: (tiles[i], student.form(i), pairs.form(i)) for i in wanted}
         for (tile, *_), layers in groups(forms):
             inputs = (student, pairs, layers, student_lses, residuals, factor)

@@ -36,6 +36,8 @@ from .attention_tiles import (
     Counted,
     Model,
     counted,
+    first_seen,
+    in_reach,
     is_dense,
     place,
     residual_width,
@@ -86,6 +88,7 @@ def _scores_forward_kernel(
     stride_r,
     MASKED: tl.constexpr,
     CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
     WHOLE: tl.constexpr,  # sizes are multiples of the tile's
     STORE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -100,8 +103,8 @@ def _scores_forward_kernel(
     item = tile // (across * down)
     m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     in_rows, in_cols = m < queries - row, n < keys - col
-    if CAUSAL:  # a tile above the diagonal has no valid pair: no heads to sum over
-        live = (col < row + BLOCK_M).to(tl.int32)
+    if CAUSAL or WINDOW:  # a tile without a valid pair has no heads to sum over
+        live = in_reach(row, col, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
         student_heads, teacher_heads = student_heads * live, teacher_heads * live
     # R = (T ratio + S) scale, so that one accumulator serves both; where the student's scale is 0,
     # (T ratio) 1
@@ -122,10 +125,10 @@ def _scores_forward_kernel(
     )  # fmt: skip
     r = acc * scale
     at = layer.to(tl.int64) * tl.num_programs(0) + tile
-    if MASKED or CAUSAL:
+    if MASKED or CAUSAL or WINDOW:
         rows = counted(pick(masks.query, layer), item, row, queries, MASKED, BLOCK_M)
         cols = counted(pick(masks.key, layer), item, col, keys, MASKED, BLOCK_N)
-        valid = valid_pairs(rows, cols, row, col, CAUSAL)
+        valid = valid_pairs(rows, cols, row, col, CAUSAL, WINDOW)
         r = tl.where(valid, r, 0.0)
         if MASKED:
             tl.store(count_ptr + at, tl.sum(valid.to(tl.int32)))
@@ -178,6 +181,7 @@ def _scores_backward_kernel(
     TRANSPOSED: tl.constexpr,  # R^T Q rather than R K
     MASKED: tl.constexpr,
     CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
     WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -211,6 +215,9 @@ def _scores_backward_kernel(
             if CAUSAL:
                 high = tl.minimum(high, end_query)
             high = tl.where(end_query == 0, 0, high)
+    if WINDOW:
+        low = tl.maximum(low, first_seen(row, WINDOW, BLOCK_K))
+        high = tl.minimum(high, row + BLOCK_M + (WINDOW - 1))
     m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     in_rows, in_cols = m < length - row, n < width - col
     r_ptr = pick(r_ptrs, layer) + item.to(tl.int64) * queries * stride_r
@@ -267,6 +274,7 @@ def attention_scores_forward(
     key_masks: Sequence[Tensor | None],
     *,
     causal: Sequence[bool],
+    window: Sequence[int] | None = None,
     student_scale: Sequence[float],
     teacher_scale: Sequence[float],
     need_residual: bool,
@@ -280,6 +288,7 @@ def attention_scores_forward(
         query_masks: L x ``[B, Nq]`` bool, True where a query counts, or None where each does.
         key_masks: L x ``[B, Nk]``, likewise.
         causal: L flags: whether a query sees no key after its own place.
+        window: L numbers: a query sees keys less than so many places from it; 0: each.
         student_scale, teacher_scale: L factors of the scores.
         need_residual: whether a gradient will be wanted.
 
@@ -290,7 +299,7 @@ def attention_scores_forward(
     L = len(student_q)
     student = _joined(Model.of(student_q, student_k, student_scale))
     teacher = _joined(Model.of(teacher_q, teacher_k, teacher_scale))
-    pairs = Counted(query_masks, key_masks, causal)
+    pairs = Counted.of(query_masks, key_masks, causal, window)
     r = [empty_residual(q, k) for q, k in zip(student_q, student_k, strict=True) if need_residual]
     of = [(q.shape[1], t.shape[1]) for q, t in zip(student_q, teacher_q, strict=True)]
     forms = {i: (student.form(i), teacher.form(i), pairs.form(i), of[i]) for i in range(L)}
@@ -319,7 +328,7 @@ def _residuals(
     x, y, store = student.q[part[0]], teacher.q[part[0]], r is not student.q
     dtype, acc = accumulator(x)
     (B, heads, queries, d), keys = x.shape, student.k[part[0]].shape[2]
-    masked, causal = pairs.form(part[0])
+    masked, causal, window = pairs.form(part[0])
     config = _config(launch.SCORES_FORWARD, x, max(queries, keys))
     m, n, step = config.block_m, config.block_n, config.block_k
     tiles = B * cdiv(queries, m) * cdiv(keys, n)
@@ -333,11 +342,11 @@ def _residuals(
             heads, of[0], d, student.scale[part[0]],
             y.shape[1], of[1], y.shape[3], teacher.scale[part[0]],
             queries, keys, residual_width(keys),
-            MASKED=masked, CAUSAL=causal, STORE=store,
+            MASKED=masked, CAUSAL=causal, WINDOW=window, STORE=store,
             WHOLE=not (queries % m or keys % n or d % step or y.shape[3] % step),
             ACC=acc, **launch.options(config),
         )  # fmt: skip
-    return total(sums, counts, 1 if masked else valid_count(x.shape, keys, causal))
+    return total(sums, counts, 1 if masked else valid_count(x.shape, keys, causal, window))
 
 
 def _join(x: Tensor) -> Tensor:
@@ -389,6 +398,7 @@ def attention_scores_backward(
     scales: Tensor,
     *,
     causal: Sequence[bool],
+    window: Sequence[int] | None = None,
     student_scale: Sequence[float],
     need_q: Sequence[bool],
     need_k: Sequence[bool],
@@ -398,7 +408,7 @@ def attention_scores_backward(
 
     Args:
         grad: ``[L]``, the upstream gradient; read on the device.
-        student_q, student_k, query_masks, key_masks, causal, student_scale: as given to
+        student_q, student_k, query_masks, key_masks, causal, window, student_scale: as given to
             ``attention_scores_forward``.
         residuals, scales: as it returned them.
         need_q, need_k: L flags: which gradients to compute.
@@ -409,7 +419,7 @@ def attention_scores_backward(
         of their input; None where none was asked for.
     """
     factor = (grad * scales).to(scales.dtype).contiguous()
-    pairs = Counted(query_masks, key_masks, causal)
+    pairs = Counted.of(query_masks, key_masks, causal, window)
     r = [_padded(x) for x in residuals]
     results: list[list[Tensor | None]] = []
     # the mean is over the queries' heads
@@ -459,7 +469,7 @@ def _gradients(
     }
     for (shape, dx_stride, (of_heads, others), x_stride, mean_of, c, form), part in groups(forms):
         B, heads, length, d = shape
-        masked, causal = form
+        masked, causal, window = form
         like = r[part[0]]
         config = _config(launch.SCORES_BACKWARD, like, d)
         m, n, step = config.block_m, config.block_n, config.block_k
@@ -470,8 +480,8 @@ def _gradients(
                 pointers(r, part), pointers(x, part), pairs.arguments(like, queries, keys, part),
                 pointers(dx, part), of_layers(factor, part), x_stride, dx_stride,
                 heads, of_heads // heads, mean_of, d, c, queries, keys, residual_width(keys),
-                TRANSPOSED=transposed, MASKED=masked, CAUSAL=causal,
-                WHOLE=not (masked or causal or length % m or d % n or others % step),
+                TRANSPOSED=transposed, MASKED=masked, CAUSAL=causal, WINDOW=window,
+                WHOLE=not (masked or causal or window or length % m or d % n or others % step),
                 ACC=accumulator(like)[1], **launch.options(config),
             )  # fmt: skip
     for i, y in written.items():

@@ -116,23 +116,48 @@ def counted(mask, item, start, length, MASKED: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
-def valid_pairs(rows, cols, row, col, CAUSAL: tl.constexpr):
+def valid_pairs(rows, cols, row, col, CAUSAL: tl.constexpr, WINDOW: tl.constexpr = 0):
     """[M, N] bool, from which of the queries at ``row`` and the keys at ``col`` on count."""
     valid = rows[:, None] & cols[None, :]
+    i, j = tl.arange(0, rows.shape[0]) + row, tl.arange(0, cols.shape[0]) + col
     if CAUSAL:
-        i, j = tl.arange(0, rows.shape[0]) + row, tl.arange(0, cols.shape[0]) + col
         valid &= i[:, None] >= j[None, :]
+    if WINDOW:
+        valid &= tl.abs(i[:, None] - j[None, :]) < WINDOW
     return valid
 
 
 @triton.jit
-def keys_seen(rows, row, keys, CAUSAL: tl.constexpr):
+def keys_seen(rows, row, keys, CAUSAL: tl.constexpr, WINDOW: tl.constexpr = 0):
     """Up to where a block of queries sees keys: nowhere if none of them counts."""
     last = tl.max(tl.where(rows, row + tl.arange(0, rows.shape[0]), -1), axis=0)
     if CAUSAL:
         return tl.minimum(last + 1, keys)
+    elif WINDOW:
+        return tl.where(last >= 0, tl.minimum(last + WINDOW, keys), 0)
     else:
         return tl.where(last >= 0, keys, 0)
+
+
+@triton.jit
+def first_seen(start, WINDOW: tl.constexpr, BLOCK: tl.constexpr):
+    """From which block on places are less than WINDOW before ``start``; 0 without a window."""
+    first = start * 0
+    if WINDOW:
+        first = tl.maximum(start - (WINDOW - 1), 0) // BLOCK * BLOCK
+    return first
+
+
+@triton.jit
+def in_reach(row, col, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, M: tl.constexpr,
+             N: tl.constexpr):  # fmt: skip
+    """1 if a tile may have a pair in it that sees one another, else 0."""
+    reach = row >= 0
+    if CAUSAL:
+        reach &= col < row + M
+    if WINDOW:
+        reach &= (col + N > row - (WINDOW - 1)) & (col < row + M + (WINDOW - 1))
+    return reach.to(tl.int32)
 
 
 @triton.jit
@@ -205,11 +230,33 @@ class Counted(NamedTuple):
     query_masks: Sequence[Tensor | None]
     key_masks: Sequence[Tensor | None]
     causal: Sequence[bool]
+    window: Sequence[int]
 
-    def form(self, layer: int) -> tuple[bool, bool]:
-        """Whether anything is masked, and causality."""
+    @classmethod
+    def of(
+        cls,
+        query_masks: Sequence[Tensor | None],
+        key_masks: Sequence[Tensor | None],
+        causal: Sequence[bool],
+        window: Sequence[int] | None,
+    ) -> Counted:
+        """With a window, masks of what is in a valid pair: anything else may hold nan."""
+        windows = window or [0] * len(causal)
+        q_masks, k_masks = list(query_masks), list(key_masks)
+        for i, w in enumerate(windows):
+            q, k = q_masks[i], k_masks[i]
+            given = q if k is None else k
+            if not w or given is None:
+                continue
+            q, k = (torch.ones_like(given) if x is None else x for x in (q, k))
+            before, after = (w - 1, 0) if causal[i] else (w - 1, w - 1)
+            q_masks[i], k_masks[i] = q & _near(k, before, after), k & _near(q, after, before)
+        return cls(q_masks, k_masks, causal, windows)
+
+    def form(self, layer: int) -> tuple[bool, bool, int]:
+        """Whether anything is masked, causality, window."""
         masked = self.query_masks[layer] is not None or self.key_masks[layer] is not None
-        return masked, self.causal[layer]
+        return masked, self.causal[layer], self.window[layer]
 
     def arguments(self, like: Tensor, queries: int, keys: int, layers: Sequence[int]) -> Masks:
         """What a launch passes: where only queries or only keys are masked, all others count."""
@@ -224,6 +271,15 @@ class Counted(NamedTuple):
             for n, masks in ((queries, self.query_masks), (keys, self.key_masks))
         )
         return Masks(*(pointers([m.contiguous() for m in x], range(len(x))) for x in both))
+
+
+def _near(mask: Tensor, before: int, after: int) -> Tensor:
+    """[B, N]: whether any counts from so many places before each one to so many after it."""
+    n = mask.shape[1]
+    sums = torch.nn.functional.pad(mask.cumsum(1), (1, 0))
+    place = torch.arange(n, device=mask.device)
+    last, first = (place + after + 1).clamp(max=n), (place - before).clamp(min=0)
+    return sums[:, last] > sums[:, first]
 
 
 def is_dense(x: Tensor) -> bool:
@@ -256,9 +312,13 @@ def residual_width(keys: int) -> int:
     return -(-keys // ROW_UNIT) * ROW_UNIT
 
 
-def valid_count(shape: torch.Size, keys: int, causal: bool) -> int:
+def valid_count(shape: torch.Size, keys: int, causal: bool, window: int) -> int:
     """Pairs of queries ``[B, H, Nq, d]`` and keys, where nothing is masked."""
     items, _, queries, _ = shape
+    if window:
+        width = min(window, queries)
+        lower = queries * width - width * (width - 1) // 2
+        return items * (lower if causal else 2 * lower - queries)
     if not causal:
         return items * queries * keys
     square = min(queries, keys)

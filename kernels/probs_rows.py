@@ -448,7 +448,7 @@ def residual(
     x, y = student.q[first], teacher.q[first]
     dtype, acc = accumulator(x)
     (B, H, queries, d), keys = x.shape, student.k[first].shape[2]
-    masked, causal = pairs.form(first)
+    masked, causal, window = pairs.form(first)
     blocks = B * cdiv(queries, chosen.config.block_m) if keys else 0
     sums = x.new_empty(len(layers), blocks, dtype=dtype)
     counts = x.new_empty(len(layers), blocks, dtype=torch.int32) if masked else None
@@ -468,7 +468,7 @@ def residual(
             STUDENT_D=d, STUDENT_WIDTH=width(x), TEACHER_D=y.shape[3], TEACHER_WIDTH=width(y),
             ACC=acc, **_blocks(queries, keys, causal, chosen), **_options(chosen),
         )  # fmt: skip
-    return total(sums, counts, 1 if masked else valid_count(x.shape, keys, causal))
+    return total(sums, counts, 1 if masked else valid_count(x.shape, keys, causal, window))
 
 
 def gradients(
@@ -485,7 +485,7 @@ def gradients(
     """Fills d_q and d_k of layers of one form, all of whose queries are one block and its tail."""
     x = student.q[layers[0]]
     (B, H, queries, d), keys = x.shape, student.k[layers[0]].shape[2]
-    masked, causal = pairs.form(layers[0])
+    masked, causal, _ = pairs.form(layers[0])
     forms = {i: (strides(d_q[i]), strides(d_k[i])) for i in layers}
     for (dq_stride, dk_stride), part in groups(forms):
         at_once = max(1, min(HEADS_AT_ONCE, B * H * len(part) // ENOUGH_PROGRAMS))

@@ -21,6 +21,8 @@ from .attention_tiles import (
     Model,
     config,
     counted,
+    first_seen,
+    in_reach,
     keys_seen,
     load_residual,
     load_rows,
@@ -46,8 +48,8 @@ from .layers import cdiv, groups, of_layers, pick, pointers, settle, total
 def _lse_sweep(
     top, total, q, c, q_ptr, k_base, stride_q, stride_k, mask, rows, item, row, start, stop, keys,
     EDGE: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
-    BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr,
-    ACC: tl.constexpr,
+    WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The running maximum and sum of exponentials after the keys from start to stop."""
     for col in tl.range(start, stop, BLOCK_N):
@@ -57,7 +59,7 @@ def _lse_sweep(
         s = products(q, k, q_ptr, k_ptr, stride_q, stride_k, rows, cols, WIDTH, CHUNK, D, ACC)
         if EDGE:
             # before the exponential: a key that does not count may hold nan or inf
-            s = tl.where(valid_pairs(rows, cols, row, col, CAUSAL), s, -float("inf"))
+            s = tl.where(valid_pairs(rows, cols, row, col, CAUSAL, WINDOW), s, -float("inf"))
         higher = tl.maximum(top, tl.max(s, axis=1) * c)
         safe = higher
         if EDGE:  # inf - inf is nan
@@ -78,6 +80,7 @@ def _lse_kernel(
     keys,
     MASKED: tl.constexpr,
     CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -90,7 +93,7 @@ def _lse_kernel(
     tile, blocks = tl.program_id(0), tl.cdiv(queries, BLOCK_M)
     row, head, item = tile % blocks * BLOCK_M, tile // blocks % heads, tile // blocks // heads
     rows = counted(pick(masks.query, layer), item, row, queries, MASKED, BLOCK_M)
-    end = keys_seen(rows, row, keys, CAUSAL)
+    end = keys_seen(rows, row, keys, CAUSAL, WINDOW)
     stride_q, stride_k = model.q_stride[2], model.k_stride[2]
     q_ptr = place(pick(model.q, layer), model.q_stride, item, head, row)
     k_base = place(pick(model.k, layer), model.k_stride, item, head // model.share, 0)
@@ -100,16 +103,16 @@ def _lse_kernel(
     top = tl.full((BLOCK_M,), -float("inf"), ACC)
     total = tl.zeros((BLOCK_M,), ACC)
     # the keys that all of the block see, none of them masked
-    inner = 0
-    if not MASKED:
+    inner = first_seen(row, WINDOW, BLOCK_N)
+    if not (MASKED or WINDOW):
         inner = (tl.minimum(row + 1, end) if CAUSAL else end) // BLOCK_N * BLOCK_N
         top, total = _lse_sweep(
             top, total, q, c, q_ptr, k_base, stride_q, stride_k, key_mask, rows, item, row,
-            0, inner, end, False, MASKED, CAUSAL, BLOCK_N, WIDTH, BLOCK_K, D, ACC,
+            0, inner, end, False, MASKED, CAUSAL, WINDOW, BLOCK_N, WIDTH, BLOCK_K, D, ACC,
         )  # fmt: skip
     top, total = _lse_sweep(
         top, total, q, c, q_ptr, k_base, stride_q, stride_k, key_mask, rows, item, row,
-        inner, end, keys, True, MASKED, CAUSAL, BLOCK_N, WIDTH, BLOCK_K, D, ACC,
+        inner, end, keys, True, MASKED, CAUSAL, WINDOW, BLOCK_N, WIDTH, BLOCK_K, D, ACC,
     )  # fmt: skip
     m = tl.arange(0, BLOCK_M)
     lse_ptr = pick(lse_ptrs, layer) + (item.to(tl.int64) * heads + head) * queries + row
@@ -166,6 +169,7 @@ def _residual_kernel(
     stride_r,
     MASKED: tl.constexpr,
     CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
     WHOLE: tl.constexpr,  # sizes are multiples of the tile's
     STORE: tl.constexpr,
     SHIFT: tl.constexpr,
@@ -184,8 +188,8 @@ def _residual_kernel(
     col, row = tile % across * BLOCK_N, tile // across % down * BLOCK_M
     item = tile // across // down
     rows, cols = tl.arange(0, BLOCK_M) < queries - row, tl.arange(0, BLOCK_N) < keys - col
-    if CAUSAL:  # a tile above the diagonal has no heads to sum over
-        live = (col < row + BLOCK_M).to(tl.int32)
+    if CAUSAL or WINDOW:  # a tile without a pair that sees one another has no heads to sum over
+        live = in_reach(row, col, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
         student_heads, teacher_heads = student_heads * live, teacher_heads * live
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     acc = _add_map(
@@ -197,11 +201,11 @@ def _residual_kernel(
         row, col, queries, rows, cols, WHOLE, TEACHER_WIDTH, BLOCK_K, TEACHER_D, ACC,
     )  # fmt: skip
     at = layer.to(tl.int64) * tl.num_programs(0) + tile
-    if MASKED or CAUSAL or not WHOLE:
+    if MASKED or CAUSAL or WINDOW or not WHOLE:
         if MASKED:
             rows = counted(pick(masks.query, layer), item, row, queries, True, BLOCK_M)
             cols = counted(pick(masks.key, layer), item, col, keys, True, BLOCK_N)
-        valid = valid_pairs(rows, cols, row, col, CAUSAL)
+        valid = valid_pairs(rows, cols, row, col, CAUSAL, WINDOW)
         acc = tl.where(valid, acc, 0.0)
         if MASKED:
             tl.store(count_ptr + at, tl.sum(valid.to(tl.int32)))
@@ -225,9 +229,9 @@ def _row_sum(total, x, one, ACC: tl.constexpr):
 def _dq_sweep(
     u, v, u_sum, v_sum, q, c, lse, q_ptr, k_base, r_ptr, stride_q, stride_k, stride_r,
     mask, rows, in_rows, item, row, start, stop, keys,
-    EDGE: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, SETTLE: tl.constexpr,
-    BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr,
-    ACC: tl.constexpr,
+    EDGE: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    SETTLE: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """u, v and their sums after the keys from start to stop."""
     one = tl.full((BLOCK_N, 16), 1.0, q.dtype)
@@ -244,7 +248,7 @@ def _dq_sweep(
         s = products(q, k, q_ptr, k_ptr, stride_q, stride_k, rows, cols, WIDTH, CHUNK, D, ACC)
         p = tl.exp2(s * c - lse[:, None])
         if EDGE:
-            p = tl.where(valid_pairs(rows, cols, row, col, CAUSAL), p, 0.0)
+            p = tl.where(valid_pairs(rows, cols, row, col, CAUSAL, WINDOW), p, 0.0)
         pr = (p * r).to(k.dtype)
         p = p.to(k.dtype)
         # of the rounded factors, so that their errors cancel in u - term v
@@ -273,6 +277,7 @@ def _dq_kernel(
     dq_stride,  # of B, H and Nq
     MASKED: tl.constexpr,
     CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
     SETTLE: tl.constexpr,
     P_SHIFT: tl.constexpr,
     R_SHIFT: tl.constexpr,
@@ -289,7 +294,7 @@ def _dq_kernel(
     head, row, item = tile % heads, tile // heads % down * BLOCK_M, tile // heads // down
     inside = tl.arange(0, BLOCK_M) < queries - row
     rows = counted(pick(masks.query, layer), item, row, queries, MASKED, BLOCK_M)
-    end = keys_seen(rows, row, keys, CAUSAL)
+    end = keys_seen(rows, row, keys, CAUSAL, WINDOW)
     at = (item.to(tl.int64) * heads + head) * queries + row
     lse, rows = log_sums(pick(lse_ptrs, layer) + at, rows, P_SHIFT, MASKED)
     stride_q, stride_k = student.q_stride[2], student.k_stride[2]
@@ -302,18 +307,18 @@ def _dq_kernel(
     c = scale * LOG2E
     u, v = tl.zeros((BLOCK_M, WIDTH), ACC), tl.zeros((BLOCK_M, WIDTH), ACC)
     u_sum, v_sum = tl.zeros((BLOCK_M, 16), ACC), tl.zeros((BLOCK_M, 16), ACC)
-    inner = 0
-    if not MASKED:
+    inner = first_seen(row, WINDOW, BLOCK_N)
+    if not (MASKED or WINDOW):
         inner = (tl.minimum(row + 1, end) if CAUSAL else end) // BLOCK_N * BLOCK_N
         u, v, u_sum, v_sum = _dq_sweep(
             u, v, u_sum, v_sum, q, c, lse, q_ptr, k_base, r_ptr, stride_q, stride_k, stride_r,
             key_mask, rows, inside, item, row, 0, inner, keys,
-            False, MASKED, CAUSAL, SETTLE, BLOCK_N, WIDTH, BLOCK_K, D, ACC,
+            False, MASKED, CAUSAL, WINDOW, SETTLE, BLOCK_N, WIDTH, BLOCK_K, D, ACC,
         )  # fmt: skip
     u, v, u_sum, v_sum = _dq_sweep(
         u, v, u_sum, v_sum, q, c, lse, q_ptr, k_base, r_ptr, stride_q, stride_k, stride_r,
         key_mask, rows, inside, item, row, inner, end, keys,
-        True, MASKED, CAUSAL, SETTLE, BLOCK_N, WIDTH, BLOCK_K, D, ACC,
+        True, MASKED, CAUSAL, WINDOW, SETTLE, BLOCK_N, WIDTH, BLOCK_K, D, ACC,
     )  # fmt: skip
     # 16 columns that are alike
     u_row, v_row = tl.max(u_sum, axis=1), tl.max(v_sum, axis=1)
@@ -328,9 +333,9 @@ def _dq_kernel(
 def _dk_sweep(
     dk, k, c, k_ptr, q_base, r_ptr, lse_ptr, term_ptr, stride_q, stride_k, stride_r,
     mask, cols, item, col, start, stop, queries,
-    EDGE: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, SETTLE: tl.constexpr,
-    P_SHIFT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
-    CHUNK: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr,
+    EDGE: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    SETTLE: tl.constexpr, P_SHIFT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WIDTH: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dk after the queries from start to stop."""
     m = tl.arange(0, BLOCK_M)
@@ -351,7 +356,7 @@ def _dk_sweep(
         s = products(q, k, q_ptr, k_ptr, stride_q, stride_k, rows, cols, WIDTH, CHUNK, D, ACC)
         p = tl.exp2(s * c - lse[:, None])
         if EDGE:
-            p = tl.where(valid_pairs(rows, cols, row, col, CAUSAL), p, 0.0)
+            p = tl.where(valid_pairs(rows, cols, row, col, CAUSAL, WINDOW), p, 0.0)
         ds = (p * (r - term[:, None])).to(q.dtype)
         dk = settle(tl.dot(tl.trans(ds), q, dk, input_precision="ieee", out_dtype=ACC), SETTLE)
     return dk
@@ -374,6 +379,7 @@ def _dk_kernel(
     dk_stride,  # of B, H and Nk
     MASKED: tl.constexpr,
     CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
     SETTLE: tl.constexpr,
     P_SHIFT: tl.constexpr,
     R_SHIFT: tl.constexpr,
@@ -399,8 +405,14 @@ def _dk_kernel(
     c = scale * LOG2E
     dk = tl.zeros((BLOCK_N, WIDTH), ACC)
     # queries that see some of the keys, those that see all of them, and what is left of a block
-    low = col // BLOCK_M * BLOCK_M if CAUSAL else 0
-    if MASKED:
+    low, end = col * 0, queries
+    if CAUSAL:
+        low = col // BLOCK_M * BLOCK_M
+    elif WINDOW:
+        low = first_seen(col, WINDOW, BLOCK_M)
+    if WINDOW:
+        end = tl.minimum(queries, col + BLOCK_N - 1 + WINDOW)
+    if MASKED or WINDOW:
         whole, rest = low, low
     elif CAUSAL:
         whole = tl.cdiv(tl.minimum(tl.cdiv(col + BLOCK_N - 1, BLOCK_M) * BLOCK_M, queries), BLOCK_M)
@@ -412,25 +424,25 @@ def _dk_kernel(
         q_base = place(pick(student.q, layer), student.q_stride, item, head, 0)
         at = (item.to(tl.int64) * heads + head) * queries
         lse_ptr, term_ptr = pick(lse_ptrs, layer) + at, pick(term_ptrs, layer) + at
-        if not MASKED:
+        if not (MASKED or WINDOW):
             if CAUSAL:
                 dk = _dk_sweep(
                     dk, k, c, k_ptr, q_base, r_ptr, lse_ptr, term_ptr, stride_q, stride_k, stride_r,
                     query_mask, cols, item, col, low, tl.minimum(whole, queries), queries,
-                    True, MASKED, CAUSAL, SETTLE, P_SHIFT, BLOCK_M, BLOCK_N, WIDTH,
-                    BLOCK_K, D, ACC,
+                    True, MASKED, CAUSAL, WINDOW, SETTLE, P_SHIFT, BLOCK_M, BLOCK_N,
+                    WIDTH, BLOCK_K, D, ACC,
                 )  # fmt: skip
             dk = _dk_sweep(
                 dk, k, c, k_ptr, q_base, r_ptr, lse_ptr, term_ptr, stride_q, stride_k, stride_r,
                 query_mask, cols, item, col, whole, rest, queries,
-                False, MASKED, CAUSAL, SETTLE, P_SHIFT, BLOCK_M, BLOCK_N, WIDTH,
-                BLOCK_K, D, ACC,
+                False, MASKED, CAUSAL, WINDOW, SETTLE, P_SHIFT, BLOCK_M, BLOCK_N,
+                WIDTH, BLOCK_K, D, ACC,
             )  # fmt: skip
         dk = _dk_sweep(
             dk, k, c, k_ptr, q_base, r_ptr, lse_ptr, term_ptr, stride_q, stride_k, stride_r,
-            query_mask, cols, item, col, rest, queries, queries,
-            True, MASKED, CAUSAL, SETTLE, P_SHIFT, BLOCK_M, BLOCK_N, WIDTH,
-            BLOCK_K, D, ACC,
+            query_mask, cols, item, col, rest, end, queries,
+            True, MASKED, CAUSAL, WINDOW, SETTLE, P_SHIFT, BLOCK_M, BLOCK_N,
+            WIDTH, BLOCK_K, D, ACC,
         )  # fmt: skip
     alpha = tl.load(factor_ptr + layer) * scale / heads * 2.0 ** -(P_SHIFT + R_SHIFT)
     dk_ptr = place(pick(dk_ptrs, layer), dk_stride, item, key_head, col)
@@ -527,15 +539,15 @@ def log_sums_of(model: Model, pairs: Counted, layers: Sequence[int]) -> dict[int
     dtype, acc = accumulator(model.q[0])
     lses = {i: model.q[i].new_empty(model.q[i].shape[:3], dtype=dtype) for i in layers}
     forms = {i: (*model.form(i), pairs.form(i)) for i in layers if lses[i].numel()}
-    for ((B, H, queries, d), (_, keys), scale, *_, (masked, causal)), part in groups(forms):
-        x = model.q[part[0]]
+    for ((B, H, queries, d), (_, keys), scale, *_, form), part in groups(forms):
+        x, (masked, causal, window) = model.q[part[0]], form
         chosen = config(launch.PROBS_LSE, width(x), x).fitted(queries)
         _lse_kernel[(cdiv(queries, chosen.block_m) * H * B, len(part))](
             model.arguments(part),
             pairs.arguments(x, queries, keys, part),
             pointers(lses, part),
             H, scale, queries, keys,
-            MASKED=masked, CAUSAL=causal, D=d, WIDTH=width(x), ACC=acc,
+            MASKED=masked, CAUSAL=causal, WINDOW=window, D=d, WIDTH=width(x), ACC=acc,
             **launch.options(chosen),
         )  # fmt: skip
     return lses
@@ -556,7 +568,7 @@ def residual(
     x, y = student.q[first], teacher.q[first]
     dtype, acc = accumulator(x)
     (B, H, queries, d), keys = x.shape, student.k[first].shape[2]
-    masked, causal = pairs.form(first)
+    masked, causal, window = pairs.form(first)
     chosen = config(launch.PROBS_RESIDUAL, max(width(x), width(y)), x, y).fitted(queries)
     tiles = B * cdiv(queries, chosen.block_m) * cdiv(keys, chosen.block_n)
     sums = x.new_empty(len(layers), tiles, dtype=dtype)
@@ -572,13 +584,13 @@ def residual(
             sums, sums if counts is None else counts,
             H, student.scale[first], y.shape[1], teacher.scale[first],
             queries, keys, residual_width(keys),
-            MASKED=masked, CAUSAL=causal,
+            MASKED=masked, CAUSAL=causal, WINDOW=window,
             WHOLE=not (queries % chosen.block_m or keys % chosen.block_n),
             STORE=store, SHIFT=shifts(x)[1],
             STUDENT_D=d, STUDENT_WIDTH=width(x), TEACHER_D=y.shape[3], TEACHER_WIDTH=width(y),
             ACC=acc, **launch.options(chosen),
         )  # fmt: skip
-    return total(sums, counts, 1 if masked else valid_count(x.shape, keys, causal))
+    return total(sums, counts, 1 if masked else valid_count(x.shape, keys, causal, window))
 
 
 def gradients(
@@ -596,7 +608,7 @@ def gradients(
     d_k = {i: x for i, x in all_k.items() if need_k[i]}
     x, (dtype, acc) = student.q[layers[0]], accumulator(student.q[0])
     (B, H, queries, d), keys = x.shape, student.k[layers[0]].shape[2]
-    masked, causal = pairs.form(layers[0])
+    masked, causal, window = pairs.form(layers[0])
     p_shift, r_shift = shifts(x)
     shared: dict[str, object] = {
         "MASKED": masked, "CAUSAL": causal, "SETTLE": launch.settles(x),
@@ -605,7 +617,7 @@ def gradients(
     one = config(launch.PROBS_ONE_BLOCK, width(x), x)
     share = student.share(layers[0])
     # keys that heads share are summed over programs there
-    if queries <= one.block_m and share == 1:
+    if queries <= one.block_m and share == 1 and not window:
         for (dq_stride, dk_stride), part in groups(
             {i: (strides(d_q[i]), strides(all_k[i])) for i in layers}
         ):
@@ -643,6 +655,7 @@ def gradients(
                     pointers(out, part),
                     of_layers(factor, part),
                     H, student.scale[part[0]], queries, keys, residual_width(keys), dx_stride,
+                    WINDOW=window,
                     **shared,
                     **launch.options(chosen),
                 )  # fmt: skip

@@ -154,7 +154,7 @@ def attention_mse(
         causal: a query sees no later key; one for all layers or one per layer; needs Nq = Nk.
         window: a query sees only keys less than so many places from it (sliding window attention;
             transformers' ``sliding_window`` of causal models); None: no such limit. One for all
-            layers or one per layer; needs Nq = Nk. ``reference`` and ``blockwise`` have it.
+            layers or one per layer; needs Nq = Nk.
         query_mask: ``[B, Nq]`` bool, True where the query counts: one for all layers, or one (or
             None) per layer.
         key_mask: ``[B, Nk]`` bool, likewise for keys.

@@ -258,6 +258,7 @@ def _hidden_refusals(x: HiddenInputs) -> list[str]:
 def _triton_attention(x: AttentionInputs) -> tuple[Tensor, list[Tensor]]:
     settings: dict[str, Any] = {
         "causal": x.causal,
+        "window": x.window,
         "student_scale": x.student_scale,
         "teacher_scale": x.teacher_scale,
         "need_residual": any(x.needed),
@@ -308,6 +309,7 @@ def _lses_like(x: AttentionInputs) -> list[Tensor]:
 def _triton_attention_backward(grad: Tensor, saved: list[Tensor], x: AttentionInputs) -> Gradients:
     settings: dict[str, Any] = {
         "causal": x.causal,
+        "window": x.window,
         "student_scale": x.student_scale,
         "need_q": x.need_q,
         "need_k": x.need_k,
@@ -336,8 +338,6 @@ def _attention_refusals(x: AttentionInputs) -> list[str]:
     else:
         from optima_fast.kernels import attention_probs as kernel
     reasons: list[str] = kernel.not_served(*x[:4])
-    if any(x.window):
-        reasons.append("it has no kernel for a window")
     return reasons
 
 
