@@ -7,8 +7,8 @@
     dQ_h = s dS_h K_h,  dK_h = s dS_h^T Q_h
 
 A pair counts where query and key do and causality and a window let the one see the other. What does
-not count may hold nan or inf: it changes no value and no gradient. R is kept, in the students' dtype
-and only when a gradient is wanted: one map, whatever the number of heads.
+not count may hold nan or inf: it changes no value and no gradient. R is kept, in the students'
+dtype and only when a gradient is wanted: one map, whatever the number of heads.
 
 Up to 256 keys of 16 bits rows of a map lie in registers (``probs_rows.py``), and up to 80 tokens
 those of the backward pass: one launch each for all layers of a form; but not with a window, nor the
