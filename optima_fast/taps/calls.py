@@ -136,9 +136,8 @@ class Functions(TorchFunctionMode):
         self.on = False
 
     def __enter__(self) -> Functions:
-        # nn.MultiheadAttention's own shortcut calls no attention function
-        self._shortcut = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
+        # while a mode is on, nn.MultiheadAttention does not take its shortcut, which calls no
+        # attention function
         super().__enter__()  # type: ignore[no-untyped-call]
         self.on = True
         return self
@@ -146,7 +145,6 @@ class Functions(TorchFunctionMode):
     def __exit__(self, *exception: Any) -> None:
         self.on = False
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
-        torch.backends.mha.set_fastpath_enabled(self._shortcut)
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None

@@ -68,6 +68,11 @@ def test_losses_are_those_of_the_records():
     torch.testing.assert_close(step.prediction, output.loss)
     total = step.prediction + step.hidden.sum() + 3.0 * step.attention.sum()
     torch.testing.assert_close(step.total, total)
+    student(**batch)
+    layers = distiller.compare(batch=batch)
+    torch.testing.assert_close(layers.hidden, step.hidden)
+    torch.testing.assert_close(layers.attention, step.attention)
+    torch.testing.assert_close(layers.total, total - step.prediction)
     assert not any(p.requires_grad for p in teacher.parameters())
 
 
@@ -109,6 +114,8 @@ def test_activation_checkpointing_changes_nothing():
         distiller = FROM(student, teacher, text())
         student(**text())
         distiller.compare(batch=text()).total.backward()
+        # the second run, in the backward pass, is not kept
+        assert {m.__dict__.get("_optima_fast_calls", ()) for m in student.modules()} == {()}
         grads.append([p.grad for p in student.parameters() if p.grad is not None])
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
