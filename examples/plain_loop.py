@@ -15,7 +15,6 @@ def half(teacher):
     """A student of every second layer."""
     student = copy.deepcopy(teacher)
     student.encoder.layer = student.encoder.layer[1::2]
-    student.config.num_hidden_layers = len(student.encoder.layer)
     return student
 
 
@@ -40,8 +39,7 @@ def main(sentences, steps=300, size=32):
     print(distiller.summary)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
     for step in range(steps):
-        start = step * size % (len(sentences) - size)
-        batch = tokens(sentences[start : start + size])
+        batch = tokens(sentences[step * size % (len(sentences) - size) :][:size])
         student(**batch)
         loss = distiller.compare(batch=batch).total
         optimizer.zero_grad()

@@ -141,6 +141,40 @@ def test_a_module_that_is_frozen_needs_no_gradient():
     assert student.text_model.encoder.layers[0].self_attn.q_proj.weight.grad is not None
 
 
+@pytest.mark.parametrize("target", ["scores", "probs"])
+@pytest.mark.parametrize("projections", ["all", "needed"])
+def test_a_teacher_in_inference_mode(projections, target):
+    student, teacher = llama(2, 0), llama(2, 1)
+    distiller = FROM(student, teacher, text(), attention_target=target, projections=projections)
+    student(**text())
+    with torch.inference_mode():
+        teacher(**text())
+    distiller.compare().total.backward()
+    assert student.model.layers[0].self_attn.q_proj.weight.grad.any()
+
+
+def test_rewards_of_all_arms():
+    """What is left to learn, of every arm, from a measurement."""
+    student, teacher = EQUAL["clip"].make(), EQUAL["clip"].make()
+    batch = {**text(), **pixels(), "return_loss": True}
+    distiller = FROM(student, teacher, batch)
+    arms = optima_fast.arms(distiller.modules_matched)
+    headroom = optima_fast.distill.Headroom(
+        arms, [0.5, 0.7, 1.0], distiller.student.layer_counts, output="text_model"
+    )
+
+    def divergence(s, t, _):
+        return (s.logits_per_text - t.logits_per_text).square().mean()
+
+    student.train()
+    measured = distiller.measure(batch, predict=lambda x, _: x.loss, divergence=divergence)
+    assert student.training
+    assert set(measured.hidden_layers) == {"text_model", "vision_model"}
+    headroom.measured(measured)
+    assert len(headroom.rewards()) == 3
+    assert all(0 <= x < float("inf") for x in headroom.rewards())
+
+
 def test_under_autocast():
     student, teacher = bert(2, 0).eval(), bert(4, 1)
     distiller = FROM(student, teacher, text())

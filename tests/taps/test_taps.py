@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention as by_name
 
 import optima_fast
-from optima_fast.taps import masks
+from optima_fast import taps
+from optima_fast.taps import calls, masks
 
 
 class SelfAttention(nn.Module):
@@ -229,6 +230,59 @@ def test_errors(x):
         shared(x)
         with pytest.raises(ValueError, match=r"blocks.0 ran 2 times"):
             tap.layers()
+
+
+def test_timm():
+    timm = pytest.importorskip("timm", reason="needs timm", exc_type=ImportError)
+    model = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32, patch_size=8).eval()
+    images = torch.randn(2, 3, 32, 32)
+    expected = model(images)
+    with optima_fast.tap(model) as tap:
+        assert torch.equal(model(images), expected)
+        (layers,) = tap.layers().values()
+    assert [x.attentions[0].q.shape for x in layers] == [(2, 3, 17, 64)] * 2
+    assert not any(x.refusals for x in layers)
+
+
+def test_open_clip():
+    open_clip = pytest.importorskip("open_clip", reason="needs open_clip", exc_type=ImportError)
+    text = {"context_length": 12, "vocab_size": 99, "width": 32, "heads": 2, "layers": 2}
+    vision = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2}
+    model = open_clip.CLIP(16, vision, text).eval()
+    with optima_fast.tap(model) as tap:
+        model(torch.randn(3, 3, 32, 32), torch.randint(1, 99, (3, 12)))
+        layers = tap.layers()
+    assert sorted(x[0].attentions[0].causal for x in layers.values()) == [False, True]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_flash_attentions_arguments(causal):
+    """Its mask is of tokens, its window an argument; without a card the function is a stand-in."""
+    seen = calls._Seen("flash_attention_2", lambda module, q, k, v, mask, **kwargs: (q, mask))
+    module = nn.Module()
+    module.is_causal = causal
+    q, k = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8)
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
+    arguments = {"scaling": 0.3, "sliding_window": 3, "softcap": None}
+    assert seen(module, q, k, k, mask, **arguments) == (q, mask)  # nobody watches
+    calls.watch(module)
+    seen(module, q, k, k, mask, **arguments)
+    (call,) = module._optima_fast_calls
+    found = taps._attention(call, False, None, {})
+    assert found.q is q
+    assert found.k is k
+    assert (found.causal, found.window, found.scale) == (causal, 3, 0.3)
+    assert torch.equal(found.key_mask, mask.bool())
+    assert torch.equal(found.query_mask, mask.bool())
+    for refused, reason in (
+        ({"softcap": 30.0}, "caps its scores"),
+        ({"s_aux": q[0, :, 0, 0]}, "attention sinks"),
+        ({"position_bias": q}, "position bias"),
+    ):
+        calls.watch(module)
+        seen(module, q, k, k, None, **refused)
+        with pytest.raises(masks.Refused, match=reason):
+            taps._attention(module._optima_fast_calls[0], False, None, {})
 
 
 def pairs(mask, queries=6, keys=6, batch=2, cross=False):
