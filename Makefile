@@ -17,13 +17,15 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-REFERENCE ?= bench/results/cpu-reference.json
+REFERENCE ?= build/reference.json
 
 bench: $(STAMP)  ## losses and bandit against what people write, then the policies' worlds
 	$(RUN) -m pytest bench --benchmark-only --benchmark-columns=median,iqr,rounds $(BENCH)
 	$(RUN) bench/bench_worlds.py
 
 bench-compare: $(STAMP)  ## an error where ours became slower than in REFERENCE, beside the others
+	@test -f $(REFERENCE) || { echo "REFERENCE: no file $(REFERENCE); record one first:" \
+		"pytest bench --benchmark-only --benchmark-json=$(REFERENCE)"; exit 2; }
 	mkdir -p build
 	$(RUN) -m pytest bench -q --benchmark-only --benchmark-json=build/bench.json $(BENCH)
 	$(RUN) bench/report.py build/bench.json --against $(REFERENCE)
