@@ -1,7 +1,8 @@
 """A distillation step of a real pretrained model: as people write it, and with taps.
 
     python bench/bench_any_model.py                          # step, memory, longest sequence
-    python bench/bench_any_model.py --sentences FILE --held-out FILE    # and the embeddings
+    python bench/bench_any_model.py --sentences FILE --held-out FILE    # the embeddings
+    python bench/bench_any_model.py --cost                   # of a tap, in a forward pass
 
 all-MiniLM-L6-v2 (6 layers, 384 wide, 12 heads) teaches a student of its layers 2, 4 and 6: hidden
 states and head-averaged attention maps of three pairs of layers, forward and backward, no padding.
@@ -155,11 +156,41 @@ def embeddings(sentences: Path, held_out: Path, steps: int) -> None:
             )
 
 
+def cost(rounds: int) -> None:
+    """Milliseconds of a forward pass without a tap and with one, and of reading its records."""
+    import torch
+
+    import optima_fast
+
+    model, _ = models(512)
+    for size, tokens in ((1, 16), (32, 128)):
+        ids = torch.randint(1000, 30000, (size, tokens), generator=torch.Generator().manual_seed(0))
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        batch["attention_mask"][0, -3:] = 0
+        times: dict[str, list[float]] = {"without": [], "with": [], "reading": []}
+
+        def timed(name: str, run: Any, times: dict[str, list[float]] = times) -> None:
+            start = time.perf_counter()
+            run()
+            times[name].append(1000 * (time.perf_counter() - start))
+
+        with torch.no_grad():
+            model(**batch)
+            for _ in range(rounds):
+                timed("without", lambda batch=batch: model(**batch))
+                with optima_fast.tap(model) as tap:
+                    timed("with", lambda batch=batch: model(**batch))
+                    timed("reading", tap.layers)
+        text = ", ".join(f"{k} {statistics.median(v):.2f}" for k, v in times.items())
+        print(f"{size:3} x {tokens}: ms {text}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--one", nargs=3, metavar=("WAY", "SIZE", "TOKENS"))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--limit-mb", type=float, default=4096)
+    parser.add_argument("--cost", action="store_true")
     parser.add_argument("--sentences", type=Path)
     parser.add_argument("--held-out", type=Path)
     parser.add_argument("--steps", type=int, default=300)
@@ -167,6 +198,9 @@ def main() -> None:
     if args.one:
         way, size, tokens = args.one[0], *map(int, args.one[1:])
         print(json.dumps({"loss": step(way, size, tokens)(), "mb": peak_mb()}))
+        return
+    if args.cost:
+        cost(5 * args.rounds)
         return
     if args.sentences:
         embeddings(args.sentences, args.held_out, args.steps)

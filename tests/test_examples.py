@@ -130,17 +130,23 @@ def test_lightning(tmp_path):
     assert trainer.callback_metrics["layers"] > 0
 
 
+def whole():
+    """Student, teacher and batches without padding; projections are drawn alike afterwards."""
+    student, teacher = bert(SMALL, 2, 1), bert(WIDE, 4, 0)
+    batches = text([12, 9, 12], rows=8)
+    for batch in batches:
+        batch["attention_mask"][:] = 1
+        batch["labels"] = batch["input_ids"]
+    torch.manual_seed(7)
+    return student, teacher, batches
+
+
 DISTRIBUTED = """
-import sys, importlib.util, torch, torch.distributed as dist
+import sys, torch, torch.distributed as dist
 sys.path.insert(0, {tests!r})
-from test_examples import bert, example, text, SMALL, WIDE
+from test_examples import example, whole
 dist.init_process_group("gloo")
-student, teacher = bert(SMALL, 2, 1), bert(WIDE, 4, 0)
-batches = text([12, 9, 12], rows=8)
-for batch in batches:
-    batch["attention_mask"][:] = 1
-    batch["labels"] = batch["input_ids"]
-torch.manual_seed(7)
+student, teacher, batches = whole()
 example("distributed").main(student, teacher, batches, fsdp="--fsdp" in sys.argv,
                             attention_target="probs", attention_weight=10.0)
 full = {{k: v.full_tensor() if hasattr(v, "full_tensor") else v
@@ -163,12 +169,7 @@ def test_distributed_is_one_process_of_the_whole_batch(tmp_path, how):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = torch.load(path)
-    student, teacher = bert(SMALL, 2, 1), bert(WIDE, 4, 0)
-    batches = text([12, 9, 12], rows=8)
-    for batch in batches:
-        batch["attention_mask"][:] = 1
-        batch["labels"] = batch["input_ids"]
-    torch.manual_seed(7)
+    student, teacher, batches = whole()
     distiller = optima_fast.Distiller.from_models(
         student, teacher, batches[0], attention_target="probs", attention_weight=10.0
     )

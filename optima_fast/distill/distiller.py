@@ -508,7 +508,16 @@ class Distiller(nn.Module):
                     f"teacher's {len(t.attentions)}; set attention_weight=0"
                 )
             own = list(zip(s.attentions, t.attentions, strict=True))
-            rows += own if self.cross_attention else own[:1]
+            own = own if self.cross_attention else own[:1]
+            for a, b in own:
+                if (a.causal, a.window) != (b.causal, b.window):
+                    raise UserError(
+                        f"{pair}: the student's attention has causal={a.causal} and "
+                        f"window={a.window}, the teacher's causal={b.causal} and "
+                        f"window={b.window}: their maps are of different pairs; set "
+                        "attention_weight=0, or leave the layer out of the arm"
+                    )
+            rows += own
             owners += [i] * (len(rows) - len(owners))
         student, teacher = ([row[i] for row in rows] for i in range(2))
         probs = self.attention_target == "probs"

@@ -97,9 +97,15 @@ def paths(
         modules: by name a path that is the same in both, or two; None: all that are found.
 
     Raises:
-        UserError: those that are found do not have the same names.
+        UserError: those that are found do not have the same names, or a name is not one.
     """
     if modules is not None:
+        for name in modules:
+            if not name.isidentifier():
+                raise UserError(
+                    f"modules: a name must be of letters, digits and _, as arms and projections "
+                    f"are named after it, got {name!r}"
+                )
         both = {name: (x, x) if isinstance(x, str) else x for name, x in modules.items()}
         return {n: a for n, (a, _) in both.items()}, {n: b for n, (_, b) in both.items()}
     of_student, of_teacher = stacks.find(unwrapped(student)), stacks.find(unwrapped(teacher))

@@ -133,8 +133,8 @@ def attention_shapes(name: str, q: Tensor, k: Tensor) -> None:
         raise ValueError(f"{name}_q must have at least one head and d >= 1, got {_shape(q)}")
     if k.shape[1] < 1 or q.shape[1] % k.shape[1]:
         raise ValueError(
-            f"{name}_q's heads must be a multiple of {name}_k's, each of which serves as many "
-            f"queries' heads: got {q.shape[1]} and {k.shape[1]}"
+            f"{name}_q's number of heads must be a multiple of {name}_k's, so that each head of "
+            f"keys serves as many of queries: got {q.shape[1]} and {k.shape[1]}"
         )
 
 

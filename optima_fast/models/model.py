@@ -21,6 +21,7 @@ from optima_fast.models.layers import LayerTap, Pooler
 from optima_fast.models.towers import ImageEncoder, MultimodalDecoder, TextDecoder
 
 MODULES = ("image", "text", "multimodal")
+# whether a token of each module sees only those before it
 CAUSAL = {"image": False, "text": True, "multimodal": True}
 TapRequest = Mapping[str, Sequence[int]]
 
@@ -57,7 +58,6 @@ class CoCa(nn.Module):
         config: As given.
         layer_counts: Layers of each module.
         widths: Residual width of each module.
-        causal: Whether a token of each module sees only those before it.
     """
 
     def __init__(self, config: CoCaConfig) -> None:
@@ -65,7 +65,6 @@ class CoCa(nn.Module):
         self.config = config
         self.layer_counts = config.layer_counts
         self.widths = config.widths
-        self.causal = CAUSAL
         width, form = config.text_width, config.contrastive
         heads, inner = config.pooler_heads, config.pooler_inner
         self.image = ImageEncoder(config)

@@ -54,7 +54,6 @@ class TaskModel(nn.Module):
         self.head = head
         self.layer_counts = coca.layer_counts
         self.widths = coca.widths
-        self.causal = coca.causal
         self.attention_cap = coca.config.attention_cap
 
     def forward(

@@ -30,8 +30,8 @@ class Tap:
         self.model = model
         self.modules = dict(modules)
         self._layers = stacks.layers(model, self.modules)
-        # attentions of each layer by their path inside it, in the order of the model's code
-        self._attentions = {
+        # all modules of each layer, itself too, by their path inside it, in the model's order
+        self._parts = {
             layer: dict(layer.named_modules()) for group in self._layers.values() for layer in group
         }
         self._padding: dict[str, Any] = {}  # masks that the model was given
@@ -45,7 +45,7 @@ class Tap:
             self._functions = calls.Functions()
             end = model.register_forward_hook(self._end, always_call=True)
             self._handles.append(end)
-        for layer, inside in self._attentions.items():
+        for layer, inside in self._parts.items():
             self._handles.append(layer.register_forward_hook(_keep_hidden))
             for module in inside.values():
                 calls.watch(module)
@@ -91,7 +91,7 @@ class Tap:
     def clear(self) -> None:
         """Let go of what was recorded."""
         self._padding = {}
-        for layer, inside in self._attentions.items():
+        for layer, inside in self._parts.items():
             setattr(layer, HIDDEN, ())
             for module in inside.values():
                 setattr(module, calls.CALLS, ())
@@ -103,7 +103,7 @@ class Tap:
         if self._handles and self._transformers:
             calls.unsee_transformers()
         self._handles = []
-        for layer, inside in self._attentions.items():
+        for layer, inside in self._parts.items():
             layer.__dict__.pop(HIDDEN, None)
             for module in inside.values():
                 calls.forget(module)
@@ -154,25 +154,32 @@ class Tap:
                 f"{path} ran {len(states)} times in one forward pass: a model whose layers share "
                 "their weights has no record for each"
             )
+        parts = self._parts[layer]
+        hidden = states[0]
+        if any(isinstance(x, nn.MultiheadAttention) and not x.batch_first for x in parts.values()):
+            hidden = hidden.transpose(0, 1)  # [N, B, d]
         attentions: list[Attention] = []
         refusals: list[str] = []
-        tokens = self._given(path, states[0])
-        for inside, module in self._attentions[layer].items():
+        # the layer's own attention knows better, if it is seen
+        tokens = self._given(path, hidden)
+        for inside, module in parts.items():
             for call in getattr(module, calls.CALLS):
                 crossing = stacks.CROSS.search(inside) is not None
                 crossing = crossing or call.q.shape[2] != call.k.shape[2]
+                pairs: masks.Pairs | None
                 try:
-                    attention = _attention(call, crossing, tokens, known)
-                    found = attention.query_mask
-                    attentions.append(attention)
+                    pairs = _pairs(call, crossing, known)
+                    queries = tokens if crossing else pairs.queries
+                    attentions.append(_attention(call, pairs, queries))
                 except masks.Refused as reason:
-                    found = reason.tokens
+                    pairs = reason.pairs
                     refusals.append(f"{path}.{inside}".rstrip(".") + f": {reason}")
-                if not crossing and found is not None and found.shape == states[0].shape[:-1]:
-                    tokens = found
+                of_tokens = (call.q.shape[0], call.q.shape[2]) == hidden.shape[:-1]
+                if pairs is not None and of_tokens and not crossing:
+                    tokens = pairs.queries
         if not attentions and not refusals:
             refusals.append(f"{path}: {self._unseen(layer)}")
-        return Layer(states[0], tokens, tuple(attentions), tuple(refusals))
+        return Layer(hidden, tokens, tuple(attentions), tuple(refusals))
 
     def _given(self, path: str, states: Tensor) -> Tensor | None:
         """The padding mask that the model was given for these layers, where it fits."""
@@ -287,33 +294,34 @@ def _is_transformers(module: nn.Module) -> bool:
     return any(x.__module__ == "transformers.modeling_utils" for x in type(module).__mro__)
 
 
-def _attention(
-    call: Call,
-    crossing: bool,
-    tokens: Tensor | None,
-    known: dict[tuple[int, bool], masks.Pairs | masks.Refused],
-) -> Attention:
-    """What the losses take of a call; ``tokens`` is the layer's own mask."""
-    q, k = call.q, call.k
-    shape = (q.shape[0], q.shape[2], k.shape[2])
+def _pairs(
+    call: Call, crossing: bool, known: dict[tuple[int, bool], masks.Pairs | masks.Refused]
+) -> masks.Pairs:
+    """Which pairs of a call count; a mask that several layers share is read once.
+
+    Raises:
+        Refused: the losses cannot represent it.
+    """
+    shape = (call.q.shape[0], call.q.shape[2], call.k.shape[2])
     if call.refusal:
         raise masks.Refused(call.refusal)
     if call.of_tokens:
-        pairs = masks.of_tokens(call.mask, shape, call.causal, call.window)
-    else:
-        key = (id(call.mask), crossing)
-        if key not in known:
-            try:
-                known[key] = masks.of_pairs(call.mask, shape, crossing)
-            except masks.Refused as reason:
-                known[key] = reason
-        found = known[key]
-        if isinstance(found, masks.Refused):
-            raise found
-        pairs = found
-    queries = pairs.queries
-    if crossing and tokens is not None and tokens.shape == (shape[0], shape[1]):
-        queries = tokens
-    elif crossing:
+        return masks.of_tokens(call.mask, shape, call.causal, call.window)
+    key = (id(call.mask), crossing)
+    if key not in known:
+        try:
+            known[key] = masks.of_pairs(call.mask, shape, crossing)
+        except masks.Refused as reason:
+            known[key] = reason
+    found = known[key]
+    if isinstance(found, masks.Refused):
+        raise found
+    return found
+
+
+def _attention(call: Call, pairs: masks.Pairs, queries: Tensor | None) -> Attention:
+    """What the losses take of a call; ``queries``: which of them count, where that fits."""
+    q = call.q
+    if queries is not None and queries.shape != (q.shape[0], q.shape[2]):
         queries = None
-    return Attention(q, k, pairs.causal, pairs.window, queries, pairs.keys, call.scale)
+    return Attention(q, call.k, pairs.causal, pairs.window, queries, pairs.keys, call.scale)

@@ -98,7 +98,7 @@ _taps = 0
 
 
 def see_transformers() -> None:
-    """Have transformers' attention functions note their calls; the last :func:`unsee` ends it."""
+    """Have transformers' attention functions note their calls, for one tap more."""
     global _taps
     from transformers import AttentionInterface
 
@@ -110,6 +110,7 @@ def see_transformers() -> None:
 
 
 def unsee_transformers() -> None:
+    """For one tap less; with the last, the functions are transformers' own again."""
     global _taps
     from transformers import AttentionInterface
 
@@ -182,9 +183,7 @@ class Functions(TorchFunctionMode):
         enable_gqa: bool = False,
     ) -> None:
         if self.inside:
-            mask = attn_mask
-            if mask is not None and mask.ndim == 3 and query.ndim == 4:
-                mask = mask[:, None] if mask.shape[0] == query.shape[0] else mask[None]
             refusal = None if query.ndim == 4 else f"its queries are {query.ndim}-dimensional"
-            call = Call(query, key, mask, mask is None, is_causal, scale, None, refusal)
+            of_tokens = attn_mask is None
+            call = Call(query, key, attn_mask, of_tokens, is_causal, scale, None, refusal)
             note(self.inside[-1], call)

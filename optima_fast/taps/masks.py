@@ -12,20 +12,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# what is added to the score of a pair that does not count, at most: its probability is 0
-HIDDEN = -1e4
+# a pair whose score has this added to it, or less, has probability 0
+EXCLUDES = -1e4
 
 
 class Refused(Exception):
     """What the losses cannot represent, and why.
 
     Attributes:
-        tokens: ``[B, N]``, which tokens of a self-attention count, all the same; None: each.
+        pairs: what is known of a self-attention all the same: which tokens count.
     """
 
-    def __init__(self, reason: str, tokens: Tensor | None = None) -> None:
+    def __init__(self, reason: str, pairs: Pairs | None = None) -> None:
         super().__init__(reason)
-        self.tokens = tokens
+        self.pairs = pairs
 
 
 class Pairs(NamedTuple):
@@ -102,7 +102,7 @@ def of_pairs(mask: Any, shape: tuple[int, int, int], cross: bool) -> Pairs:
     raise Refused(
         "its mask is none of padding, causality and a window: packed sequences, it seems, or a "
         "prefix",
-        tokens,
+        Pairs(tokens, tokens, False),
     )
 
 
@@ -112,10 +112,9 @@ def _visible(mask: Any, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
         from torch.nn.attention.flex_attention import create_mask
 
         mask = create_mask(mask.mask_mod, shape[0], 1, *shape[1:], device=mask.kv_indices.device)
-    while mask.ndim < 4:  # [Nq, Nk] and [B, Nq, Nk]
-        mask = mask[None] if mask.ndim == 2 else mask[:, None]
+    mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)  # as it is broadcast
     mask = mask[..., : shape[1], : shape[2]]
     if mask.dtype == torch.bool:
         return mask, torch.ones((), dtype=torch.bool, device=mask.device)
     visible = mask == 0
-    return visible, (visible | (mask <= HIDDEN)).all()
+    return visible, (visible | (mask <= EXCLUDES)).all()

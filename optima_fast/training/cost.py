@@ -181,7 +181,7 @@ class _Once:
     """
 
     def __init__(self, model: TaskModel) -> None:
-        self.layer_counts, self.widths, self.causal = model.layer_counts, model.widths, model.causal
+        self.layer_counts, self.widths = model.layer_counts, model.widths
         self._model = model
         self._said: TaskOutput | None = None
 

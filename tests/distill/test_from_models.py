@@ -201,6 +201,30 @@ def test_modules_by_path_and_teachers_layers():
     assert len(step.hidden) == 1
 
 
+def test_a_models_padding_is_not_its_other_modules():
+    """As many image tokens as text tokens: the text's padding says nothing of the image."""
+    student, teacher = EQUAL["clip"].make(), EQUAL["clip"].make()
+    batch = {"input_ids": torch.randint(5, 99, (3, 17)), **pixels()}
+    batch["attention_mask"] = torch.ones(3, 17, dtype=torch.long)
+    batch["attention_mask"][0, 9:] = 0
+    distiller = FROM(student, teacher, batch)
+    student(**batch)
+    record = distiller.student.last()
+    assert all(x.mask is None for x in record.layers("vision_model"))
+    assert torch.equal(record.layers("text_model")[0].mask, batch["attention_mask"].bool())
+
+
+def test_maps_of_different_pairs_are_refused():
+    torch.manual_seed(0)
+    student, teacher = bert(2, 0), llama(2, 1)
+    with pytest.raises(ValueError, match="causal=False and window=None, the teacher's causal=True"):
+        FROM(student, teacher, text())
+    far, near = (EQUAL["mistral"].make() for _ in range(2))
+    far.config.sliding_window = None
+    with pytest.raises(ValueError, match="window=None, the teacher's causal=True and window=5"):
+        FROM(far, near, text())
+
+
 def test_errors_leave_no_tap_behind():
     student, teacher = clip(0), bert(4, 1)
     batch = text()
@@ -216,6 +240,8 @@ def test_errors_leave_no_tap_behind():
     ):
         with pytest.raises(ValueError, match=message):
             FROM(student, teacher, batch, teacher_layers={"encoder": layers})
+    with pytest.raises(ValueError, match=r"a name must be of letters.*got 'my.layers'"):
+        FROM(student, teacher, batch, modules={"my.layers": "encoder.layer"})
     with pytest.raises(ValueError, match="projections must be one of"):
         FROM(student, teacher, batch, projections="some")
     distiller = FROM(student, teacher, batch)

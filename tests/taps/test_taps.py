@@ -129,6 +129,20 @@ def test_multihead_attention_inside_an_encoder(training, causal):
     assert torch.equal(attention.key_mask, ~padding)
 
 
+def test_states_with_the_batch_second():
+    """PyTorch's default for its own encoder; the records are [B, N, d] all the same."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    padding = torch.zeros(4, 4, dtype=torch.bool)  # as many sequences as tokens
+    padding[0, 2:] = True
+    with optima_fast.tap(model) as tap:
+        output = model(torch.randn(4, 4, 16), src_key_padding_mask=padding)
+        layers = tap.layers()["layers"]
+    assert torch.equal(layers[1].hidden, output.transpose(0, 1))
+    assert torch.equal(layers[0].mask, ~padding)
+
+
 def test_multihead_attention_that_is_asked_for_weights_is_named():
     class Weights(nn.Module):
         def __init__(self):
@@ -150,6 +164,7 @@ def test_record_is_the_hook_of_an_attention_written_by_hand(x, tapped):
     model = Tower(by_hand=True, causal=True)
     expected = model(x)
     if not tapped:
+        assert not any("_optima_fast_calls" in m.__dict__ for m in model.modules())
         return
     padding = torch.ones(3, 7, dtype=torch.bool)
     padding[0, 4:] = False
@@ -268,7 +283,8 @@ def test_flash_attentions_arguments(causal):
     calls.watch(module)
     seen(module, q, k, k, mask, **arguments)
     (call,) = module._optima_fast_calls
-    found = taps._attention(call, False, None, {})
+    pairs = taps._pairs(call, False, {})
+    found = taps._attention(call, pairs, pairs.queries)
     assert found.q is q
     assert found.k is k
     assert (found.causal, found.window, found.scale) == (causal, 3, 0.3)
@@ -282,7 +298,7 @@ def test_flash_attentions_arguments(causal):
         calls.watch(module)
         seen(module, q, k, k, None, **refused)
         with pytest.raises(masks.Refused, match=reason):
-            taps._attention(module._optima_fast_calls[0], False, None, {})
+            taps._pairs(module._optima_fast_calls[0], False, {})
 
 
 def pairs(mask, queries=6, keys=6, batch=2, cross=False):
@@ -338,6 +354,13 @@ def test_masks_of_another_kind_are_refused():
         pairs(ones.tril(), cross=True)
     with pytest.raises(masks.Refused, match="causal with 3 queries and 6 keys"):
         masks.of_tokens(None, (2, 3, 6), True, None)
+
+
+def test_a_mask_of_three_dimensions_is_of_heads():
+    """As PyTorch broadcasts it, even where there are as many sequences."""
+    per_head = torch.stack([torch.ones(6, 6), torch.ones(6, 6).tril()]).bool()
+    with pytest.raises(masks.Refused, match="head to head"):
+        pairs(per_head)
 
 
 def test_flex_attentions_mask():
