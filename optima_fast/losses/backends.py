@@ -331,17 +331,40 @@ def _triton_attention(x: AttentionInputs) -> tuple[Tensor, list[Tensor]]:
 
         losses, residuals, scales = scores.attention_scores_forward(*x[:6], **settings)
         return losses, [*residuals, scales] if residuals else []
+    if x.target == "kl-each":
+        from optima_fast.kernels import attention_kl as kl
+
+        wanted = settings.pop("need_residual")
+        losses, *lses_of, scales = kl.attention_kl_forward(*x[:8], **settings)
+        kept = _kept(x, *lses_of)
+        return losses, [*kept, scales] if wanted else []
     from optima_fast.kernels import attention_probs as probs
 
-    losses, residuals, lses, scales = probs.attention_probs_forward(*x[:8], **settings)
-    if not residuals:
-        return losses, []
-    # one that was given is an input, which an operator does not return
-    kept = [
-        lse if given is None else like
-        for lse, given, like in zip(lses, x.student_lse, _lses_like(x), strict=True)
+    losses, residuals, lses, scales = probs.attention_probs_forward(
+        *x[:8], **settings, divergence=x.target == "kl"
+    )
+    return losses, [*residuals, *_kept(x, lses), scales] if residuals else []
+
+
+def _kept(x: AttentionInputs, *lses_of: list[Tensor]) -> list[Tensor]:
+    """The students' log-sum-exps, then the teachers'; one that was given is an input, which an
+    operator does not return."""
+    return [
+        like if given is not None else lse
+        for lses, givens in zip(lses_of, (x.student_lse, x.teacher_lse), strict=False)
+        for lse, given, like in zip(lses, givens, _lses_like(x, givens), strict=True)
     ]
-    return losses, [*residuals, *kept, scales]
+
+
+def _restored(x: AttentionInputs, kept: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """What ``_kept`` was made of."""
+    from optima_fast.kernels.attention_tiles import in_powers_of_two
+
+    givens = [*x.student_lse, *x.teacher_lse][: len(kept)]
+    return [
+        lse if given is None else in_powers_of_two(given, dtype)
+        for lse, given in zip(kept, givens, strict=True)
+    ]
 
 
 def _triton_attention_saved(x: AttentionInputs) -> list[Tensor]:
@@ -351,20 +374,28 @@ def _triton_attention_saved(x: AttentionInputs) -> list[Tensor]:
         from optima_fast.kernels import attention_scores as scores
 
         return [*(scores.empty_residual(q, k) for q, k in pairs), scales]
+    if x.target == "kl-each":
+        return [*_lses_like(x, x.student_lse), *_lses_like(x, x.teacher_lse), scales]
     from optima_fast.kernels import attention_probs as probs
 
     residuals = [
-        q.new_empty(q.shape[0], q.shape[2], probs.residual_width(k.shape[2])) for q, k in pairs
+        q.new_empty(
+            q.shape[0],
+            q.shape[2],
+            probs.residual_width(k.shape[2]),
+            dtype=probs.residual_dtype(q.dtype, x.target == "kl"),
+        )
+        for q, k in pairs
     ]
-    return [*residuals, *_lses_like(x), scales]
+    return [*residuals, *_lses_like(x, x.student_lse), scales]
 
 
-def _lses_like(x: AttentionInputs) -> list[Tensor]:
+def _lses_like(x: AttentionInputs, givens: list[Tensor | None]) -> list[Tensor]:
     """Room for each layer's log-sum-exp; none where it was given."""
     dtype = accumulator(*x.tensors)
     shapes = [
         q.shape[:3] if given is None else (*q.shape[:2], 0)
-        for q, given in zip(x.student_q, x.student_lse, strict=True)
+        for q, given in zip(x.student_q, givens, strict=True)
     ]
     return [x.student_q[0].new_empty(shape, dtype=dtype) for shape in shapes]
 
@@ -384,13 +415,19 @@ def _triton_attention_backward(grad: Tensor, saved: list[Tensor], x: AttentionIn
         *residuals, scale = saved
         first, second = scores.attention_scores_backward(*inputs, residuals, scale, **settings)
         return [*first, *second]
+    layers, scale = len(x.student_q), saved[-1]
+    if x.target == "kl-each":
+        from optima_fast.kernels import attention_kl as kl
+
+        lses = _restored(x, saved[:-1], scale.dtype)
+        first, second = kl.attention_kl_backward(
+            grad, *x[:6], lses[:layers], lses[layers:], scale,
+            teacher_scale=x.teacher_scale, **settings,
+        )  # fmt: skip
+        return [*first, *second]
     from optima_fast.kernels import attention_probs as probs
 
-    layers, scale = len(x.student_q), saved[-1]
-    lses = [
-        lse if given is None else probs.in_powers_of_two(given, scale.dtype)
-        for lse, given in zip(saved[layers:-1], x.student_lse, strict=True)
-    ]
+    lses = _restored(x, saved[layers:-1], scale.dtype)
     first, second = probs.attention_probs_backward(*inputs, saved[:layers], lses, scale, **settings)
     return [*first, *second]
 
