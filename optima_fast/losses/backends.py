@@ -174,6 +174,8 @@ def _triton_refusals(backends: dict[str, Backend], inputs: Inputs) -> list[str]:
         reasons.append(f"it needs tensors on a CUDA device, got {device}")
     if not installed:
         reasons.append("triton is not installed")
+    if triton is None:
+        reasons.append("there is no kernel of this loss")
     return reasons
 
 
