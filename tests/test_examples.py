@@ -72,10 +72,10 @@ def test_accelerate_accumulates_exactly():
         batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     one, by_hand = bert(SMALL, 2, 1), bert(SMALL, 2, 1)
     torch.manual_seed(7)
-    accelerated.main(one, teacher, batches, accumulate=4, lr=0.5, attention_target="probs")
+    accelerated.main(one, teacher, batches, accumulate=4, lr=0.5, attention_loss="probs")
     torch.manual_seed(7)
     distiller = optima_fast.Distiller.from_models(
-        by_hand, teacher, batches[0], attention_target="probs"
+        by_hand, teacher, batches[0], attention_loss="probs"
     )
     optimizer = torch.optim.SGD([*by_hand.parameters(), *distiller.parameters()], lr=0.5)
     for group in (batches[:4], batches[4:]):
@@ -102,7 +102,7 @@ def test_hugging_face_trainer(tmp_path):
     )  # fmt: skip
     trainer = trainers.DistillationTrainer(
         student, arguments, train_dataset=rows, eval_dataset=rows, teacher=teacher, example=batch,
-        options={"attention_target": "probs"},
+        options={"attention_loss": "probs"},
     )  # fmt: skip
     projection = next(iter(trainer.distiller.parameters())).detach().clone()
     trainer.train()
@@ -148,7 +148,7 @@ from test_examples import example, whole
 dist.init_process_group("gloo")
 student, teacher, batches = whole()
 example("distributed").main(student, teacher, batches, fsdp="--fsdp" in sys.argv,
-                            attention_target="probs", attention_weight=10.0)
+                            attention_loss="probs", attention_weight=10.0)
 full = {{k: v.full_tensor() if hasattr(v, "full_tensor") else v
         for k, v in student.state_dict().items()}}
 if dist.get_rank() == 0:
@@ -171,7 +171,7 @@ def test_distributed_is_one_process_of_the_whole_batch(tmp_path, how):
     found = torch.load(path)
     student, teacher, batches = whole()
     distiller = optima_fast.Distiller.from_models(
-        student, teacher, batches[0], attention_target="probs", attention_weight=10.0
+        student, teacher, batches[0], attention_loss="probs", attention_weight=10.0
     )
     optimizer = torch.optim.SGD([*student.parameters(), *distiller.parameters()], lr=0.1)
     start = {k: v.clone() for k, v in student.state_dict().items()}
@@ -277,7 +277,7 @@ def test_blip_2_has_three_modules():
     batch["input_ids"][:, :4] = 98  # where the image goes
     batch["pixel_values"] = torch.randn(4, 3, 32, 32)
     distiller = optima_fast.Distiller.from_models(
-        student, teacher, batch, cross_attention=True, attention_target="probs"
+        student, teacher, batch, cross_attention=True, attention_loss="probs"
     )
     assert distiller.modules_matched == ("vision_model", "qformer", "language_model")
     assert len(optima_fast.arms(distiller.modules_matched)) == 7

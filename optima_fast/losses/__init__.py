@@ -11,12 +11,19 @@ any device) and ``triton`` (CUDA). ``auto`` takes ``triton`` on a CUDA device wh
 except for products of float32, else ``blockwise``.
 """
 
+from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor
+
 from optima_fast.losses.attention import attention_kl, attention_mse
 from optima_fast.losses.hidden import hidden_cosine, hidden_mse, hidden_smooth_l1
 from optima_fast.losses.indexer import indexer_kl
 from optima_fast.losses.relations import gram_mse, relation_kl
 
 __all__ = [
+    "ATTENTION_LOSSES",
+    "HIDDEN_LOSSES",
     "attention_kl",
     "attention_mse",
     "gram_mse",
@@ -26,3 +33,21 @@ __all__ = [
     "indexer_kl",
     "relation_kl",
 ]
+
+HIDDEN_LOSSES: dict[str, Callable[..., Tensor]] = {
+    "mse": hidden_mse,
+    "normalized-mse": partial(hidden_mse, normalize=True),
+    "cosine": hidden_cosine,
+    "smooth-l1": hidden_smooth_l1,
+}
+"""What a distiller and the trainer call each loss of hidden states."""
+
+ATTENTION_LOSSES: dict[str, Callable[..., Tensor]] = {
+    "scores": partial(attention_mse, target="scores"),
+    "probs": partial(attention_mse, target="probs"),
+    "scores-each": partial(attention_mse, target="scores", heads="each"),
+    "probs-each": partial(attention_mse, target="probs", heads="each"),
+    "kl": partial(attention_kl, heads="mean"),
+    "kl-each": partial(attention_kl, heads="each"),
+}
+"""What they call each loss of attention maps: ``each`` head by itself, else their mean."""

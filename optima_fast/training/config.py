@@ -14,6 +14,7 @@ from optima_fast.distill import arm_space, parse_arm, parse_reward
 from optima_fast.distill.arms import ARM_SPACES
 from optima_fast.distill.reward import HEADROOM
 from optima_fast.errors import UserError
+from optima_fast.losses import ATTENTION_LOSSES, HIDDEN_LOSSES
 from optima_fast.models import MODULES, presets
 from optima_fast.tasks import tokenizers
 from optima_fast.tasks.augment import RandAugment
@@ -112,7 +113,10 @@ class TrainConfig:
     hidden_weight: float = _field(1.0, "a2, weight of the hidden-state losses")
     attention_weight: float = _field(1e-2, "a3, weight of the attention losses")
     kl_weight: float | None = _field(None, "a1, weight of the KL term; default 1 for kd, else 0")
-    attention_target: str = _field("scores", "what attention losses compare", ("scores", "probs"))
+    attention_loss: str = _field(
+        "scores", "of attention maps: of the mean over heads, or of each", tuple(ATTENTION_LOSSES)
+    )
+    hidden_loss: str = _field("mse", "of hidden states", tuple(HIDDEN_LOSSES))
     hidden_scale: str = _field(
         "none", "divide hidden losses by the teacher's", ("none", "variance")
     )
@@ -231,6 +235,11 @@ class TrainConfig:
         for name in ("dropout", "cell_stage"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise UserError(f"{flag(name)} must be in [0, 1), got {getattr(self, name)}")
+        if self.hidden_scale != "none" and self.hidden_loss != "mse":
+            raise UserError(
+                f"--hidden-scale {self.hidden_scale} is for --hidden-loss mse, got "
+                f"{self.hidden_loss}: leave one of them out"
+            )
         if self.steps is not None and (self.warmup_steps or 0) >= self.steps:
             raise UserError(
                 f"--warmup-steps {self.warmup_steps} must be below --steps {self.steps}"

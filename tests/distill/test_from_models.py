@@ -47,7 +47,7 @@ def test_losses_are_those_of_the_records():
     student, teacher = llama(2, 0), llama(4, 1, hidden_size=48, num_key_value_heads=1)
     batch = {**text(), "labels": text()["input_ids"]}
     student.eval()
-    distiller = FROM(student, teacher, batch, attention_target="probs", attention_weight=3.0)
+    distiller = FROM(student, teacher, batch, attention_loss="probs", attention_weight=3.0)
     step = distiller(batch)
     with torch.no_grad():
         output = student(**batch)
@@ -145,7 +145,7 @@ def test_a_module_that_is_frozen_needs_no_gradient():
 @pytest.mark.parametrize("projections", ["all", "needed"])
 def test_a_teacher_in_inference_mode(projections, target):
     student, teacher = llama(2, 0), llama(2, 1)
-    distiller = FROM(student, teacher, text(), attention_target=target, projections=projections)
+    distiller = FROM(student, teacher, text(), attention_loss=target, projections=projections)
     student(**text())
     with torch.inference_mode():
         teacher(**text())
