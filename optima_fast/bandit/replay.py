@@ -168,15 +168,14 @@ def _outcome(
     best = max(range(len(means)), key=lambda arm: (not math.isnan(means[arm]), means[arm]))
     if not n:
         return Outcome(0, 0, math.nan, math.nan)
-    first = min(n, getattr(policy, "warm_up", 0))
-    return Outcome(n, first, math.fsum(earned) / n, chosen.count(best) / n)
+    return Outcome(n, min(n, policy.warm_up), math.fsum(earned) / n, chosen.count(best) / n)
 
 
 def policies(text: str) -> list[str]:
     """The policies that ``all`` or a list of names stands for.
 
     Raises:
-        UserError: an unknown name (with the nearest), or one that cannot choose.
+        UserError: an unknown name (with the nearest), one that is gone, or one that cannot choose.
     """
     known = [name for name in bandit.names() if name != bandit.Fixed.name]
     if text == "all":
@@ -187,6 +186,8 @@ def policies(text: str) -> list[str]:
     for name in names:
         if name == bandit.Fixed.name:
             raise UserError("policy fixed has one arm: its reward is in the table of the arms")
+        if bandit.gone(name):
+            raise UserError(bandit.gone(name))
         if name not in known:
             near = difflib.get_close_matches(name, known, 1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}"

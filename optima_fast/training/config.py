@@ -240,7 +240,7 @@ class TrainConfig:
         """Refuse a bandit whose first pulls of each arm take more rounds than there are."""
         assert self.steps and self.round_steps
         policy = policies.make(self, arm_space(self.arms, layer_counts))
-        rounds, first = self.steps // self.round_steps, getattr(policy, "warm_up", 0)
+        rounds, first = self.steps // self.round_steps, policy.warm_up
         if rounds < first:
             times = first // policy.arms
             what = f"each of {policy.arms} arms {times} times" if times else f"{first} arms once"

@@ -33,6 +33,8 @@ def uniform(generator: random.Random, rounds: int) -> Log:
 class Always:
     """Pulls one arm and remembers what it was told."""
 
+    warm_up = 0
+
     def __init__(self, arm: int) -> None:
         self.arm = arm
         self.told: list[tuple[int, float]] = []
@@ -234,6 +236,10 @@ def test_init_rounds_go_to_the_policies_that_have_them(tmp_path, capsys):
         (["--policies", "paper,zzz"], "no policy 'zzz'; choose from paper, "),
         (["--policies", ","], "--policies ',' names none; take all, or from"),
         (["--policies", "fixed"], "policy fixed has one arm"),
+        (
+            ["--policies", "paper,exp3s"],
+            "policy exp3s is not in optima_fast any more, bench/policies.py .*: take one of paper",
+        ),
         (["--seed", "-1"], "--seed must be 0 or more, got -1"),
         (["--repeats", "0"], "--repeats must be 1 or more, got 0"),
         (["--least", "0"], "--least must be 1 or more, got 0"),

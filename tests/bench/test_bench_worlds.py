@@ -7,6 +7,7 @@ import re
 
 import bench_worlds
 import numpy as np
+import policies
 import pytest
 import worlds as w
 from bench_worlds import HELD_OUT, LOOKED_AT, MANY_HELD_OUT, MANY_TUNED, TUNED
@@ -132,9 +133,9 @@ def test_earned_counts_values_and_tells_rewards():
             self.round += 1
             return 10.0 * pulled + self.round, 1.0 + pulled
 
-    policies = [bandit.make("fixed", 3, arm=k) for k in (0, 2)]
-    assert bench_worlds.earned(policies, Table()).tolist() == [4.0, 12.0]
-    assert [policy.mean for policy in policies] == [[2.5, 0.0, 0.0], [0.0, 0.0, 22.5]]
+    players = [bandit.make("fixed", 3, arm=k) for k in (0, 2)]
+    assert bench_worlds.earned(players, Table()).tolist() == [4.0, 12.0]
+    assert [player.mean for player in players] == [[2.5, 0.0, 0.0], [0.0, 0.0, 22.5]]
 
 
 def test_below_counts_the_paired_runs():
@@ -145,9 +146,10 @@ def test_below_counts_the_paired_runs():
 
 def test_the_smoke_form_shows_every_policy_and_that_the_default_beats_the_paper(tmp_path, capsys):
     path = tmp_path / "worlds.jsonl"
-    assert bench_worlds.main(["--smoke", "--jobs", "1", "--json", str(path)]) == 0
+    arguments = ["--smoke", "--jobs", "1", "--runs", "4", "--json", str(path)]
+    assert bench_worlds.main(arguments) == 0
     printed = capsys.readouterr().out
-    for name in bandit.names():
+    for name in {*bandit.names(), *policies.CONTENDERS}:
         assert (f"| {name} |" in printed) == (name not in ("fixed", "greedy"))
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     suite = {}

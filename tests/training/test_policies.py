@@ -136,8 +136,8 @@ def test_an_option_of_another_policy_is_told_before_any_work(tmp_path):
             "each of 127 arms 2 times first, 254 rounds .* gives 100",
         ),
         (
-            {"arms": "layer-groups:2", "policy": "scale-free-thompson", "steps": 140},
-            "--policy scale-free-thompson pulls each of 15 arms 1 times first, 15 rounds of 10 "
+            {"arms": "layer-groups:2", "policy": "scale-free-ucb", "steps": 140},
+            "--policy scale-free-ucb pulls each of 15 arms 1 times first, 15 rounds of 10 "
             "steps, but --steps 140 gives 14",
         ),
         (
