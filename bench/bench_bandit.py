@@ -30,7 +30,7 @@ from optima_fast import bandit
 from optima_fast.bandit import core
 
 GAMMA, WARM_UP = 0.98, 2
-TWINS = ("paper", "structured-ucb", "scale-free-ucb")  # the policies that C++ computes
+TWINS = ("thompson", "structured-ucb", "scale-free-ucb")  # the policies that C++ computes
 Maker = Callable[[int, int], Player]  # of arms and a seed
 
 
@@ -111,7 +111,7 @@ RIVALS: dict[str, tuple[Callable[..., Player], dict[str, dict[str, Any]]]] = {
 
 
 def ours(name: str, twin: bool, arms: int, seed: int) -> Player:
-    options = {"gamma": GAMMA, "init_rounds": WARM_UP} if name == "paper" else {}
+    options = {"gamma": GAMMA, "init_rounds": WARM_UP} if name == "thompson" else {}
     with mock.patch.object(core, "extension", None if twin else core.extension):
         return bandit.make(name, arms, seed=seed, **options)
 
@@ -119,7 +119,7 @@ def ours(name: str, twin: bool, arms: int, seed: int) -> Player:
 def makers() -> dict[str, Maker]:
     """By name; of a package that is not installed too, since its tests say so."""
     names = [name for name in bandit.names() if name not in ("fixed", "greedy")]
-    found: dict[str, Maker] = {"numpy paper": Numpy}
+    found: dict[str, Maker] = {"numpy thompson": Numpy}
     found |= {f"{name}, C++": functools.partial(ours, name, False) for name in TWINS}
     found |= {f"{name}, Python": functools.partial(ours, name, True) for name in names}
     for package, (player, policies) in RIVALS.items():
@@ -209,7 +209,7 @@ def compare(
             continue
         steps[name] = a_round(makers()[name], arms)
     samples = interleave(steps, Timer("cpu"), seconds=seconds, least=least)
-    anchor = "numpy paper" if "numpy paper" in steps else None
+    anchor = "numpy thompson" if "numpy thompson" in steps else None
     for name in steps:
         found[name] = {
             "case": f"{arms} arms",

@@ -1,4 +1,4 @@
-// Random numbers of the policies. optima_fast/bandit/_generator.py is the same in Python.
+// Random numbers of the policies. optima_fast/bandit/generator.py is the same in Python.
 //
 // Every draw is a function of (seed, round, arm): a counter-based generator and an inverse normal
 // CDF that uses only operations IEEE 754 rounds exactly (+ - * / sqrt, frexp, ldexp, floor). The

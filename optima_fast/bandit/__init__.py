@@ -4,13 +4,14 @@ A policy proposes an arm (``select``) and is told a reward (``update``). Every d
 (seed, round, arm), so choices repeat on every rank, platform and compiler, in C++ and in Python.
 
 A policy is a subclass of :class:`Policy` with a docstring giving its formula and source, and a line
-in ``_POLICIES``. Its arithmetic is a core beside it; ``csrc/`` has the same where speed matters.
+in ``_CLASSES``. Its arithmetic is a core beside it; ``csrc/`` has the same where speed matters.
 """
 
 from __future__ import annotations
 
 import difflib
 import inspect
+import warnings
 from collections.abc import Callable, Sized
 from typing import Any
 
@@ -31,24 +32,23 @@ __all__ = [
     "RoundRobin",
     "ScaleFreeUcb",
     "StructuredUcb",
+    "current",
     "gone",
     "make",
     "names",
 ]
 
-_POLICIES: dict[str, Callable[..., Policy]] = {
-    policy.name: policy
-    for policy in (
-        GaussianThompson,
-        StructuredUcb,
-        ScaleFreeUcb,
-        Greedy,
-        Random,
-        RoundRobin,
-        Fixed,
-    )
-}
-
+_CLASSES = (
+    GaussianThompson,
+    StructuredUcb,
+    ScaleFreeUcb,
+    Greedy,
+    Random,
+    RoundRobin,
+    Fixed,
+)
+_POLICIES: dict[str, Callable[..., Policy]] = {policy.name: policy for policy in _CLASSES}
+_RENAMED = {policy.old_name: policy.name for policy in _CLASSES if policy.old_name}
 _GONE = (
     *("scale-free-thompson", "sliding-window-ucb", "discount-bank", "exp3s"),
     "epsilon-greedy",
@@ -58,6 +58,11 @@ _GONE = (
 def names() -> tuple[str, ...]:
     """The names that ``make`` knows."""
     return tuple(_POLICIES)
+
+
+def current(name: str) -> str:
+    """The name that a policy has now, from the one that it had before."""
+    return _RENAMED.get(name, name)
 
 
 def gone(name: str) -> str:
@@ -86,6 +91,13 @@ def make(name: str, arms: int | Sized, **options: Any) -> Policy:
         >>> make("fixed", 7, arm=6).select()
         6
     """
+    if current(name) != name:
+        warnings.warn(
+            f"policy {name!r} is called {current(name)!r} now; the next release will not know it",
+            FutureWarning,
+            stacklevel=2,
+        )
+        name = current(name)
     if gone(name):
         raise ValueError(gone(name))
     if name not in _POLICIES:

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from optima_fast import bandit
+from optima_fast.entry import old_spelling
 from optima_fast.errors import UserError
 
 NEAR = 5
@@ -180,7 +181,11 @@ def policies(text: str) -> list[str]:
     known = [name for name in bandit.names() if name != bandit.Fixed.name]
     if text == "all":
         return known
-    names = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    given = [part.strip() for part in text.split(",") if part.strip()]
+    for name in given:
+        if bandit.current(name) != name:
+            old_spelling(f"policy {name}", bandit.current(name))
+    names = list(dict.fromkeys(map(bandit.current, given)))
     if not names:
         raise UserError(f"--policies {text!r} names none; take all, or from {', '.join(known)}")
     for name in names:

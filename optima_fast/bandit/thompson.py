@@ -54,7 +54,8 @@ class GaussianThompson(Policy):
         [8, 92]
     """
 
-    name = "paper"
+    name = "thompson"
+    old_name = "paper"
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ import pytest
 from optima_fast import bandit
 from optima_fast.bandit import baselines, scale_free, structured, thompson
 
-NAMES = ("paper", "structured-ucb", "scale-free-ucb", "greedy", "random", "round-robin", "fixed")
+NAMES = ("thompson", "structured-ucb", "scale-free-ucb", "greedy", "random", "round-robin", "fixed")
 
 
 def make(name, arms=7, **options):
@@ -33,34 +33,42 @@ def test_every_name_makes_a_policy():
         policy = make(name, seed=1)
         assert policy.state_dict()["policy"] == name
         assert 0 <= policy.select() < 7
-    assert type(make("paper")) is bandit.GaussianThompson
+    assert type(make("thompson")) is bandit.GaussianThompson
 
 
 def test_options_reach_the_policy():
     options = {"gamma": 0.5, "init_rounds": 4, "variance_scale": 2, "seed": 9}
-    policy, reference = bandit.make("paper", 3, **options), bandit.GaussianThompson(3, **options)
+    policy, reference = bandit.make("thompson", 3, **options), bandit.GaussianThompson(3, **options)
     assert policy.state_dict() == reference.state_dict()
 
 
 @pytest.mark.parametrize(
-    ("name", "nearest"), [("papper", "paper"), ("rand", "random"), ("ucb", "structured"), (7, "")]
+    ("name", "nearest"),
+    [("tompson", "thompson"), ("rand", "random"), ("ucb", "structured"), (7, "")],
 )
 def test_an_unknown_name_gives_the_nearest(name, nearest):
-    message = f"policy must be one of paper, .*, fixed, got {name!r}: did you mean '{nearest}"
+    message = f"policy must be one of thompson, .*, fixed, got {name!r}: did you mean '{nearest}"
     with pytest.raises(ValueError, match=message):
         bandit.make(name, 3)
 
 
+def test_an_old_name_is_taken_with_a_warning_that_users_see():
+    with pytest.warns(FutureWarning, match="^policy 'paper' is called 'thompson' now; the next"):
+        policy = bandit.make("paper", 3, seed=4)
+    assert policy.state_dict() == bandit.make("thompson", 3, seed=4).state_dict()
+    assert bandit.current("random") == "random"
+
+
 def test_a_policy_that_is_gone_is_named_with_what_there_is():
-    message = "exp3s is not in optima_fast any more, bench/policies.py .*: take one of paper, "
+    message = "exp3s is not in optima_fast any more, bench/policies.py .*: take one of thompson, "
     with pytest.raises(ValueError, match=message):
         bandit.make("exp3s", 3)
-    assert bandit.gone("paper") == bandit.gone("other") == ""
+    assert bandit.gone("thompson") == bandit.gone("other") == ""
 
 
 def test_an_unknown_option_gives_the_known_ones():
-    with pytest.raises(TypeError, match=r"'paper' are gamma, init_rounds, .*, seed, got 'gama'"):
-        bandit.make("paper", 3, gama=0.5)
+    with pytest.raises(TypeError, match=r"'thompson' are gamma, init_rounds, .*, seed, got 'gama'"):
+        bandit.make("thompson", 3, gama=0.5)
     with pytest.raises(TypeError, match="arm"):
         bandit.make("fixed", 3)
 
@@ -100,7 +108,7 @@ def test_arms_by_number_or_by_length(arms):
     assert repr(policy).startswith(f"GaussianThompson(arms={policy.arms}, gamma=0.98, ")
 
 
-@pytest.mark.parametrize("name", ["paper", "random"])
+@pytest.mark.parametrize("name", ["thompson", "random"])
 def test_a_seed_repeats_and_another_differs(name):
     first, again, other, high = (play(make(name, seed=s), 200) for s in (4, 4, 5, 4 + 2**32))
     assert first == again
@@ -122,7 +130,7 @@ def test_select_has_no_effect_and_what_is_read_is_a_copy(name):
         quiet.update(arm, t % 3)
 
 
-@pytest.mark.parametrize("name", ["paper", "scale-free-ucb", "greedy"])
+@pytest.mark.parametrize("name", ["thompson", "scale-free-ucb", "greedy"])
 @pytest.mark.usefixtures("either")
 def test_anything_with_a_float_is_a_reward(name):
     for reward in (1, True, np.float32(0.5), np.int64(3), Fraction(1, 4)):

@@ -19,7 +19,7 @@ def play(policy, rounds):
     return arms
 
 
-def make(name="paper", arms=7, **options):
+def make(name="thompson", arms=7, **options):
     return bandit.make(name, arms, **({"arm": 3} if name == "fixed" else {}), **options)
 
 
@@ -48,7 +48,7 @@ def test_a_state_is_plain_and_complete():
     reward = 1 / (3 + arm)
     means = [reward, 0.0] if arm == 0 else [0.0, reward]
     assert policy.state_dict() == {
-        "policy": "paper",
+        "policy": "thompson",
         "version": 1,
         "arms": 2,
         "gamma": 0.98,
@@ -60,6 +60,16 @@ def test_a_state_is_plain_and_complete():
         "total": means,
         "mean": means,
     }
+
+
+def test_a_state_under_the_old_name_is_read():
+    policy, loaded = make("thompson"), make("thompson")
+    play(policy, 80)
+    old = {**policy.state_dict(), "policy": "paper"}
+    loaded.load_state_dict(old)
+    assert loaded.state_dict() == policy.state_dict()
+    with pytest.raises(ValueError, match="state must have policy 'random', got 'paper'"):
+        make("random").load_state_dict(old)
 
 
 def test_a_state_moves_between_cores(twins):
@@ -91,11 +101,11 @@ def averaged(**changes):
     [
         (lambda state: None, r"^state must be a mapping, got None$"),
         (lambda state: [1], r"^state must be a mapping, got \[1\]$"),
-        (without("policy"), r"^state must have policy 'paper', got none$"),
+        (without("policy"), r"^state must have policy 'thompson', got none$"),
         (without("seed"), r"^state must have seed 0, got none$"),
         (without("mean"), r"^state must have the keys .*total, mean, got .*total$"),
         (having(extra=1), r"^state must have the keys .*, mean, got .*, extra$"),
-        (having(policy="random"), r"^state must have policy 'paper', got 'random': make the"),
+        (having(policy="random"), r"^state must have policy 'thompson', got 'random': make the"),
         (having(version=2), r"^state must have version 1, got 2"),
         (having(arms=3), r"^state must have arms 2, got 3"),
         (having(gamma=0.9), r"^state must have gamma 0\.98, got 0\.9"),
@@ -141,11 +151,11 @@ def test_a_bad_state_is_refused_and_changes_nothing(change, message):
 
 @pytest.mark.parametrize("name", bandit.names())
 def test_no_policy_takes_a_state_of_another_kind(name):
-    policy, other = make(name, seed=1), make("paper" if name != "paper" else "random", seed=1)
+    policy, other = make(name, seed=1), make("thompson" if name != "thompson" else "random", seed=1)
     play(policy, 20)
     state = policy.state_dict()
     for wrong, message in (
-        (other.state_dict(), f"policy {name!r}, got '(paper|random)'"),
+        (other.state_dict(), f"policy {name!r}, got '(thompson|random)'"),
         ({**state, "version": 0}, "version 1, got 0"),
         (make(name, arms=6, seed=1).state_dict(), "arms 7, got 6"),
         ({**state, "round": 21}, "counts that add up to round 21"),

@@ -16,11 +16,11 @@ CASES = [
     ("scale-free-ucb", 7, {"prior": 1e-6}),
     ("scale-free-ucb", 7, {"gamma": 0.5, "trend": 1.0, "width": 2.0}),
     ("scale-free-ucb", 63, {"gamma": 1.0, "init_rounds": 2, "warmup_limit": 126}),
-    ("paper", 7, {}),
-    ("paper", 7, {"gamma": 0.5, "init_rounds": 1, "variance_scale": 0.01, "seed": 1}),
-    ("paper", 63, {"gamma": 0.9, "init_rounds": 0, "variance_scale": 1e-4, "seed": 2**64 - 1}),
-    ("paper", 5, {"gamma": 1.0, "init_rounds": 3, "variance_scale": 0.0, "seed": 2**32}),
-    ("paper", 1, {"variance_scale": 1e300}),
+    ("thompson", 7, {}),
+    ("thompson", 7, {"gamma": 0.5, "init_rounds": 1, "variance_scale": 0.01, "seed": 1}),
+    ("thompson", 63, {"gamma": 0.9, "init_rounds": 0, "variance_scale": 1e-4, "seed": 2**64 - 1}),
+    ("thompson", 5, {"gamma": 1.0, "init_rounds": 3, "variance_scale": 0.0, "seed": 2**32}),
+    ("thompson", 1, {"variance_scale": 1e300}),
 ]
 
 

@@ -27,12 +27,12 @@ def test_every_policy_is_timed_and_who_is_not_installed_is_named():
     names = {f"{name}, Python" for name in set(bandit.names()) - {"fixed", "greedy"}}
     if bandit.BACKEND == "c++":
         names |= {f"{name}, C++" for name in bench_bandit.TWINS}
-    assert set(samples) == {"numpy paper", *names}
+    assert set(samples) == {"numpy thompson", *names}
     for name in samples:
         row = found[name]
         assert 1e-5 < row["ms"] < 100
         assert row["ratio"] > 0
-        assert row["ours"] == (name != "numpy paper")
+        assert row["ours"] == (name != "numpy thompson")
         assert all(0.3 < row[f"earns, {world}"] <= 1 for world in ("stationary", "drifting"))
     for name in ("mabwiser UCB1", "river ThompsonSampling"):
         assert found[name]["left_out"].startswith(f"{name}: ")
@@ -49,8 +49,11 @@ def test_who_does_not_find_the_best_arm_is_not_timed(monkeypatch):
             super().update(arm, -reward)
 
     monkeypatch.setattr(bench_bandit, "Numpy", Backwards)
-    found, samples = compare("numpy paper", "random, Python")
-    assert "numpy paper, 7 arms: does not find the best of three" in found["numpy paper"]["failed"]
+    found, samples = compare("numpy thompson", "random, Python")
+    assert (
+        "numpy thompson, 7 arms: does not find the best of three"
+        in found["numpy thompson"]["failed"]
+    )
     assert set(samples) == {"random, Python"}
     assert found["random, Python"]["ratio"] is None
 
@@ -60,13 +63,13 @@ def test_a_core_that_is_not_its_twin_is_found(monkeypatch):
     ours = bench_bandit.ours
 
     def other(name, twin, arms, seed):
-        return ours(name, twin, arms, seed + (twin and name == "paper"))
+        return ours(name, twin, arms, seed + (twin and name == "thompson"))
 
     monkeypatch.setattr(bench_bandit, "ours", other)
-    found, samples = compare("paper, C++", "paper, Python", "structured-ucb, C++")
-    wrong = found["paper, C++"]["failed"]
-    assert wrong == "WRONG: paper, C++, 7 arms: C++ pulls other arms than its twin"
-    assert set(samples) == {"paper, Python", "structured-ucb, C++"}
+    found, samples = compare("thompson, C++", "thompson, Python", "structured-ucb, C++")
+    wrong = found["thompson, C++"]["failed"]
+    assert wrong == "WRONG: thompson, C++, 7 arms: C++ pulls other arms than its twin"
+    assert set(samples) == {"thompson, Python", "structured-ucb, C++"}
 
 
 def test_what_c_plus_plus_computes_is_what_it_is_timed_for():

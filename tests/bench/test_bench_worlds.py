@@ -139,12 +139,12 @@ def test_earned_counts_values_and_tells_rewards():
 
 
 def test_below_counts_the_paired_runs():
-    fractions = {"paper": np.array([0.5, 0.6, 0.7, 0.8]), "x": np.array([0.6, 0.5, 0.7, 0.9])}
+    fractions = {"thompson": np.array([0.5, 0.6, 0.7, 0.8]), "x": np.array([0.6, 0.5, 0.7, 0.9])}
     assert bench_worlds.below(fractions, "x") == 25.0
-    assert bench_worlds.below(fractions, "paper") == 0.0
+    assert bench_worlds.below(fractions, "thompson") == 0.0
 
 
-def test_the_smoke_form_shows_every_policy_and_that_the_default_beats_the_paper(tmp_path, capsys):
+def test_the_smoke_form_shows_every_policy_and_that_the_default_beats_the_paper_s(tmp_path, capsys):
     path = tmp_path / "worlds.jsonl"
     arguments = ["--smoke", "--jobs", "1", "--runs", "4", "--json", str(path)]
     assert bench_worlds.main(arguments) == 0
@@ -158,7 +158,7 @@ def test_the_smoke_form_shows_every_policy_and_that_the_default_beats_the_paper(
         if line["part"] == "suite":
             suite.setdefault(line["policy"], []).append(line["mean"])
     earned = {name: float(np.mean(values)) for name, values in suite.items()}
-    assert earned["structured-ucb"] > 0.9 > 0.8 > earned["paper"] > earned["random"] - 0.02
+    assert earned["structured-ucb"] > 0.9 > 0.8 > earned["thompson"] > earned["random"] - 0.02
     ((default, paper, percent),) = re.findall(r"\| 250 \| (\S+) / (\S+) \((\S+)\) \|", printed)
     assert float(default) > float(paper) + 0.1
     assert float(percent) < 5
@@ -170,6 +170,6 @@ def test_parts_and_policies_can_be_chosen(capsys):
     printed = capsys.readouterr().out
     assert "63 arms" in printed
     assert "| random |" in printed
-    assert "| paper |" in printed
+    assert "| thompson |" in printed
     assert "7 arms" not in printed
     assert "structured" not in printed
