@@ -3,7 +3,7 @@
     pytest bench/bench_bandit.py --benchmark-only            # 7 to 255 arms
     pytest bench/bench_bandit.py --benchmark-only --quick    # two small sizes, seconds
 
-Every policy in C++ and in its Python twin, the paper's as one writes it at first in numpy, and
+Every policy in C++, where it is, and in Python, the paper's as one writes it at first in numpy, and
 what MABWiser and River have for rewards that are real numbers (``pip install mabwiser river``;
 without them, without those). Before they are timed all pull their arms: C++ must pull those of its
 twin, and the others are checked to find the best of three plain arms. At 7 arms ``extra_info`` has
@@ -16,7 +16,7 @@ import functools
 import importlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -24,18 +24,13 @@ import pytest
 import worlds
 from bench_worlds import earned
 from measuring import Row, Step, Timer, interleave, ratio, spread
+from policies import Player
 
 from optima_fast import bandit
-from optima_fast.bandit import _cores, backend
+from optima_fast.bandit import core
 
 GAMMA, WARM_UP = 0.98, 2
-
-
-class Player(Protocol):
-    def select(self) -> int: ...
-    def update(self, arm: int, reward: float, /) -> None: ...
-
-
+TWINS = ("thompson", "structured-ucb", "scale-free-ucb")  # the policies that C++ computes
 Maker = Callable[[int, int], Player]  # of arms and a seed
 
 
@@ -116,17 +111,17 @@ RIVALS: dict[str, tuple[Callable[..., Player], dict[str, dict[str, Any]]]] = {
 
 
 def ours(name: str, twin: bool, arms: int, seed: int) -> Player:
-    options = {"gamma": GAMMA, "init_rounds": WARM_UP} if name == "paper" else {}
-    with mock.patch.object(backend, "cores", _cores if twin else backend.cores):
+    options = {"gamma": GAMMA, "init_rounds": WARM_UP} if name == "thompson" else {}
+    with mock.patch.object(core, "extension", None if twin else core.extension):
         return bandit.make(name, arms, seed=seed, **options)
 
 
 def makers() -> dict[str, Maker]:
     """By name; of a package that is not installed too, since its tests say so."""
     names = [name for name in bandit.names() if name not in ("fixed", "greedy")]
-    found: dict[str, Maker] = {"numpy paper": Numpy}
-    for label, twin in (("C++", False), ("Python", True)):
-        found |= {f"{name}, {label}": functools.partial(ours, name, twin) for name in names}
+    found: dict[str, Maker] = {"numpy thompson": Numpy}
+    found |= {f"{name}, C++": functools.partial(ours, name, False) for name in TWINS}
+    found |= {f"{name}, Python": functools.partial(ours, name, True) for name in names}
     for package, (player, policies) in RIVALS.items():
         for policy, options in policies.items():
             found[f"{package} {policy}"] = functools.partial(player, policy, options)
@@ -159,10 +154,10 @@ def pulls(name: str, twin: bool, arms: int) -> list[int]:
 
 def fault(name: str, arms: int) -> str:
     """What is wrong with a player, or nothing."""
-    policy, _, core = name.partition(", ")
-    if not core:
+    policy, _, language = name.partition(", ")
+    if not language:
         return "" if finds_the_best(makers()[name]) else "does not find the best of three arms"
-    same = core == "Python" or pulls(policy, False, arms) == pulls(policy, True, arms)
+    same = language == "Python" or pulls(policy, False, arms) == pulls(policy, True, arms)
     return "" if same else "C++ pulls other arms than its twin"
 
 
@@ -214,7 +209,7 @@ def compare(
             continue
         steps[name] = a_round(makers()[name], arms)
     samples = interleave(steps, Timer("cpu"), seconds=seconds, least=least)
-    anchor = "numpy paper" if "numpy paper" in steps else None
+    anchor = "numpy thompson" if "numpy thompson" in steps else None
     for name in steps:
         found[name] = {
             "case": f"{arms} arms",

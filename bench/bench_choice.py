@@ -26,8 +26,8 @@ from typing import Any
 
 TASKS = ("vqa", "snli_ve", "nlvr2", "coco")
 METHODS: dict[str, list[str]] = {
+    "headroom": ["--method=headroom"],
     "optima": ["--method=optima"],
-    "paper": ["--method=optima", "--policy=paper"],
     "random": ["--method=random"],
     "layerwise": ["--method=layerwise"],
     "image": ["--method=fixed", "--arm=image"],
@@ -47,7 +47,7 @@ def train(runs: Path, task: str, method: str, seed: int, smoke: bool, extra: Seq
         return ""
     settings = [f"--task={task}", f"--seed={seed}", f"--out={out}", "--threads=1"]
     settings += [*METHODS[method], *(SMOKE if smoke else []), *extra]
-    if smoke and method == "paper":
+    if smoke and method == "optima":
         settings.append("--init-rounds=1")
     done = subprocess.run(
         [sys.executable, "-m", "optima_fast.train", *settings],
@@ -89,7 +89,7 @@ def row(runs: Path, task: str, method: str, results: dict[str, Any]) -> dict[str
         theirs = {seed: run["student_metric"] for seed, run in results.get(other, {}).items()}
         both = metric.keys() & theirs.keys()
         line[f"above {other}"] = f"{sum(metric[s] > theirs[s] for s in both)}/{len(both)}"
-    if method == "optima":
+    if method == "headroom":
         costs = [relative_cost(folder(runs, task, method, seed)) for seed in metric]
         line["cost"] = statistics.mean(cost for cost in costs if cost is not None)
     return line

@@ -1,4 +1,5 @@
 // What every policy is: rounds, counts, warm-up and state, around what it chooses and learns.
+// optima_fast/bandit/core.py is the same in Python.
 
 #pragma once
 
@@ -88,7 +89,7 @@ class Core {
   const std::vector<std::uint64_t>& count() const { return count_; }
   std::size_t warm_up() const { return order_.size(); }
   virtual Numbers mean() const = 0;
-  virtual Numbers spread() const { return Numbers(arms(), 0.0); }
+  virtual Numbers spread() const = 0;
 
   py::dict state() const {
     py::dict state;
@@ -99,12 +100,11 @@ class Core {
   void restore(const py::dict& state) {
     for (const bool commit : {false, true})  // a state that does not fit changes nothing
       for (const Field& field : fields_) field.load(state[field.name], commit);
-    restored();
   }
 
  protected:
   // The warm-up plays the first rounds of a shuffle of `passes` times all arms.
-  Core(std::size_t arms, std::uint64_t seed, std::size_t passes = 0, std::size_t warm_up = 0)
+  Core(std::size_t arms, std::uint64_t seed, std::size_t passes, std::size_t warm_up)
       : seed_(seed), count_(arms), order_(arms * passes) {
     if (arms == 0) throw std::invalid_argument("arms must be at least 1, got 0");
     for (std::size_t i = 0; i < order_.size(); ++i) order_[i] = low(i % arms);
@@ -119,7 +119,6 @@ class Core {
 
   virtual std::size_t choose() const = 0;
   virtual void learn(std::size_t k, double reward) = 0;
-  virtual void restored() {}
 
   // Make `values`, a member, part of the state.
   template <typename Values>
@@ -154,10 +153,6 @@ class Core {
   double draw(std::size_t lane) const {
     return normal_quantile(uniform(seed_, round_, low(lane), kNormal));
   }
-  double choice(std::uint32_t lane) const { return uniform(seed_, round_, lane, kChoice); }
-  std::size_t any_arm(std::uint32_t lane) const {
-    return static_cast<std::size_t>(choice(lane) * static_cast<double>(arms()));
-  }
 
  private:
   struct Field {
@@ -189,13 +184,13 @@ class Scaled : public Core {
   Numbers spread() const final { return unscaled(spreads()); }
 
  protected:
-  Scaled(std::size_t arms, std::uint64_t seed, std::size_t passes = 0, std::size_t warm_up = 0)
+  Scaled(std::size_t arms, std::uint64_t seed, std::size_t passes, std::size_t warm_up)
       : Core(arms, seed, passes, warm_up) {
     keep("scale", scale_);
   }
 
   virtual Numbers means() const = 0;
-  virtual Numbers spreads() const { return Numbers(arms(), 0.0); }
+  virtual Numbers spreads() const = 0;
   virtual void rescale(int shift) = 0;
   virtual void learn_scaled(std::size_t k, double x) = 0;
 

@@ -1,4 +1,4 @@
-// Random numbers of the policies. optima_fast/bandit/_generator.py is the same in Python.
+// Random numbers of the policies. optima_fast/bandit/generator.py is the same in Python.
 //
 // Every draw is a function of (seed, round, arm): a counter-based generator and an inverse normal
 // CDF that uses only operations IEEE 754 rounds exactly (+ - * / sqrt, frexp, ldexp, floor). The
@@ -35,10 +35,10 @@ inline Counter philox4x32(Counter c, Key k) {
   return c;
 }
 
-// What a draw is for: the last word of the counter, so that no two uses share a draw.
+// What a draw is for: the last word of the counter, so that no two uses share a draw. Python has
+// one more.
 constexpr std::uint32_t kShuffle = 0;
 constexpr std::uint32_t kNormal = 1;
-constexpr std::uint32_t kChoice = 2;
 
 // An odd multiple of 2^-53: never 0 or 1, and 1 - u is exact.
 inline double uniform(std::uint64_t seed, std::uint64_t index, std::uint32_t lane, std::uint32_t stream) {
@@ -70,16 +70,6 @@ inline double logarithm(double x) {
   }
   const double s = (m - 1.0) / (m + 1.0);
   return exponent * kLn2High + (exponent * kLn2Low + s * horner(kAtanh, s * s));
-}
-
-// e^x, -700 <= x <= 700: 2^k times the Taylor series of the rest, which is below 0.35.
-inline double exponential(double x) {
-  static constexpr std::array<double, 14> kFactorial{
-      1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880,
-      1.0 / 40320,      1.0 / 5040,      1.0 / 720,      1.0 / 120,     1.0 / 24,
-      1.0 / 6,          1.0 / 2,         1.0,            1.0};
-  const double k = std::floor(x * 0x1.71547652b82fep+0 + 0.5);
-  return std::ldexp(horner(kFactorial, (x - k * kLn2High) - k * kLn2Low), static_cast<int>(k));
 }
 
 // Inverse of the normal CDF. Wichura, "Algorithm AS 241" (PPND16), Applied Statistics 37, 1988.

@@ -1,4 +1,4 @@
-// Upper confidence bounds for arms that share units, such as modules or layer groups.
+// Upper confidence bounds for arms that share units. structured.py is the same in Python.
 
 #pragma once
 
@@ -10,10 +10,10 @@ namespace optima_fast {
 
 // A Kalman filter of what arms are worth: a level that walks, weights of features that fade, and
 // something of each arm's own that fades. Variances are in units of the noise's.
-class StructuredUcb : public Scaled {
+class StructuredUcbCore : public Scaled {
  public:
-  StructuredUcb(const std::vector<Numbers>& features, double gamma, double width, double prior,
-                double trend, std::size_t passes, std::size_t warm_up, std::uint64_t seed)
+  StructuredUcbCore(const std::vector<Numbers>& features, double gamma, double width, double prior,
+                    double trend, std::size_t passes, std::size_t warm_up, std::uint64_t seed)
       : Scaled(features.size(), seed, passes, warm_up),
         columns_(features.at(0).size(), Numbers(features.size())),
         gamma_(gamma),

@@ -12,7 +12,7 @@ def main(student, teacher, batches, probe, rounds=8, period=4, lr=1e-3, log=prin
     )
     log(distiller.summary)
     arms = optima_fast.arms(distiller.modules_matched)  # text, vision, both
-    policy = optima_fast.bandit.make("paper", len(arms), seed=0)
+    policy = optima_fast.bandit.make("thompson", len(arms), seed=0)
     optimizer = torch.optim.AdamW([*student.parameters(), *distiller.parameters()], lr=lr)
     terms = {"predict": lambda output, batch: output.loss, "divergence": divergence}
     before = distiller.measure(probe, **terms)

@@ -33,6 +33,14 @@ def calm_openmp() -> None:
         os.environ.setdefault("KMP_BLOCKTIME", "0")
 
 
+def old_spelling(old: str, new: str) -> None:
+    """Say in a line on stderr, where users of a command see it, that a spelling will go."""
+    print(
+        f"warning: {old} is an old spelling: write {new}; the next release refuses it",
+        file=sys.stderr,
+    )
+
+
 def guarded(body: Callable[[], int]) -> int:
     """Run an entry point; a user's mistake becomes one line on stderr and exit code 2."""
     calm_openmp()

@@ -8,15 +8,15 @@ from typing import Any
 from optima_fast.training.config import TrainConfig, resolve
 from optima_fast.training.run import Run
 
-# the choice of --method optima as it is by default: told what every arm is worth
-DEFAULT_CHOICE: dict[str, Any] = {"policy": "greedy", "init_rounds": None}
+# the method by default, which is told what every arm is worth
+DEFAULT_CHOICE: dict[str, Any] = {"method": "headroom", "init_rounds": None}
 
 SMALL: dict[str, Any] = {
     "train_images": 60,
     "batch_size": 4,
     "steps": 30,
     "round_steps": 2,
-    "policy": "paper",
+    "method": "optima",
     "init_rounds": 1,
     "teacher_steps": 4,
     "reward_examples": 16,

@@ -48,7 +48,7 @@ def _main(argv: Sequence[str] | None) -> int:
         description=(__doc__ or "").partition(": ")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_argument("runs", metavar="RUN", nargs="+", help="run folders of --method optima")
+    command.add_argument("runs", metavar="RUN", nargs="+", help="run folders with rewards")
     command.add_argument("--policies", default="all", help="all (default), or a list such as a,b")
     command.add_argument("--seed", type=int, default=0, help="the first seed (default 0)")
     command.add_argument("--repeats", type=int, default=20, help="number of seeds (default 20)")

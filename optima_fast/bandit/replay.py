@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from optima_fast import bandit
+from optima_fast.entry import old_spelling
 from optima_fast.errors import UserError
 
 NEAR = 5
@@ -168,25 +169,30 @@ def _outcome(
     best = max(range(len(means)), key=lambda arm: (not math.isnan(means[arm]), means[arm]))
     if not n:
         return Outcome(0, 0, math.nan, math.nan)
-    first = min(n, getattr(policy, "warm_up", 0))
-    return Outcome(n, first, math.fsum(earned) / n, chosen.count(best) / n)
+    return Outcome(n, min(n, policy.warm_up), math.fsum(earned) / n, chosen.count(best) / n)
 
 
 def policies(text: str) -> list[str]:
     """The policies that ``all`` or a list of names stands for.
 
     Raises:
-        UserError: an unknown name (with the nearest), or one that cannot choose.
+        UserError: an unknown name (with the nearest), one that is gone, or one that cannot choose.
     """
     known = [name for name in bandit.names() if name != bandit.Fixed.name]
     if text == "all":
         return known
-    names = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    given = [part.strip() for part in text.split(",") if part.strip()]
+    for name in given:
+        if bandit.current(name) != name:
+            old_spelling(f"policy {name}", bandit.current(name))
+    names = list(dict.fromkeys(map(bandit.current, given)))
     if not names:
         raise UserError(f"--policies {text!r} names none; take all, or from {', '.join(known)}")
     for name in names:
         if name == bandit.Fixed.name:
             raise UserError("policy fixed has one arm: its reward is in the table of the arms")
+        if bandit.gone(name):
+            raise UserError(bandit.gone(name))
         if name not in known:
             near = difflib.get_close_matches(name, known, 1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ PLAIN = Context()
 Reward = Callable[[Measurement, Measurement, Context], tuple[float, Drops]]
 
 
-def paper(before: Measurement, after: Measurement, context: Context) -> tuple[float, Drops]:
+def drop(before: Measurement, after: Measurement, context: Context) -> tuple[float, Drops]:
     r"""Eq. 6: the mean relative drop of the three distillation losses of the full model.
 
     .. math:: r = \frac{1}{3} \sum_{L \in \{KL, hidden, attention\}}
@@ -73,7 +74,7 @@ def prediction(before: Measurement, after: Measurement, context: Context) -> tup
 # known of every arm after every measurement, not of a round of one arm: see headroom.py
 HEADROOM = "headroom"
 REWARDS: dict[str, Reward] = {
-    "paper": paper,
+    "drop": drop,
     "normalised": normalised,
     "prediction": prediction,
 }
@@ -88,6 +89,13 @@ def parse_reward(text: str) -> Reward:
     Raises:
         UserError: an unknown or repeated term, or none.
     """
+    if text == "paper":
+        warnings.warn(
+            "reward 'paper' is called 'drop' now; the next release will not know it",
+            FutureWarning,
+            stacklevel=2,
+        )
+        text = "drop"
     if text in REWARDS:
         return REWARDS[text]
     terms = tuple(part.strip() for part in text.split(",") if part.strip())

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from optima_fast.bandit import Greedy
+from optima_fast import bandit
+from optima_fast.bandit import GaussianThompson, Greedy
 from optima_fast.distill import arm_space, parse_arm, parse_reward
 from optima_fast.distill.arms import ARM_SPACES
 from optima_fast.distill.reward import HEADROOM
@@ -22,7 +23,14 @@ from optima_fast.training import policies
 
 MAX_THREADS = 1024
 
-METHODS = ("optima", "layerwise", "random", "fixed", "kd", "finetune")
+METHODS = ("headroom", "optima", "layerwise", "random", "fixed", "kd", "finetune")
+# where modules are chosen each round by what is measured: the method's policy and reward
+CHOICES = {
+    "headroom": {"policy": Greedy.name, "reward": HEADROOM},
+    "optima": {"policy": GaussianThompson.name, "reward": "drop"},
+}
+# settings that only these methods look at
+OF_A_CHOICE = ("policy", "reward", "reward_cost", "gamma", "variance_scale", "init_rounds")
 TASKS = ("vqa", "snli_ve", "nlvr2", "coco")
 REWARD_SPLITS = ("train", "held-out")
 
@@ -56,14 +64,23 @@ class TrainConfig:
 
     task: str = _field("vqa", "the task to distil on", TASKS)
     data: str = _field("digits", "digits (built in), or a folder in the task's official layout")
-    method: str = _field("optima", "how modules are chosen, or no layerwise distillation", METHODS)
+    method: str = _field(
+        "headroom",
+        "which modules are distilled: headroom, those with most left to teach for their cost; "
+        "optima, the choice of the paper's bandit; layerwise, all; random; fixed, those of --arm; "
+        "kd and finetune, none",
+        METHODS,
+    )
     arm: str | None = _field(None, "for --method fixed, such as image+text or image[1-3]")
     arms: str = _field("modules", "subsets of modules, or of groups of their layers", ARM_SPACES)
-    policy: str = _field("greedy", "bandit of --method optima, see optima_fast.bandit.names()")
+    policy: str | None = _field(
+        None, f"bandit of --method optima: {', '.join(policies.choices())}; default thompson"
+    )
     reward: str | None = _field(
         None,
-        "headroom, or what has to fall: paper, normalised, or a list of "
-        "kl,hidden,attention,prediction; default headroom for --policy greedy, else paper",
+        "what --method optima rewards: drop (of KL, hidden and attention losses, Eq. 6), "
+        "normalised (every layer alike), headroom, or a list of kl,hidden,attention,prediction; "
+        "default drop",
     )
     reward_clip: bool = _field(True, "count a loss that rose as 0, not as a negative drop")
     reward_cost: str | None = _field(
@@ -165,8 +182,7 @@ class TrainConfig:
             )
         if self.reward not in (None, HEADROOM):
             parse_reward(self.reward)
-        if self.policy not in policies.choices():
-            raise UserError(no_choice("--policy", self.policy, policies.choices()))
+        self._check_choice()
         if self.method == "fixed":
             if self.arm is None:
                 raise UserError("--method fixed needs --arm, such as --arm image+text")
@@ -197,19 +213,38 @@ class TrainConfig:
                 raise UserError(f"{flag(name)} must be below 2**63, got {getattr(self, name)}")
         if self.threads > MAX_THREADS:
             raise UserError(f"--threads must be at most {MAX_THREADS}, got {self.threads}")
-        if self.student in presets.PRESETS:
-            self.check_arms(presets.PRESETS[self.student].layer_counts)
+
+    @property
+    def rewarded(self) -> bool:
+        """Whether rewards are measured, for what chooses the modules of each round."""
+        return self.method in CHOICES
 
     def check_arms(self, layer_counts: Mapping[str, int]) -> None:
         """Raise unless the arm or the bandit's first rounds go with a student of these layers.
+
+        The settings must be resolved.
 
         Raises:
             UserError: no such arm, or too few rounds.
         """
         if self.arm is not None:
             parse_arm(self.arm, layer_counts)
-        if self.method == "optima" and None not in (self.steps, self.round_steps):
+        if self.rewarded:
             self._check_rounds(layer_counts)
+
+    def _check_choice(self) -> None:
+        """Refuse a policy that there is not, or another choice than the method's own."""
+        if self.policy is not None and not bandit.gone(self.policy):
+            known = policies.choices()
+            if self.policy not in known:
+                raise UserError(no_choice("--policy", self.policy, known))
+        if self.method == "headroom":
+            for name, own in CHOICES["headroom"].items():
+                value = getattr(self, name)
+                if value not in (None, own):
+                    raise UserError(
+                        f"{flag(name)} {value} is for --method optima, not for --method headroom"
+                    )
 
     def _check_digits(self) -> None:
         """Refuse settings that the built-in data would ignore."""
@@ -249,7 +284,7 @@ class TrainConfig:
         """Refuse a bandit whose first pulls of each arm take more rounds than there are."""
         assert self.steps and self.round_steps
         policy = policies.make(self, arm_space(self.arms, layer_counts))
-        rounds, first = self.steps // self.round_steps, getattr(policy, "warm_up", 0)
+        rounds, first = self.steps // self.round_steps, policy.warm_up
         if rounds < first:
             times = first // policy.arms
             what = f"each of {policy.arms} arms {times} times" if times else f"{first} arms once"
@@ -326,23 +361,33 @@ def resolve(config: TrainConfig) -> TrainConfig:
     defaults["teacher_batch_size"] = config.batch_size or defaults["batch_size"]
     defaults["head_lr"] = config.lr or defaults["lr"]
     defaults["kl_weight"] = 1.0 if config.method == "kd" else 0.0
-    if config.policy == "paper":
+    defaults |= CHOICES.get(config.method, CHOICES["headroom"])
+    if (config.policy or defaults["policy"]) == GaussianThompson.name:
         defaults |= _PAPER_POLICY
     else:
         del defaults["init_rounds"]  # left to the policy
-    reward = config.reward or (HEADROOM if config.policy == Greedy.name else "paper")
-    defaults["reward"] = reward
+    reward = config.reward or defaults["reward"]
     defaults["reward_cost"] = "flops" if reward == HEADROOM else "none"
     defaults["log_every"] = max(1, steps // 100)
     defaults["eval_every"] = max(1, steps // 4)
     defaults["checkpoint_every"] = max(1, steps // 10)
     missing = {k: v for k, v in defaults.items() if getattr(config, k) is None}
-    return dataclasses.replace(config, **missing)
+    config = dataclasses.replace(config, **missing)
+    if config.student in presets.PRESETS:
+        config.check_arms(presets.PRESETS[config.student].layer_counts)
+    return config
 
 
 def paper_scale(task: str) -> dict[str, Any]:
     """What the paper trains with on a task, as far as it says (else CoCa, to which it refers)."""
     return _PAPER | _PAPER_TASKS[task]
+
+
+def unusual(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The policy and the reward that are told, where they are not the method's own."""
+    usual = CHOICES.get(method, {})
+    told = {name: settings.get(name) for name in ("policy", "reward")}
+    return {name: value for name, value in told.items() if value not in (None, usual.get(name))}
 
 
 def flag(name: str) -> str:
@@ -355,7 +400,7 @@ def default_text(field: dataclasses.Field[Any]) -> str:
     if field.default is not None:
         return f" (default {field.default})"
     if field.name in _PAPER_POLICY:
-        return f" (default {_PAPER_POLICY[field.name]} for --policy paper, else the policy's own)"
+        return f" (default {_PAPER_POLICY[field.name]} for thompson, else the policy's own)"
     if field.name in _DIGITS:
         paper = (_PAPER | _OWN).get(field.name, "by task")
         return f" (default {_DIGITS[field.name]} on digits, else {paper})"

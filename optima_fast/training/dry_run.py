@@ -115,7 +115,7 @@ def _step(
         rows.append(["arithmetic", _operations(operations)])
     else:
         space = arm_space(config.arms, student.layer_counts)
-        arms = space.arms[:ARMS_SHOWN] if config.method in ("optima", "random") else ()
+        arms = space.arms[:ARMS_SHOWN] if config.rewarded or config.method == "random" else ()
         counted = cost.distilling_operations(
             student, teacher, data, batch, [None, *arms], **settings
         )

@@ -189,7 +189,7 @@ def rehearse(config: TrainConfig, models: Models, data: TaskData) -> None:
         UserError: as the run itself would, but not after an hour.
     """
     config.check_arms(models.student.layer_counts)
-    if config.method == "optima":
+    if config.rewarded:
         policies.check_options(config)
     training_sampler(config, data.train)
     models.check(data)
@@ -284,7 +284,7 @@ def train(
         "data": config.data,
         "method": config.method,
         "arm": config.arm,
-        "policy": config.policy if config.method == "optima" else None,
+        "policy": config.policy if config.rewarded else None,
         "seed": config.seed,
         "steps": config.steps,
         "device": str(device),

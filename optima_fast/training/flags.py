@@ -14,16 +14,16 @@ import yaml
 
 from optima_fast.entry import Parser
 from optima_fast.errors import UserError
+from optima_fast.training import spelling
 from optima_fast.training.config import TrainConfig, default_text, flag, no_choice
-
-_OF_A_POLICY = ("gamma", "variance_scale", "init_rounds", "reward", "reward_cost")
 
 
 def parse(argv: Sequence[str] | None, *, prog: str, description: str) -> dict[str, Any]:
     """The settings that flags give, over those of ``--config FILE.yaml``; no defaults.
 
-    ``dry_run`` is among them where ``--dry-run`` was given. Where a flag names another policy than
-    the file, the file's reward and options of its policy do not count.
+    ``dry_run`` is among them where ``--dry-run`` was given. Where flags name another method or
+    policy than the file, the file's policy, reward and options of it do not count. An old spelling
+    of the choice is said on stderr.
 
     Raises:
         UserError: an unknown flag or key (with the nearest name), or a value of the wrong type.
@@ -50,10 +50,8 @@ def parse(argv: Sequence[str] | None, *, prog: str, description: str) -> dict[st
     given = vars(known)
     path, dry = given.pop("config"), given.pop("dry_run", None)
     values = read_yaml(Path(path)) if path else {}
-    if given.get("policy", values.get("policy")) != values.get("policy"):
-        # those of the file are of the file's policy
-        values = {name: value for name, value in values.items() if name not in _OF_A_POLICY}
-    values |= {name: _convert(flag(name), name, text) for name, text in given.items()}
+    given = {name: _convert(flag(name), name, text) for name, text in given.items()}
+    values = spelling.over(values, given)
     return values if dry is None else {**values, "dry_run": dry}
 
 

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from optima_fast.training.config import TrainConfig, paper_scale
+from optima_fast.training.config import TrainConfig, paper_scale, unusual
 from optima_fast.training.display import Display
 from optima_fast.training.rounds import rewards_by_arm
 from optima_fast.training.run import Run
@@ -49,8 +49,8 @@ def show(run: Run, summary: Mapping[str, Any], display: Display) -> None:
     if summary["data"] == "digits":
         display.note(_scaled_down(config))
     display.note(f"next: python -m optima_fast.evaluate {shlex.quote(str(run.folder))}")
-    other = "layerwise" if summary["method"] != "layerwise" else "optima"
-    if config.method in ("optima", "layerwise", "random"):
+    other = "layerwise" if summary["method"] != "layerwise" else "headroom"
+    if config.rewarded or config.method in ("layerwise", "random"):
         settings, out = shlex.quote(str(run.config_path)), shlex.quote(f"{run.folder}-{other}")
         display.note(
             f"  or: python -m optima_fast.train --config {settings} --method {other} --out {out}"
@@ -123,7 +123,7 @@ def shares(pulls: Mapping[str, int]) -> str:
 
 
 def reward_line(reward: Mapping[str, Any]) -> str:
-    """``paper on 256 training examples in 2 batches: 11.2 s, 4% of the run``."""
+    """``drop on 256 training examples in 2 batches: 11.2 s, 4% of the run``."""
     signed = "" if reward["clip"] else ", signed"
     per = "" if reward["cost"] == "none" else f", per {reward['cost']}"
     where = "training" if reward["split"] == "train" else "held-out training"
@@ -135,9 +135,11 @@ def reward_line(reward: Mapping[str, Any]) -> str:
 
 
 def method_name(summary: Mapping[str, Any]) -> str:
-    """``optima (policy paper)``, ``fixed image+text``, ``layerwise``."""
-    detail = summary["arm"] or (summary["policy"] and f"policy {summary['policy']}")
-    return f"{summary['method']} ({detail})" if detail else str(summary["method"])
+    """``optima``, ``optima (reward kl)``, ``fixed (image+text)``, ``headroom``."""
+    method, arm, reward = summary["method"], summary["arm"], summary.get("reward")
+    chosen = {"policy": summary["policy"], "reward": reward and reward["name"]}
+    details = arm or ", ".join(f"{k} {v}" for k, v in unusual(method, chosen).items())
+    return f"{method} ({details})" if details else str(method)
 
 
 def number(value: float | None) -> str:

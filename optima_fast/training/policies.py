@@ -34,7 +34,10 @@ def make(config: TrainConfig, space: ArmSpace) -> bandit.Policy:
     Raises:
         UserError: a value that the policy refuses.
     """
+    assert config.policy
     name = bandit.Random.name if config.method == "random" else config.policy
+    if bandit.gone(name):
+        raise UserError(bandit.gone(name))
     known = options(name)
     chosen: dict[str, Any] = {key: getattr(config, key) for key in OPTIONS if key in known}
     if "features" in known:
@@ -55,11 +58,13 @@ def check_options(config: TrainConfig) -> None:
     Raises:
         UserError: naming the option and those that the policy has.
     """
+    assert config.policy
     known = options(config.policy)
+    whose = "--method headroom" if config.method == "headroom" else f"--policy {config.policy}"
     for key in OPTIONS:
         if getattr(config, key) is not None and key not in known:
             has = ", ".join(f"--{k.replace('_', '-')}" for k in OPTIONS if k in known)
             raise UserError(
-                f"--{key.replace('_', '-')} is no option of --policy {config.policy}, which has "
-                f"{has or 'none'}: leave it out"
+                f"--{key.replace('_', '-')} is no option of {whose}, which has {has or 'none'}: "
+                "leave it out"
             )

@@ -20,8 +20,8 @@ from optima_fast.models.task_model import TaskModel, build
 from optima_fast.tasks import TaskData, tokenizers
 from optima_fast.tasks.images import FolderImages
 from optima_fast.tasks.tokenizers import Tokenizer
-from optima_fast.training import checkpoints
-from optima_fast.training.config import TrainConfig, flag
+from optima_fast.training import checkpoints, spelling
+from optima_fast.training.config import CHOICES, OF_A_CHOICE, TrainConfig, flag
 from optima_fast.training.flags import read_yaml, to_yaml
 
 try:
@@ -75,7 +75,7 @@ class Run:
         """
         if not self.exists():
             raise UserError(f"{self.folder} holds no run (no config.yaml)")
-        return TrainConfig(**read_yaml(self.config_path))
+        return TrainConfig(**spelling.modern(read_yaml(self.config_path)))
 
     def summary(self) -> dict[str, Any]:
         """What ``summary.json`` holds.
@@ -89,8 +89,7 @@ class Run:
         missing = [k for k in SUMMARY_KEYS if k not in value] if isinstance(value, dict) else ["{"]
         if missing:
             raise UserError(f"{self.summary_path} is no summary of a run: no {missing[0]!r}")
-        summary: dict[str, Any] = value
-        return summary
+        return spelling.modern_summary(value)
 
     def metric_name(self) -> str:
         return str(self.summary()["metric_name"])
@@ -165,7 +164,8 @@ class Run:
     @staticmethod
     def computed_by(settings: Mapping[str, Any]) -> dict[str, Any]:
         """The settings that the result depends on."""
-        return {name: value for name, value in settings.items() if name not in _PLACE}
+        other = _PLACE if settings["method"] in CHOICES else (*_PLACE, *OF_A_CHOICE)
+        return {name: value for name, value in settings.items() if name not in other}
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Add one JSON line to metrics.jsonl."""

@@ -10,7 +10,7 @@ import torch
 
 from optima_fast.distill import Measurement
 from optima_fast.errors import UserError
-from optima_fast.training import checkpoints
+from optima_fast.training import checkpoints, spelling
 
 if TYPE_CHECKING:
     from optima_fast.training.trainer import Trainer
@@ -55,7 +55,7 @@ def restore(trainer: Trainer, path: Path) -> None:
     try:
         if state["format"] != FORMAT:
             raise UserError(f"checkpoint {path} has format {state['format']}, not {FORMAT}")
-        theirs = trainer.run.computed_by(state["config"])
+        theirs = trainer.run.computed_by(spelling.modern(state["config"]))
         if theirs != mine:
             name = next(k for k in {**mine, **theirs} if theirs.get(k) != mine.get(k))
             raise UserError(

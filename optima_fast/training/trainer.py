@@ -303,7 +303,7 @@ class Trainer:
 
     @property
     def _rewarded(self) -> bool:
-        return self.config.method == "optima"
+        return self.config.rewarded
 
     @property
     def _busy(self) -> float:

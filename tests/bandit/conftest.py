@@ -5,32 +5,27 @@ from __future__ import annotations
 import pytest
 
 from optima_fast import bandit
-from optima_fast.bandit import _cores, backend
+from optima_fast.bandit import core
 
-CORES = [_cores]
-if bandit.BACKEND == "c++":
-    from optima_fast import _bandit
-
-    CORES.append(_bandit)
+EXTENSIONS = [None] if core.extension is None else [None, core.extension]
 
 
-@pytest.fixture(params=CORES, ids=lambda m: "python" if m is _cores else "c++")
-def core(request, monkeypatch):
-    """Every test that names it runs on both cores."""
-    monkeypatch.setattr(backend, "cores", request.param)
-    return request.param
+@pytest.fixture(params=EXTENSIONS, ids=lambda e: "python" if e is None else "c++")
+def either(request, monkeypatch):
+    """Every test that uses it runs on both cores; the others on the one that computes here."""
+    monkeypatch.setattr(core, "extension", request.param)
 
 
 @pytest.fixture
 def twins(monkeypatch):
-    """A policy on each core, of the same arguments."""
-    if len(CORES) < 2:
+    """Makes a policy on each core, Python's first, of the same arguments."""
+    if core.extension is None:
         pytest.skip("the extension is not built")
 
     def make(*args, **options):
         made = []
-        for build in CORES:
-            monkeypatch.setattr(backend, "cores", build)
+        for extension in EXTENSIONS:
+            monkeypatch.setattr(core, "extension", extension)
             made.append(bandit.make(*args, **options))
         return made
 

@@ -33,6 +33,8 @@ def uniform(generator: random.Random, rounds: int) -> Log:
 class Always:
     """Pulls one arm and remembers what it was told."""
 
+    warm_up = 0
+
     def __init__(self, arm: int) -> None:
         self.arm = arm
         self.told: list[tuple[int, float]] = []
@@ -89,7 +91,7 @@ def test_rejection_is_unbiased_on_a_uniform_recording_of_a_stationary_world():
 
 
 def policy(seed: int) -> bandit.Policy:
-    return bandit.make("paper", len(MEANS), init_rounds=1, variance_scale=0.01, seed=seed)
+    return bandit.make("thompson", len(MEANS), init_rounds=1, variance_scale=0.01, seed=seed)
 
 
 def test_a_world_pays_every_round_from_the_nearest_rewards_of_the_arm():
@@ -137,15 +139,15 @@ def test_known_policies_get_their_known_rewards():
     generator = random.Random(4)
     choices = [generator.randrange(3) for _ in range(600)]
     log = recorded(choices, [[0.1, 0.4, 0.9][a] for a in choices], 3)
-    rows = replay.compare([log], ["paper", "random"], seed=0, repeats=10, init_rounds=1)
+    rows = replay.compare([log], ["thompson", "random"], seed=0, repeats=10, init_rounds=1)
     for method, table in rows.items():
-        assert [row["policy"] for row in table] == ["paper", "random"]
-        paper, chance = table
+        assert [row["policy"] for row in table] == ["thompson", "random"]
+        thompson, chance = table
         assert chance["mean"] == pytest.approx(1.4 / 3, abs=0.02), method
         assert chance["best"] == pytest.approx(1 / 3, abs=0.03)
         assert chance["vs_random"] == 0.0
-        assert paper["vs_random"] == paper["mean"] - chance["mean"] > 0.2
-        assert paper["best"] > 0.7
+        assert thompson["vs_random"] == thompson["mean"] - chance["mean"] > 0.2
+        assert thompson["best"] > 0.7
     assert rows["world"][0]["rounds"] == 600
     assert [row["warm_up"] for row in rows["world"]] == [3, 0]
     assert rows["rejection"][0]["rounds"] == pytest.approx(200, abs=20)
@@ -188,14 +190,14 @@ def test_a_run_is_read_by_what_its_counts_say(tmp_path):
 
 def test_the_command_prints_tables_with_what_they_are_worth(tmp_path, capsys):
     runs = [str(write(tmp_path / n, uniform(random.Random(7), 80))) for n in "ab"]
-    assert main(["replay", *runs, "--policies", "random,paper", "--seed", "2"]) == 0
+    assert main(["replay", *runs, "--policies", "random,thompson", "--seed", "2"]) == 0
     out = capsys.readouterr().out
     assert all(note in out for note in NOTES.values())
     assert "unbiased only for arms recorded uniformly at random" in out
     assert "biased, as earlier pulls change nothing" in out
     assert out.count("rounds recorded") == 2
     assert out.index("a2 ") < out.index("a0 ")  # the best arm first
-    rows = [line.split() for line in out.splitlines() if line.startswith(("random ", "paper "))]
+    rows = [line.split() for line in out.splitlines() if line.startswith(("random ", "thompson "))]
     assert len(rows) == 4
     assert {len(row) for row in rows} == {7}
 
@@ -217,30 +219,46 @@ def test_the_json_holds_what_the_tables_do_and_repeats(tmp_path, capsys):
 
 def test_init_rounds_go_to_the_policies_that_have_them(tmp_path, capsys):
     run = write(tmp_path, recorded([0, 1] * 40, [0.0, 1.0] * 40, 2))
-    argv = ("--policies", "paper,random", "--repeats", "5")
+    argv = ("--policies", "thompson,random", "--repeats", "5")
     shares = []
     for rounds in ("1", "40"):
         table = json_of(capsys, run, *argv, "--init-rounds", rounds)["world"]
         shares.append({row["policy"]: row["best"] for row in table})
-    assert shares[0]["paper"] > 0.6
-    assert shares[1]["paper"] == 0.5
+    assert shares[0]["thompson"] > 0.6
+    assert shares[1]["thompson"] == 0.5
     assert shares[0]["random"] == shares[1]["random"]
+
+
+def test_a_policy_s_old_name_is_told_and_taken(tmp_path, capsys):
+    run = write(tmp_path, uniform(random.Random(9), 80))
+    argv = ["replay", str(run), "--repeats", "1", "--json", "--policies"]
+    assert main([*argv, "paper,thompson"]) == 0
+    old = capsys.readouterr()
+    assert old.err == (
+        "warning: policy paper is an old spelling: write thompson; the next release refuses it\n"
+    )
+    assert main([*argv, "thompson"]) == 0
+    assert capsys.readouterr() == (old.out, "")
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--policies", "papr"], "no policy 'papr'; did you mean paper?"),
-        (["--policies", "paper,zzz"], "no policy 'zzz'; choose from paper, "),
+        (["--policies", "tompson"], "no policy 'tompson'; did you mean thompson?"),
+        (["--policies", "thompson,zzz"], "no policy 'zzz'; choose from thompson, "),
         (["--policies", ","], "--policies ',' names none; take all, or from"),
         (["--policies", "fixed"], "policy fixed has one arm"),
+        (
+            ["--policies", "thompson,exp3s"],
+            "policy exp3s is not in optima_fast any more, bench/policies.py .*: take one of tho",
+        ),
         (["--seed", "-1"], "--seed must be 0 or more, got -1"),
         (["--repeats", "0"], "--repeats must be 1 or more, got 0"),
         (["--least", "0"], "--least must be 1 or more, got 0"),
         (["--init-rounds", "-2"], "--init-rounds must be 0 or more, got -2"),
         (
-            ["--policies", "paper", "--init-rounds", "99999999"],
-            "policy paper: init_rounds must be from 0 to",
+            ["--policies", "thompson", "--init-rounds", "99999999"],
+            "policy thompson: init_rounds must be from 0 to",
         ),
         (["--seed", str(2**64)], "policy .*: seed must be from 0 to"),
         (["--least", "70"], r"a\d was pulled \d+ times in 80 rounds, and .* needs 70 of each arm"),

@@ -10,8 +10,6 @@ import pytest
 from optima_fast import bandit
 from optima_fast.distill.arms import arm_space
 
-pytestmark = pytest.mark.usefixtures("core")
-
 
 def subsets(units):
     sets = [s for size in range(1, units + 1) for s in combinations(range(units), size)]

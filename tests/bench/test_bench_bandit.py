@@ -24,14 +24,15 @@ def compare(*names, arms=7):
 @pytest.mark.usefixtures("alone")
 def test_every_policy_is_timed_and_who_is_not_installed_is_named():
     found, samples = compare(*bench_bandit.makers())
-    cores = ("C++", "Python") if bandit.BACKEND == "c++" else ("Python",)
-    names = set(bandit.names()) - {"fixed", "greedy"}
-    assert set(samples) == {"numpy paper", *(f"{n}, {core}" for n in names for core in cores)}
+    names = {f"{name}, Python" for name in set(bandit.names()) - {"fixed", "greedy"}}
+    if bandit.BACKEND == "c++":
+        names |= {f"{name}, C++" for name in bench_bandit.TWINS}
+    assert set(samples) == {"numpy thompson", *names}
     for name in samples:
         row = found[name]
         assert 1e-5 < row["ms"] < 100
         assert row["ratio"] > 0
-        assert row["ours"] == (name != "numpy paper")
+        assert row["ours"] == (name != "numpy thompson")
         assert all(0.3 < row[f"earns, {world}"] <= 1 for world in ("stationary", "drifting"))
     for name in ("mabwiser UCB1", "river ThompsonSampling"):
         assert found[name]["left_out"].startswith(f"{name}: ")
@@ -48,8 +49,11 @@ def test_who_does_not_find_the_best_arm_is_not_timed(monkeypatch):
             super().update(arm, -reward)
 
     monkeypatch.setattr(bench_bandit, "Numpy", Backwards)
-    found, samples = compare("numpy paper", "random, Python")
-    assert "numpy paper, 7 arms: does not find the best of three" in found["numpy paper"]["failed"]
+    found, samples = compare("numpy thompson", "random, Python")
+    assert (
+        "numpy thompson, 7 arms: does not find the best of three"
+        in found["numpy thompson"]["failed"]
+    )
     assert set(samples) == {"random, Python"}
     assert found["random, Python"]["ratio"] is None
 
@@ -59,13 +63,20 @@ def test_a_core_that_is_not_its_twin_is_found(monkeypatch):
     ours = bench_bandit.ours
 
     def other(name, twin, arms, seed):
-        return ours(name, twin, arms, seed + (twin and name == "random"))
+        return ours(name, twin, arms, seed + (twin and name == "thompson"))
 
     monkeypatch.setattr(bench_bandit, "ours", other)
-    found, samples = compare("random, C++", "random, Python", "paper, C++")
-    wrong = found["random, C++"]["failed"]
-    assert wrong == "WRONG: random, C++, 7 arms: C++ pulls other arms than its twin"
-    assert set(samples) == {"random, Python", "paper, C++"}
+    found, samples = compare("thompson, C++", "thompson, Python", "structured-ucb, C++")
+    wrong = found["thompson, C++"]["failed"]
+    assert wrong == "WRONG: thompson, C++, 7 arms: C++ pulls other arms than its twin"
+    assert set(samples) == {"thompson, Python", "structured-ucb, C++"}
+
+
+def test_what_c_plus_plus_computes_is_what_it_is_timed_for():
+    for name in set(bandit.names()) - {"fixed"}:
+        cores = [bench_bandit.ours(name, twin, 3, 0)._core for twin in (False, True)]
+        different = type(cores[0]) is not type(cores[1])
+        assert different == (name in bench_bandit.TWINS and bandit.BACKEND == "c++")
 
 
 def test_a_rival_is_told_every_reward(monkeypatch):

@@ -7,6 +7,7 @@ import re
 
 import bench_worlds
 import numpy as np
+import policies
 import pytest
 import worlds as w
 from bench_worlds import HELD_OUT, LOOKED_AT, MANY_HELD_OUT, MANY_TUNED, TUNED
@@ -132,22 +133,23 @@ def test_earned_counts_values_and_tells_rewards():
             self.round += 1
             return 10.0 * pulled + self.round, 1.0 + pulled
 
-    policies = [bandit.make("fixed", 3, arm=k) for k in (0, 2)]
-    assert bench_worlds.earned(policies, Table()).tolist() == [4.0, 12.0]
-    assert [policy.mean for policy in policies] == [[2.5, 0.0, 0.0], [0.0, 0.0, 22.5]]
+    players = [bandit.make("fixed", 3, arm=k) for k in (0, 2)]
+    assert bench_worlds.earned(players, Table()).tolist() == [4.0, 12.0]
+    assert [player.mean for player in players] == [[2.5, 0.0, 0.0], [0.0, 0.0, 22.5]]
 
 
 def test_below_counts_the_paired_runs():
-    fractions = {"paper": np.array([0.5, 0.6, 0.7, 0.8]), "x": np.array([0.6, 0.5, 0.7, 0.9])}
+    fractions = {"thompson": np.array([0.5, 0.6, 0.7, 0.8]), "x": np.array([0.6, 0.5, 0.7, 0.9])}
     assert bench_worlds.below(fractions, "x") == 25.0
-    assert bench_worlds.below(fractions, "paper") == 0.0
+    assert bench_worlds.below(fractions, "thompson") == 0.0
 
 
-def test_the_smoke_form_shows_every_policy_and_that_the_default_beats_the_paper(tmp_path, capsys):
+def test_the_smoke_form_shows_every_policy_and_that_the_default_beats_the_paper_s(tmp_path, capsys):
     path = tmp_path / "worlds.jsonl"
-    assert bench_worlds.main(["--smoke", "--jobs", "1", "--json", str(path)]) == 0
+    arguments = ["--smoke", "--jobs", "1", "--runs", "4", "--json", str(path)]
+    assert bench_worlds.main(arguments) == 0
     printed = capsys.readouterr().out
-    for name in bandit.names():
+    for name in {*bandit.names(), *policies.CONTENDERS}:
         assert (f"| {name} |" in printed) == (name not in ("fixed", "greedy"))
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     suite = {}
@@ -156,7 +158,7 @@ def test_the_smoke_form_shows_every_policy_and_that_the_default_beats_the_paper(
         if line["part"] == "suite":
             suite.setdefault(line["policy"], []).append(line["mean"])
     earned = {name: float(np.mean(values)) for name, values in suite.items()}
-    assert earned["structured-ucb"] > 0.9 > 0.8 > earned["paper"] > earned["random"] - 0.02
+    assert earned["structured-ucb"] > 0.9 > 0.8 > earned["thompson"] > earned["random"] - 0.02
     ((default, paper, percent),) = re.findall(r"\| 250 \| (\S+) / (\S+) \((\S+)\) \|", printed)
     assert float(default) > float(paper) + 0.1
     assert float(percent) < 5
@@ -168,6 +170,6 @@ def test_parts_and_policies_can_be_chosen(capsys):
     printed = capsys.readouterr().out
     assert "63 arms" in printed
     assert "| random |" in printed
-    assert "| paper |" in printed
+    assert "| thompson |" in printed
     assert "7 arms" not in printed
     assert "structured" not in printed

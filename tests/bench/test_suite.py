@@ -30,7 +30,7 @@ def run(*arguments):
 def recorded(tmp_path_factory):
     """Two groups of losses and one of the bandit's."""
     file = tmp_path_factory.mktemp("bench") / "new.json"
-    chosen = "image256-probs or hidden2048 or (7 and (paper or exp3s))"
+    chosen = "image256-probs or hidden2048 or (7 and (thompson or structured))"
     done = run("bench", "--benchmark-only", "--quick", "-k", chosen, f"--benchmark-json={file}")
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, file, json.loads(file.read_text())
@@ -45,7 +45,7 @@ def test_groups_are_shapes_and_their_members_contenders(recorded):
     assert groups["hidden2048"] == {*people, "automodel"}
     assert groups["image256-probs"] == {*people, "tinybert"}
     assert groups["attention, image256-probs"] >= {"sdpa", "sdpa-lse"}
-    assert groups["7 arms"] >= {"numpy paper", "paper, Python", "exp3s, Python"}
+    assert groups["7 arms"] >= {"numpy thompson", "thompson, Python", "structured-ucb, Python"}
     assert "the Triton kernels need a CUDA device" in out
     assert "node" not in content["machine_info"]
     assert content["machine_info"]["torch"]

@@ -42,7 +42,7 @@ def test_the_mean_of_the_relative_drops():
         (
             (0.37, 36.1251, 0.0123),
             (0.361, 35.987, 0.0124),
-            "paper",
+            "drop",
             (
                 "0x1.3371239577341p-7",
                 ["0x1.8e879c5e18e8ep-6", "0x1.f510c810cf29cp-9", "0x0.0p+0"],
@@ -65,11 +65,11 @@ def test_eq_6_to_the_bit_of_its_first_version(old, new, terms, expected):
 
 def test_a_loss_that_rose_counts_as_no_drop_unless_signed():
     after = measured(kl=3.0, attention=((0.125, 0.0625), (0.0625,)))
-    assert parse_reward("paper")(measured(), after, CLIPPED) == (
+    assert parse_reward("drop")(measured(), after, CLIPPED) == (
         pytest.approx(0.5 / 3),
         {"kl": 0.0, "hidden": 0.0, "attention": 0.5},
     )
-    assert parse_reward("paper")(measured(), after, SIGNED) == (
+    assert parse_reward("drop")(measured(), after, SIGNED) == (
         0.0,
         {"kl": -0.5, "hidden": 0.0, "attention": 0.5},
     )
@@ -154,17 +154,22 @@ def test_measurements_of_parts_are_averaged_by_size():
         ("", "names no term"),
         (",", "names no term"),
         ("kl,hiden", "no term 'hiden'; did you mean 'hidden'"),
-        ("papr", "did you mean 'paper'"),
+        ("dorp", "did you mean 'drop'"),
         ("normalized", "did you mean 'normalised'"),
-        ("kl,paper", "no term 'paper'; choose headroom, paper, normalised"),
+        ("kl,drop", "no term 'drop'; choose headroom, drop, normalised"),
         ("headrom", "did you mean 'headroom'"),
         ("kl,kl", "repeats a term"),
         (
             "zzz",
-            "choose headroom, paper, normalised, prediction or terms of kl,hidden,attention,",
+            "choose headroom, drop, normalised, prediction or terms of kl,hidden,attention,",
         ),
     ],
 )
 def test_wrong_terms_are_named(text, message):
     with pytest.raises(UserError, match=message):
         parse_reward(text)
+
+
+def test_the_old_name_is_taken_with_a_warning_that_users_see():
+    with pytest.warns(FutureWarning, match="reward 'paper' is called 'drop' now; the next release"):
+        assert parse_reward("paper") is parse_reward("drop")

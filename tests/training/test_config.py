@@ -39,7 +39,7 @@ def test_a_resolved_configuration_survives_its_file(tmp_path):
 
 
 def test_the_paper_s_numbers_are_the_defaults_on_real_data():
-    config = resolve(TrainConfig(data="somewhere", task="snli_ve", policy="paper"))
+    config = resolve(TrainConfig(data="somewhere", task="snli_ve", method="optima"))
     assert (config.steps, config.round_steps, config.init_rounds) == (100_000, 100, 10)
     assert (config.lr, config.warmup_steps, config.batch_size) == (1e-3, 1000, 128)
     assert (config.hidden_weight, config.attention_weight, config.kl_weight) == (1.0, 1e-2, 0.0)
@@ -56,7 +56,7 @@ def test_resolving_leaves_what_was_given_and_no_gap():
     optional = {"arm", "student_init", "tokenizer", "image_size", "out", "cache"}
     gaps = {k for k, v in dataclasses.asdict(config).items() if v is None}
     assert gaps == optional | {"gamma", "init_rounds", "variance_scale"}
-    config = resolve(TrainConfig(policy="paper"))
+    config = resolve(TrainConfig(method="optima"))
     assert {k for k, v in dataclasses.asdict(config).items() if v is None} == optional
     assert resolve(TrainConfig(method="kd")).kl_weight == 1.0
     assert resolve(TrainConfig(method="kd", kl_weight=0.3)).kl_weight == 0.3
@@ -88,7 +88,7 @@ def test_resolving_leaves_what_was_given_and_no_gap():
         (["--method", "fixed"], "--method fixed needs --arm"),
         (["--method", "fixed", "--arm", "imge"], "no module 'imge'; did you mean 'image'"),
         (["--method", "fixed", "--arm", "+"], "names no module"),
-        (["--arm", "image"], "--arm image is for --method fixed, not --method optima"),
+        (["--arm", "image"], "--arm image is for --method fixed, not --method headroom"),
         (["--reward", "kl,hiden"], "did you mean 'hidden'"),
         (["--device", "gpu"], "--device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
         (["--steps", "20", "--warmup-steps", "20"], "--warmup-steps 20 must be below --steps 20"),
@@ -131,14 +131,13 @@ def test_wrong_files_are_told_in_one_line(tmp_path, text, message):
     ("given", "reward", "cost"),
     [
         ({}, "headroom", "flops"),
-        ({"policy": "paper"}, "paper", "none"),
-        ({"policy": "scale-free-ucb"}, "paper", "none"),
-        ({"policy": "scale-free-ucb", "reward": "headroom"}, "headroom", "flops"),
-        ({"reward": "paper"}, "paper", "none"),
-        ({"reward": "kl", "reward_cost": "flops"}, "kl", "flops"),
+        ({"method": "optima"}, "drop", "none"),
+        ({"method": "optima", "policy": "scale-free-ucb"}, "drop", "none"),
+        ({"method": "optima", "reward": "headroom"}, "headroom", "flops"),
+        ({"method": "optima", "reward": "kl", "reward_cost": "flops"}, "kl", "flops"),
     ],
 )
-def test_the_reward_is_the_policy_s_unless_it_is_given(given, reward, cost):
+def test_the_reward_is_the_method_s_unless_it_is_given(given, reward, cost):
     config = resolve(TrainConfig(**given))
     assert (config.reward, config.reward_cost) == (reward, cost)
 
@@ -150,8 +149,16 @@ def test_headroom_is_never_without_its_cost():
 
 def test_too_few_rounds_for_the_first_pulls_are_told_before_work_starts():
     with pytest.raises(UserError, match="7 arms 2 times first, 14 rounds of 10 steps, but --steps"):
-        resolve(TrainConfig(steps=100, policy="paper"))
-    assert resolve(TrainConfig(steps=140, policy="paper")).steps == 140
+        resolve(TrainConfig(steps=100, method="optima"))
+    assert resolve(TrainConfig(steps=140, method="optima")).steps == 140
     assert resolve(TrainConfig(steps=10)).steps == 10
     assert resolve(TrainConfig(steps=100, method="layerwise")).steps == 100
-    assert resolve(TrainConfig(steps=100, policy="random")).steps == 100
+    assert resolve(TrainConfig(steps=100, method="optima", policy="random")).steps == 100
+
+
+def test_the_published_algorithm_takes_its_own_options():
+    """Also before the steps are known: how often each arm is pulled first is that of the scale."""
+    config = resolve(flags("--method", "optima", "--init-rounds", "5"))
+    assert (config.policy, config.reward, config.init_rounds) == ("thompson", "drop", 5)
+    short = ("--student", "digits_student", "--steps", "500", "--round-steps", "10")
+    assert resolve(flags("--method=optima", "--policy=thompson", *short)).init_rounds == 2

@@ -27,7 +27,7 @@ def test_each_task_has_both_stages_in_both_forms():
 def test_what_a_file_says_is_what_the_defaults_are(path):
     given = read_yaml(path)
     bare = TrainConfig(
-        task=given["task"], data=given["data"], policy="paper", student="coca_tiny12"
+        task=given["task"], data=given["data"], method="optima", student="coca_tiny12"
     )
     defaults = dataclasses.asdict(resolve(bare))
     own = {"out", "teacher", "teacher_steps", "student", "student_init"}
@@ -37,15 +37,17 @@ def test_what_a_file_says_is_what_the_defaults_are(path):
     resolve(TrainConfig(**given))
 
 
-def test_a_flag_for_another_policy_drops_the_options_of_the_files():
-    file = ["--config", str(FILES[0])]
-    both = parse([*file, "--policy", "greedy"], prog="", description="")
-    config = resolve(TrainConfig(**both))
+def test_a_flag_for_another_choice_drops_the_options_of_the_files():
+    def read(*flags):
+        return parse(["--config", str(FILES[0]), *flags], prog="", description="")
+
+    config = resolve(TrainConfig(**read("--method", "headroom")))
     assert (config.policy, config.reward, config.gamma) == ("greedy", "headroom", None)
-    kept = parse([*file, "--policy", "paper"], prog="", description="")
-    assert kept == read_yaml(FILES[0])
-    given = parse([*file, "--policy", "scale-free-ucb", "--gamma", "0.9"], prog="", description="")
-    assert (given["gamma"], "reward" in given) == (0.9, False)
+    assert read("--method", "optima") == read() == read_yaml(FILES[0])
+    assert read("--policy", "thompson") == {**read(), "policy": "thompson"}
+    given = read("--policy", "scale-free-ucb", "--gamma", "0.9")
+    assert (given["method"], given["gamma"]) == ("optima", 0.9)
+    assert not given.keys() & {"variance_scale", "init_rounds"}
 
 
 @every_file

@@ -157,8 +157,8 @@ def test_resuming_by_folder_takes_its_settings(tmp_path):
         experiment.settings({"resume": str(tmp_path / "nowhere")})
     with pytest.raises(UserError, match="goes on in that folder: leave --out elsewhere out"):
         experiment.settings({**given, "out": "elsewhere"})
-    for name, other in (("lr", 0.5), ("gamma", 0.98)):  # 0.98 is what it is by default
-        before = dataclasses.replace(run.config(), gamma=0.9)
+    for name, other in (("lr", 0.5), ("clip", 1.0)):  # 1.0 is what it is by default
+        before = dataclasses.replace(run.config(), clip=0.9)
         run.begin(before)
         with pytest.raises(UserError, match=f"another configuration: --{name} was"):
             experiment.run(experiment.settings({**given, name: other}), QUIET)
@@ -182,8 +182,8 @@ def test_resuming_by_folder_takes_its_settings(tmp_path):
         ),
         ({"student_init": "teacher", "method": "finetune"}, "--method finetune has no teacher"),
         (
-            {"policy": "papr"},
-            "--policy must be one of paper, .*got 'papr'; did you mean paper",
+            {"policy": "tompson"},
+            "--policy must be one of thompson, .*got 'tompson'; did you mean thompson",
         ),
         ({"device": "cuda:99"}, "--device cuda:99: this torch sees"),
         (

@@ -1,4 +1,4 @@
-"""The default choice of --method optima: every arm's headroom is known, the best is pulled."""
+"""The default method: every arm's headroom is known, the arm with most of it is pulled."""
 
 from __future__ import annotations
 
@@ -11,14 +11,27 @@ from small_run import DEFAULT_CHOICE, small
 
 from optima_fast import bandit
 from optima_fast.distill import Headroom, arm_name
+from optima_fast.errors import UserError
 from optima_fast.training import experiment
+from optima_fast.training.config import TrainConfig, resolve
 from optima_fast.training.display import Display
+from optima_fast.training.interrupts import Interrupted
 from optima_fast.training.run import Run
 from optima_fast.training.trainer import Trainer
 
+FEW = {"batch_size": 2, "reward_examples": 4, "train_images": 20, "eval_every": 99}
+FEW |= {"checkpoint_every": 99}
+
+
+@pytest.fixture
+def known_costs(monkeypatch):
+    """Of the arms' steps, which take longer to count than to do here."""
+    costs = [0.6, 0.57, 0.97, 0.78, 0.98, 0.98, 1.0]
+    monkeypatch.setattr("optima_fast.training.trainer.arm_costs", lambda *_, **__: costs)
+
 
 def trainer(tmp_path: Path, **settings: object) -> Trainer:
-    config = small(tmp_path, **{**DEFAULT_CHOICE, **settings})
+    config = small(tmp_path, **{**DEFAULT_CHOICE, **FEW, **settings})
     experiment.prepare(config)
     data = experiment.load_data(config)
     torch.manual_seed(7)
@@ -32,64 +45,63 @@ def trainer(tmp_path: Path, **settings: object) -> Trainer:
 
 def rounds(t: Trainer) -> list[dict]:
     lines = [json.loads(line) for line in t.run.metrics_path.read_text().splitlines()]
-    return [line for line in lines if "reward" in line]
+    return [{**line, "seconds": 0} for line in lines if "reward" in line]
 
 
-@pytest.mark.parametrize("arms", ["modules", "layer-groups:2"])
-def test_each_round_pulls_the_arm_with_most_left(tmp_path, arms):
-    t = trainer(tmp_path, arms=arms, steps=24)
+def test_each_round_pulls_the_arm_with_most_left(tmp_path):
+    t = trainer(tmp_path, steps=16)
+    assert (t.config.policy, t.config.reward, t.config.reward_cost) == (
+        *("greedy", "headroom", "flops"),
+    )
+    assert set(t.meter.costs) != {1.0}
     measured = []
     measure = t._measure
     t._measure = lambda: measured.append(measure()) or measured[-1]
     t.fit()
     lines = rounds(t)
-    assert len(lines) == 12 == len(measured) - 1
+    assert len(lines) == 8 == len(measured) - 1
 
     counts = {name: len(pairs) for name, pairs in t.distiller.pairs.items()}
     headroom = Headroom(t.space.arms, t.meter.costs, counts, output="multimodal")
-    for measurement, line in zip(measured, [*lines, None], strict=True):
-        headroom.measured(measurement)
+    headroom.measured(measured[0])
+    for line, after in zip(lines, measured[1:], strict=True):
         rewards = headroom.rewards()
-        if line is not None:
-            assert line["choice"] == rewards.index(max(rewards))
-            assert line["arm"] == arm_name(t.space.arms[line["choice"]])
-            expected = rewards
-        if measurement is not measured[0]:
-            before = lines[measured.index(measurement) - 1]
-            assert before["rewards"] == before["means"] == rewards
-            assert before["headroom"] == headroom.layers()
-            assert before["reward"] == rewards[before["choice"]]
-    assert expected
-    assert set(t.meter.costs) != {1.0}
+        assert line["choice"] == rewards.index(max(rewards))
+        assert line["arm"] == arm_name(t.space.arms[line["choice"]])
+        headroom.measured(after)
+        assert line["rewards"] == line["means"] == headroom.rewards()
+        assert line["headroom"] == headroom.layers()
+        assert line["reward"] == line["rewards"][line["choice"]]
 
 
-@pytest.mark.parametrize("at", [7, 8])
-def test_a_stopped_run_goes_on_exactly(tmp_path, at):
+@pytest.mark.usefixtures("known_costs")
+def test_a_stopped_run_goes_on_exactly(tmp_path):
     """In a round, and between two: the best so far is part of a checkpoint."""
-    whole = trainer(tmp_path / "a", steps=20, checkpoint_every=100)
+    whole = trainer(tmp_path / "whole", steps=12)
     whole.fit()
-    first = trainer(tmp_path / "b", steps=20, checkpoint_every=100)
-    step = first._train_step
+    for at in (7, 8):
+        first = trainer(tmp_path / str(at), steps=12)
+        step = first._train_step
 
-    def stop(*args):
-        first._stop.asked = first.step == at - 1
-        return step(*args)
+        def stop(*args, first=first, step=step, at=at):
+            first._stop.asked = first.step == at - 1
+            return step(*args)
 
-    first._train_step = stop
-    with pytest.raises(Exception, match=f"stopped after step {at}"):
-        first.fit()
-    second = trainer(tmp_path / "b", steps=20, checkpoint_every=100)
-    assert second.meter.headroom.state_dict() != first.meter.headroom.state_dict()
-    second.resume(first.run.checkpoints / f"step-{at:08d}.pt")
-    assert second.meter.headroom.state_dict() == first.meter.headroom.state_dict()
-    second.fit()
-    timing = {"samples_per_second": 0, "seconds": 0}
-    a, b = ([{**x, **timing} for x in rounds(t)] for t in (whole, second))
-    assert a == b
+        first._train_step = stop
+        with pytest.raises(Interrupted, match=f"stopped after step {at}"):
+            first.fit()
+        second = trainer(tmp_path / str(at), steps=12)
+        assert second.meter.headroom.state_dict() != first.meter.headroom.state_dict()
+        second.resume(first.run.checkpoints / f"step-{at:08d}.pt")
+        assert second.meter.headroom.state_dict() == first.meter.headroom.state_dict()
+        second.fit()
+        assert rounds(second) == rounds(whole)
 
 
+@pytest.mark.usefixtures("known_costs")
 def test_other_bandits_hear_of_the_arm_they_pulled_alone(tmp_path):
-    t = trainer(tmp_path, policy="scale-free-ucb", reward="headroom", steps=20)
+    choice = {"method": "optima", "policy": "scale-free-ucb", "reward": "headroom"}
+    t = trainer(tmp_path, **choice, steps=20)
     t.fit()
     lines = rounds(t)
     assert len({line["arm"] for line in lines[:7]}) == 7
@@ -102,6 +114,19 @@ def test_other_bandits_hear_of_the_arm_they_pulled_alone(tmp_path):
 
 
 def test_greedy_with_a_reward_of_one_arm_is_told_no_more(tmp_path):
-    t = trainer(tmp_path, reward="paper", steps=20)
+    t = trainer(tmp_path, method="optima", policy="greedy", steps=14)
+    assert t.config.reward == "drop"
     t.fit()
-    assert [line["choice"] for line in rounds(t)[:7]] == list(range(7))
+    assert [line["choice"] for line in rounds(t)] == list(range(7))
+
+
+def test_it_has_no_other_policy_or_reward_and_no_option(tmp_path):
+    for name, value in (("policy", "thompson"), ("reward", "kl")):
+        message = f"--{name} {value} is for --method optima, not for --method headroom"
+        with pytest.raises(UserError, match=message):
+            TrainConfig(method="headroom", **{name: value})
+    assert resolve(TrainConfig(policy="greedy", reward="headroom")) == resolve(TrainConfig())
+    message = "--init-rounds is no option of --method headroom, which has none: leave it out"
+    with pytest.raises(UserError, match=message):
+        experiment.run(small(tmp_path, method="headroom", init_rounds=2), Display(quiet=True))
+    assert not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -25,34 +26,39 @@ CHOICES = policies.choices()
 
 
 def trainer(tmp_path, **settings: Any) -> Trainer:
-    config = small(tmp_path, **settings)
-    experiment.prepare(config)
-    data = experiment.load_data(config)
+    given = small(tmp_path, **settings)
+    experiment.prepare(given)
+    data = experiment.load_data(given)
     torch.manual_seed(7)
-    teacher = experiment.new_model(config.teacher, data)
-    torch.manual_seed(config.seed)
-    student = experiment.new_model(config.student, data)
-    run = Run(config.out)
-    run.begin(config)
-    return Trainer(config, data, student, teacher, run, QUIET)
+    teacher = experiment.new_model(given.teacher, data)
+    torch.manual_seed(given.seed)
+    student = experiment.new_model(given.student, data)
+    run = Run(given.out)
+    run.begin(given)
+    return Trainer(given, data, student, teacher, run, QUIET)
 
 
 def lines(t: Trainer) -> list[dict[str, Any]]:
     return [json.loads(line) for line in t.run.metrics_path.read_text().splitlines()]
 
 
+def config(**settings: Any) -> TrainConfig:
+    return resolve(TrainConfig(**{"method": "optima", **settings}))
+
+
 def test_every_policy_that_needs_no_arm_can_be_chosen():
     assert set(CHOICES) == set(bandit.names()) - {"fixed"}
-    assert len(CHOICES) > 1
     for name in CHOICES:
-        assert resolve(TrainConfig(policy=name)).policy == name
+        assert config(policy=name).policy == name
+    assert config().policy == "thompson"
 
 
-@pytest.mark.parametrize("policy", CHOICES)
-def test_a_run_stopped_in_the_middle_of_a_round_goes_on_exactly(tmp_path, monkeypatch, policy):
+def test_a_run_stopped_in_the_middle_of_a_round_goes_on_exactly(tmp_path, monkeypatch):
+    """Of a policy that keeps much, and has rewards of both signs; others' states: tests/bandit."""
     settings = {
-        "policy": policy, "steps": 20, "batch_size": 2, "reward_examples": 4, "train_images": 20,
-        "init_rounds": 1, "reward_clip": False, "checkpoint_every": 99, "eval_every": 99,
+        "policy": "structured-ucb", "steps": 20, "batch_size": 2, "reward_examples": 4,
+        "train_images": 20, "init_rounds": 1, "reward_clip": False, "checkpoint_every": 99,
+        "eval_every": 99,
     }  # fmt: skip
     whole = trainer(tmp_path / "whole", **settings)
     whole.fit()
@@ -84,10 +90,11 @@ def test_options_left_open_are_the_policy_s_own():
     space = arm_space("modules", presets.get("digits_student").layer_counts)
     for name in CHOICES:
         own = bandit.make(name, 7, seed=5).state_dict()
-        config = resolve(TrainConfig(policy=name, seed=5))
-        made = policies.make(config, space).state_dict()
-        if name == "paper":
-            assert (config.gamma, config.variance_scale, config.init_rounds) == (0.98, 1.0, 2)
+        settings = config(policy=name, seed=5)
+        made = policies.make(settings, space).state_dict()
+        if name == "thompson":
+            left = (settings.gamma, settings.variance_scale, settings.init_rounds)
+            assert left == (0.98, 1.0, 2)
             own |= {"init_rounds": 2}
         assert made == own, name
 
@@ -95,20 +102,20 @@ def test_options_left_open_are_the_policy_s_own():
 @pytest.mark.parametrize("name", CHOICES)
 def test_options_given_reach_the_policies_that_have_them(name):
     given = {"gamma": 0.875, "init_rounds": 8, "variance_scale": 0.5}
-    config = resolve(TrainConfig(policy=name, **given))
+    settings = config(policy=name, **given)
     space = arm_space("modules", presets.get("digits_student").layer_counts)
-    state = policies.make(config, space).state_dict()
+    state = policies.make(settings, space).state_dict()
     known = policies.options(name)
     for key, value in given.items():
         assert (state.get(key) == value) == (key in known), key
     assert "seed" in known
-    if {"gamma", "init_rounds", "variance_scale"} <= known:
-        policies.check_options(config)
+    if set(given) <= known:
+        policies.check_options(settings)
     else:
         missing = next(k for k in policies.OPTIONS if k not in known)
         flag = "--" + missing.replace("_", "-")
         with pytest.raises(UserError, match=f"{flag} is no option of --policy {name}, which has"):
-            policies.check_options(config)
+            policies.check_options(settings)
 
 
 def test_an_option_of_another_policy_is_told_before_any_work(tmp_path):
@@ -116,28 +123,38 @@ def test_an_option_of_another_policy_is_told_before_any_work(tmp_path):
         experiment.run(small(tmp_path, policy="random", gamma=0.9, init_rounds=None), QUIET)
     assert not list(tmp_path.iterdir())
     # nobody asked the bandit: what it would be told does not matter
-    assert resolve(TrainConfig(method="layerwise", policy="random", gamma=0.9)).gamma == 0.9
+    assert config(method="layerwise", policy="random", gamma=0.9).gamma == 0.9
+
+
+def test_a_policy_that_is_gone_is_told_before_any_work_and_its_runs_can_be_read(tmp_path):
+    with pytest.raises(UserError, match="policy exp3s is not in optima_fast any more, bench/pol"):
+        config(policy="exp3s")
+    run = Run(tmp_path)
+    run.begin(dataclasses.replace(small(tmp_path), policy="exp3s"))
+    assert run.config().policy == "exp3s"
+    with pytest.raises(UserError, match="policy exp3s is not in optima_fast any more"):
+        experiment.run(experiment.settings({"resume": str(tmp_path)}), QUIET)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         (
-            {"arms": "layer-groups:3", "data": "somewhere", "policy": "paper", "init_rounds": 2},
-            "--policy paper pulls each of 511 arms 2 times first, 1022 rounds of 100 steps, but "
+            {"arms": "layer-groups:3", "data": "somewhere", "policy": "thompson", "init_rounds": 2},
+            "--policy thompson pulls each of 511 arms 2 times first, 1022 rounds of 100 steps, but "
             "--steps 100000 gives 1000: raise --steps, lower --round-steps or --init-rounds, or",
         ),
         (
-            {"arms": "layer-groups:2", "policy": "paper", "steps": 200, "init_rounds": 2},
+            {"arms": "layer-groups:2", "policy": "thompson", "steps": 200, "init_rounds": 2},
             "each of 15 arms 2 times first, 30 rounds of 10 steps, but --steps 200 gives 20",
         ),
         (
-            {"arms": "layer-groups:3", "student": "digits_base", "policy": "paper"},
+            {"arms": "layer-groups:3", "student": "digits_base", "policy": "thompson"},
             "each of 127 arms 2 times first, 254 rounds .* gives 100",
         ),
         (
-            {"arms": "layer-groups:2", "policy": "scale-free-thompson", "steps": 140},
-            "--policy scale-free-thompson pulls each of 15 arms 1 times first, 15 rounds of 10 "
+            {"arms": "layer-groups:2", "policy": "scale-free-ucb", "steps": 140},
+            "--policy scale-free-ucb pulls each of 15 arms 1 times first, 15 rounds of 10 "
             "steps, but --steps 140 gives 14",
         ),
         (
@@ -157,15 +174,15 @@ def test_an_option_of_another_policy_is_told_before_any_work(tmp_path):
 )
 def test_first_pulls_that_do_not_fit_are_told_with_the_way_out(settings, message):
     with pytest.raises(UserError, match=message):
-        resolve(TrainConfig(**settings))
+        config(**settings)
 
 
 @pytest.mark.parametrize("arms", ["modules", "layer-groups:2", "layer-groups:3"])
-@pytest.mark.parametrize("name", [n for n in CHOICES if n != "paper"])
+@pytest.mark.parametrize("name", [n for n in CHOICES if n != "thompson"])
 def test_every_other_policy_works_with_every_arm_space_of_the_paper(name, arms):
-    config = resolve(TrainConfig(data="somewhere", policy=name, arms=arms))
-    space = arm_space(arms, presets.get(config.student).layer_counts)
-    policy = policies.make(config, space)
+    settings = config(data="somewhere", policy=name, arms=arms)
+    space = arm_space(arms, presets.get(settings.student).layer_counts)
+    policy = policies.make(settings, space)
     assert policy.warm_up <= 32
     if "features" in policies.options(name):
         rows = [[int(x) for x in row] for row in policy.state_dict()["features"]]
@@ -174,9 +191,9 @@ def test_every_other_policy_works_with_every_arm_space_of_the_paper(name, arms):
 
 
 def test_sixty_three_arms_fit_the_paper_s_own_thousand_rounds():
-    config = resolve(TrainConfig(data="somewhere", policy="paper", arms="layer-groups:2"))
-    assert (config.steps, config.round_steps, config.init_rounds) == (100_000, 100, 10)
-    assert resolve(TrainConfig(data="somewhere", policy="random", arms="layer-groups:3")).steps
+    paper = config(data="somewhere", arms="layer-groups:2")
+    assert (paper.steps, paper.round_steps, paper.init_rounds) == (100_000, 100, 10)
+    assert config(data="somewhere", policy="random", arms="layer-groups:3").steps
 
 
 @pytest.mark.parametrize(
@@ -214,13 +231,13 @@ def test_a_fixed_arm_may_be_of_layers(tmp_path, arm, written, distilled):
 )
 def test_a_fixed_arm_is_checked_against_the_student(settings, message):
     with pytest.raises(UserError, match=message):
-        resolve(TrainConfig(method="fixed", **settings))
+        config(method="fixed", **settings)
 
 
 def test_many_arms_are_pulled_by_their_own_names(tmp_path):
     t = trainer(
         tmp_path, method="random", arms="layer-groups:2", student="digits_base", steps=40,
-        round_steps=1, batch_size=2, train_images=20,
+        round_steps=1, batch_size=2, train_images=20, eval_every=99, checkpoint_every=99,
     )  # fmt: skip
     t.fit()
     assert len(t.pulls) == 63

@@ -28,7 +28,7 @@ QUIET = Display(quiet=True)
 
 def trained(tmp_path, task, data, **settings):
     """A run without a teacher of a small student on a folder."""
-    given = {"policy": "greedy", "init_rounds": None, "train_images": None, "reward_examples": 4}
+    given = {"init_rounds": None, "train_images": None, "reward_examples": 4}
     given |= {"task": task, "data": str(data), "method": "finetune", "tokenizer": "words"}
     given |= {"student": "digits_student", "image_size": 36}
     given |= {"workers": "0", "checkpoint_every": 1000}

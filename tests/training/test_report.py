@@ -106,13 +106,13 @@ def test_report_prints_each_arm_s_rewards_and_writes_the_page(tmp_path, capsys):
     run, summary = experiment.run(config, Display(quiet=True))
     reward = summary["reward"]
     assert {k: reward[k] for k in ("name", "clip", "cost", "split", "examples", "batches")} == {
-        "name": "paper", "clip": True, "cost": "none", "split": "train", "examples": 8,
+        "name": "drop", "clip": True, "cost": "none", "split": "train", "examples": 8,
         "batches": 1,
     }  # fmt: skip
     assert 0.0 < reward["seconds"] == summary["seconds"]["reward"]
     assert 0.0 < reward["share"] < 1.0
     overview.show(run, summary, Display())
-    assert "paper on 8 training examples in 1 batch: " in capsys.readouterr().out
+    assert "drop on 8 training examples in 1 batch: " in capsys.readouterr().out
 
     assert report.main([str(run.folder)]) == 0
     out = capsys.readouterr().out

@@ -172,8 +172,8 @@ def test_the_next_command_takes_over_all_settings_of_a_run(tmp_path, capsys):
     said = capsys.readouterr().out
     command = shlex.split("".join(said.rpartition("optima_fast.train ")[2].splitlines()))
     config = resolve(TrainConfig(**parse(command, prog="", description="")))
-    assert (config.method, config.teacher_steps, config.seed) == ("optima", 3, 4)
-    assert config.out == f"{run.folder}-optima"
+    assert (config.method, config.teacher_steps, config.seed) == ("headroom", 3, 4)
+    assert config.out == f"{run.folder}-headroom"
 
 
 def test_unreadable_images_are_counted_in_whole_numbers_where_they_are_skipped(copy, capsys):

@@ -75,7 +75,7 @@ def captions(folder: Path, images: int = 6) -> str:
 
 
 def config(tmp_path: Path, **settings: object) -> TrainConfig:
-    given = {"task": "coco", "policy": "greedy", "init_rounds": None, "train_images": None}
+    given = {"task": "coco", "method": "headroom", "init_rounds": None, "train_images": None}
     given |= {"steps": 4, "teacher_steps": 2, "reward_examples": 4}
     given |= {"workers": "0", "checkpoint_every": 100}
     return small(tmp_path, **{**given, **settings})

@@ -24,7 +24,7 @@ SHAPE = presets.get("digits_base")
 
 
 def config(tmp_path: Path, **settings: object) -> TrainConfig:
-    given = {"policy": "greedy", "init_rounds": None, "train_images": None, "workers": "0"}
+    given = {"method": "headroom", "init_rounds": None, "train_images": None, "workers": "0"}
     given |= {"task": "vqa", "data": str(tmp_path / "data"), "student": "digits_student"}
     given |= {"teacher": "digits_base", "reward_examples": 2, "steps": 2, "batch_size": 2}
     return small(tmp_path, **{**given, **settings})

@@ -86,7 +86,7 @@ def test_the_log_is_that_of_a_bandit_run_by_hand(tmp_path):
     t = trainer(tmp_path, steps=40, round_steps=2, gamma=0.9, seed=6)
     t.fit()
     lines = [json.loads(x) for x in t.run.metrics_path.read_text().splitlines()]
-    policy = bandit.make("paper", 7, seed=6, gamma=0.9, init_rounds=1)
+    policy = bandit.make("thompson", 7, seed=6, gamma=0.9, init_rounds=1)
     names = list(t.pulls)
     for line in (x for x in lines if "reward" in x):
         arm = policy.select()
@@ -174,7 +174,7 @@ def test_each_number_of_the_overview_stands_in_its_row(tmp_path, capsys):
     summary = {
         "metric_name": "accuracy", "teacher_metric": 0.1, "student_metric_before": 0.2,
         "student_metric": 0.3, "majority_metric": 0.4, "text_only_metric": 0.5, "task": "vqa",
-        "data": "digits", "method": "optima", "arm": None, "policy": "paper",
+        "data": "digits", "method": "optima", "arm": None, "policy": "thompson",
         "teacher_params": 1234567, "student_params": 7654321, "arms": {"image": 1, "text": 3},
         "seconds": {"teacher": 61.0, "distill": 2.0}, "seed": 0,
     }  # fmt: skip

@@ -5,57 +5,23 @@ from __future__ import annotations
 import math
 import operator
 import sys
-from collections.abc import Mapping, Sequence, Sized
-from typing import Any, ClassVar, Protocol, SupportsFloat, SupportsIndex
+from collections.abc import Mapping, Sized
+from typing import Any, ClassVar, SupportsFloat, SupportsIndex
 
-from optima_fast.bandit._cores import finite
+from optima_fast.bandit.core import Core, finite
 
 MAX_ROUNDS = 2**24  # of an initialisation, whose order is kept: 64 MiB
 _MAX_SCALE = 2098  # of the largest double, in the cores' units
 
 
-class Core(Protocol):
-    """The arithmetic of a policy on arguments that were checked."""
+class Policy:
+    """Proposes an arm (``select``) and is told a reward (``update``), around a core that computes.
 
-    @property
-    def round(self) -> int: ...
-    @property
-    def count(self) -> list[int]: ...
-    @property
-    def mean(self) -> list[float]: ...
-    @property
-    def spread(self) -> list[float]: ...
-    @property
-    def warm_up(self) -> int: ...
-    def select(self) -> int: ...
-    def update(self, arm: object, reward: object, /) -> None: ...
-    def state(self) -> dict[str, Any]: ...
-    def restore(self, state: dict[str, Any], /) -> None: ...
-
-
-class Policy(Protocol):
-    """What every policy can do, those of ``make`` and users' own."""
-
-    @property
-    def arms(self) -> int: ...
-    @property
-    def round(self) -> int: ...
-    @property
-    def count(self) -> list[int]: ...
-    @property
-    def mean(self) -> list[float]: ...
-    @property
-    def spread(self) -> list[float]: ...
-    def select(self) -> int: ...
-    def update(self, arm: SupportsIndex, reward: SupportsFloat) -> None: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
-
-
-class CorePolicy:
-    """Interface and state of every policy, around the core that computes."""
+    A subclass checks its settings, makes its core, and says which states are none.
+    """
 
     name: ClassVar[str]
+    old_name: ClassVar[str] = ""  # whose states are read too
     version: ClassVar[int] = 1  # of the state; a change of its meaning adds one
 
     def __init__(self, core: Core, *, arms: int, **settings: Any) -> None:
@@ -134,6 +100,8 @@ class CorePolicy:
         """
         if not isinstance(state, Mapping):
             raise ValueError(f"state must be a mapping, got {state!r}")
+        if self.old_name and state.get("policy") == self.old_name:
+            state = {**state, "policy": self.name}
         fixed = {"policy": self.name, "version": self.version, **self._settings}
         template = self._core.state()
         for key, mine in fixed.items():
@@ -155,6 +123,10 @@ class CorePolicy:
                 f"state must have counts that add up to round {checked['round']}, got "
                 f"{checked['count']}"
             )
+        if checked.get("scale", 0) > _MAX_SCALE:
+            raise ValueError(
+                f"state must have scale from 0 to {_MAX_SCALE}, got {checked['scale']}"
+            )
         self._check(checked)
         self._core.restore(checked)
 
@@ -163,12 +135,15 @@ class CorePolicy:
         raise NotImplementedError
 
 
-class ScaledPolicy(CorePolicy):
-    """A policy whose core counts rewards in units of a power of two above the largest so far."""
-
-    def _check(self, state: dict[str, Any]) -> None:
-        if state["scale"] > _MAX_SCALE:
-            raise ValueError(f"state must have scale from 0 to {_MAX_SCALE}, got {state['scale']}")
+def check_averages(state: Mapping[str, Any]) -> None:
+    """Refuse a state whose means are not the plain averages of its rewards."""
+    arms = zip(state["count"], state["total"], state["mean"], strict=True)
+    for k, (n, total, mean) in enumerate(arms):
+        if mean != total / max(1, n) or (n == 0 and total != 0.0):
+            raise ValueError(
+                f"state must have mean[{k}] = total[{k}] / count[{k}], got {mean!r}, {total!r} "
+                f"and {n}"
+            )
 
 
 def integer(name: str, value: SupportsIndex, low: int, high: int) -> int:
@@ -230,21 +205,6 @@ def warm_up(arms: int, init_rounds: int | None, warmup_limit: int) -> tuple[int,
             f"{passes * arms} rounds: raise warmup_limit, or leave init_rounds to the default"
         )
     return passes, passes * arms
-
-
-def rows_of(features: Sequence[Sequence[int] | str], arms: int, most: int) -> list[str]:
-    """A 0/1 matrix [arms][units] as a string of 0 and 1 for each arm."""
-    digits = {0: "0", 1: "1", "0": "0", "1": "1"}
-    rows = ["".join(digits.get(unit, "?") for unit in row) for row in features]
-    if len(rows) != arms:
-        raise ValueError(f"features must have a row for each of {arms} arms, got {len(rows)}")
-    for row in rows:
-        if "?" in row or not 1 <= len(row) <= most or len(row) != len(rows[0]):
-            raise ValueError(
-                f"features must have rows of 1 to {most} units, each 0 or 1, got {row!r} after "
-                f"{rows[0]!r}"
-            )
-    return rows
 
 
 def _like(key: str, value: object, model: object) -> Any:

@@ -1,15 +1,40 @@
-"""What every policy is: rounds, counts, warm-up and state, around what it chooses and learns."""
+"""What the arithmetic of every policy has in common, and which one computes.
+
+A policy with much arithmetic has it twice: as a core here and in ``csrc/``, file by file, the same
+operations on doubles in the same order. Without the extension Python's run; beside it, in the
+tests, arms, means, spreads and states are equal bit for bit.
+"""
 
 import math
 import operator
 from collections.abc import Sequence
 from typing import Any
 
-from optima_fast.bandit._generator import NORMAL, SHUFFLE, normal_quantile, uniform
+from optima_fast.bandit.generator import NORMAL, SHUFFLE, normal_quantile, uniform
+
+_ABI = 4
+
+extension: Any = None
+try:
+    from optima_fast import _bandit
+except ImportError:
+    BACKEND = "python"
+else:
+    if _bandit.ABI != _ABI:
+        raise ImportError(
+            f"optima_fast._bandit must have ABI {_ABI}, got {_bandit.ABI}: reinstall optima-fast, "
+            f"or delete {_bandit.__file__}"
+        )
+    BACKEND, extension = "c++", _bandit
 
 State = dict[str, Any]
 
 _SCALE_BIAS = 1074  # of the smallest double, 2**-1074: scales are not negative
+
+
+def compiled(core: type["Core"]) -> Any:
+    """The extension's core of the same name; without an extension this one."""
+    return core if extension is None else getattr(extension, core.__name__)
 
 
 def _arm(arm: object, arms: int) -> int:
@@ -36,19 +61,12 @@ def finite(name: str, value: object) -> float:
 
 
 def argmax(values: Sequence[float]) -> int:
+    """The first index of the largest value."""
     best, highest = 0, -math.inf
     for k, value in enumerate(values):
         if value > highest:
             best, highest = k, value
     return best
-
-
-def plain_sum(values: Sequence[float]) -> float:
-    """From the left; the built-in compensates its rounding since Python 3.12."""
-    total = 0.0
-    for value in values:
-        total += value
-    return total
 
 
 def _copied(value: Any) -> Any:
@@ -66,7 +84,7 @@ def _assign(mine: list[Any], values: list[Any]) -> None:
 class Core:
     """Rounds, counts, warm-up and state; a subclass chooses and learns."""
 
-    def __init__(self, arms: int, seed: int, passes: int = 0, warm_up: int = 0) -> None:
+    def __init__(self, arms: int, seed: int = 0, passes: int = 0, warm_up: int = 0) -> None:
         self.round = 0
         self.count = [0] * arms
         self._arms = arms
@@ -97,7 +115,7 @@ class Core:
 
     def _lists(self) -> dict[str, list[Any]]:
         """What ``_learn`` changes, by name, not copied."""
-        return {}
+        raise NotImplementedError
 
     def select(self) -> int:
         if self.round < len(self._order):
@@ -124,11 +142,34 @@ class Core:
         return normal_quantile(uniform(self._seed, self.round, k, NORMAL))
 
 
+class Averages(Core):
+    """Averages the rewards of each arm."""
+
+    def __init__(self, arms: int, seed: int = 0, passes: int = 0, warm_up: int = 0) -> None:
+        super().__init__(arms, seed, passes, warm_up)
+        self._total = [0.0] * arms
+        self._mean = [0.0] * arms
+
+    @property
+    def mean(self) -> list[float]:
+        return [*self._mean]
+
+    def _learn(self, k: int, reward: float) -> None:
+        total = self._total[k] + reward
+        if not math.isfinite(total):
+            raise ValueError(f"rewards of arm {k} must have a finite sum, got {reward!r} more")
+        self._total[k] = total
+        self._mean[k] = total / (self.count[k] + 1)
+
+    def _lists(self) -> dict[str, list[Any]]:
+        return {"total": self._total, "mean": self._mean}
+
+
 class Scaled(Core):
     """Counts rewards in units of 2**(scale - 1074), above the largest so far: none over- or
     underflows, and a power of two on all of them changes the scale alone."""
 
-    def __init__(self, arms: int, seed: int, passes: int = 0, warm_up: int = 0) -> None:
+    def __init__(self, arms: int, seed: int, passes: int, warm_up: int) -> None:
         super().__init__(arms, seed, passes, warm_up)
         self._scale = 0
 
@@ -144,7 +185,7 @@ class Scaled(Core):
         raise NotImplementedError
 
     def _spreads(self) -> list[float]:
-        return [0.0] * self._arms
+        raise NotImplementedError
 
     def _rescale(self, shift: int) -> None:
         raise NotImplementedError

@@ -12,9 +12,7 @@ SHUFFLE, NORMAL, CHOICE = range(3)  # what a draw is for: the last word of the c
 _LOG2_HIGH = float.fromhex("0x1.62e42feep-1")  # its last 20 bits are 0: a small multiple is exact
 _LOG2_LOW = float.fromhex("0x1.a39ef35793c76p-33")
 _SQRT_HALF = float.fromhex("0x1.6a09e667f3bcdp-1")
-_LOG2_E = float.fromhex("0x1.71547652b82fep+0")
 _ATANH = tuple(2.0 / k for k in range(23, 0, -2))
-_FACTORIAL = tuple(1.0 / math.factorial(k) for k in range(13, -1, -1))
 
 _CENTRE_TOP = (
     2.5090809287301226727e3,
@@ -117,12 +115,6 @@ def logarithm(x: float) -> float:
         exponent -= 1
     s = (m - 1.0) / (m + 1.0)
     return exponent * _LOG2_HIGH + (exponent * _LOG2_LOW + s * _horner(_ATANH, s * s))
-
-
-def exponential(x: float) -> float:
-    """e**x, -700 <= x <= 700: 2^k times the Taylor series of the rest, which is below 0.35."""
-    k = math.floor(x * _LOG2_E + 0.5)
-    return math.ldexp(_horner(_FACTORIAL, (x - k * _LOG2_HIGH) - k * _LOG2_LOW), k)
 
 
 def normal_quantile(p: float) -> float:

@@ -1,12 +1,51 @@
-"""Greedy: the arm of the highest last reward, where every arm's is known."""
+"""Chance, turns, one arm, and the arm of the highest last reward."""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 
 from optima_fast import bandit
+
+
+def play(policy, rounds, reward=lambda arm, t: 0.0):
+    arms = []
+    for t in range(rounds):
+        arms.append(policy.select())
+        policy.update(arms[-1], reward(arms[-1], t))
+    return arms
+
+
+def test_random_is_uniform():
+    counts = np.bincount(play(bandit.make("random", 7, seed=1), 7000), minlength=7)
+    assert ((counts - 1000) ** 2 / 1000).sum() < 22.5  # p = 0.001 at 6 degrees
+
+
+def test_choices_by_chance_are_pinned():
+    expected = "4 2 2 2 3 6 3 0 5 6 5 0 3 4 0 5 2 3 3 0"
+    assert play(bandit.make("random", 7), 20) == [int(arm) for arm in expected.split()]
+
+
+def test_round_robin_takes_turns():
+    assert play(bandit.make("round-robin", 3), 7) == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_they_average_their_rewards():
+    policy = bandit.make("fixed", 3, arm=2)
+    assert play(policy, 4, lambda arm, t: t) == [2, 2, 2, 2]
+    policy.update(0, 7.0)
+    assert policy.mean == [7.0, 0.0, 1.5]
+    assert policy.spread == [0.0] * 3
+    assert policy.count == [1, 0, 4]
+    assert (policy.round, policy.warm_up) == (5, 0)
+
+
+@pytest.mark.parametrize("arm", [3, -1])
+def test_a_fixed_arm_must_exist(arm):
+    with pytest.raises(ValueError, match=f"arm must be from 0 to 2, got {arm}"):
+        bandit.make("fixed", 3, arm=arm)
 
 
 def test_what_was_never_told_comes_first_then_the_highest():
@@ -49,18 +88,3 @@ def test_rewards_that_are_not_one_finite_number_an_arm_are_refused(rewards, erro
     with pytest.raises(error, match=message):
         policy.observe(rewards)
     assert policy.state_dict() == before
-
-
-@pytest.mark.parametrize(
-    "change", [{"told": [0, 1]}, {"told": [2, 1]}, {"told": [0, 1], "count": [0, 1], "round": 1}]
-)
-def test_a_state_that_no_updates_lead_to_is_refused(change):
-    policy = bandit.Greedy(2)
-    policy.observe([0.5, 0.25])
-    policy.update(0, 0.5)
-    state = policy.state_dict()
-    fresh = bandit.Greedy(2)
-    with pytest.raises(ValueError, match=r"told\[0\]"):
-        fresh.load_state_dict({**state, **change})
-    fresh.load_state_dict(state)
-    assert fresh.state_dict() == state
