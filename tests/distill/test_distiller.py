@@ -143,11 +143,11 @@ def measure(distiller: Distiller) -> Measurement:
 def test_measure_is_the_full_model_without_gradient_and_restores_the_mode(pair, reduction):
     student, teacher = pair
     distiller = Distiller(student, teacher, reduction=reduction)
-    student.train()
-    losses = measure(distiller)
-    assert student.training
+    for training in (True, False):
+        student.train(training)
+        losses = measure(distiller)
+        assert student.training == training
     assert all(p.grad is None for p in student.parameters())
-    student.eval()
     with torch.no_grad():
         step = distiller(BATCH, MODULES, predict=DATA.loss)
         kl = DATA.divergence(student(BATCH).logits, teacher(BATCH).logits, BATCH)

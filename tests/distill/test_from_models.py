@@ -33,7 +33,9 @@ def clip(seed=0):
 
 
 def test_equal_widths_have_no_projection_and_it_says_what_it_compares():
-    distiller = FROM(bert(), bert(4, 1), text())
+    student = bert()
+    distiller = FROM(student, bert(4, 1), text())
+    assert student.training
     assert list(distiller.parameters()) == []
     assert distiller.summary.splitlines() == [
         "encoder layer 1 from teacher layer 2: hidden 32 as they are; attention of 4 heads of 8 "
