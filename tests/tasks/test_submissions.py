@@ -8,18 +8,14 @@ import os
 
 import pytest
 import torch
-from official import MAKE, SIZE, make_vqa, picture, shared, write, write_lines
+from official import MAKE, load, make_vqa, picture, shared, write, write_lines
 
 from optima_fast import tasks
 from optima_fast.errors import UserError
-from optima_fast.tasks import folders, submissions
+from optima_fast.tasks import submissions
 from optima_fast.tasks.base import Predictions, Split
 from optima_fast.tasks.coco import Coco
 from optima_fast.tasks.vqa_answers import score
-
-
-def load(task, root, **options):
-    return folders.load(task, root, image_size=SIZE, **options)
 
 
 class Says(torch.nn.Module):
