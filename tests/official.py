@@ -38,8 +38,9 @@ def picture(path, shade=0):
 
 
 def levels(tensor):
+    """Of a normalised image: float levels `[H, W, 3]`, 0 .. 255."""
     scaled = tensor * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
-    return scaled.permute(1, 2, 0) * 255
+    return (scaled.permute(1, 2, 0) * 255).numpy()
 
 
 def shade(image):
