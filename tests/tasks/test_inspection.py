@@ -124,6 +124,15 @@ def test_images_that_cannot_be_decoded(tmp_path):
     assert "validation: 11 of 12 images decoded" in text(report)
 
 
+def test_a_sample_of_images_is_spread_evenly(tmp_path):
+    root = make_vqa(tmp_path, images=6)
+    (root / "train2014" / f"COCO_train2014_{2:012d}.jpg").write_bytes(b"cut")
+    # images 5 and 2: annotations are written backwards
+    train, _ = inspect("vqa", root, decode=2).parts
+    assert (train.decoded, len(train.broken)) == (2, 1)
+    assert inspect("vqa", root, decode=99).parts[0].decoded == 6
+
+
 def test_too_few_images_to_divide(tmp_path):
     report = inspect("coco", make_coco(tmp_path, parts=("train",), images=2))
     assert "has 2 image(s) to divide into 3 splits" in report.problems[0]

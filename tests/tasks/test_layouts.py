@@ -6,14 +6,10 @@ import shutil
 
 import pytest
 import torch
-from official import SIZE, edit, make_coco, make_nlvr2, make_snli_ve, make_vqa, picture, write
+from official import edit, load, make_coco, make_nlvr2, make_snli_ve, make_vqa, picture, write
 
 from optima_fast.errors import UserError
-from optima_fast.tasks import annotations, folders
-
-
-def load(task, root, **options):
-    return folders.load(task, root, image_size=SIZE, **options)
+from optima_fast.tasks import annotations
 
 
 def names(split):
