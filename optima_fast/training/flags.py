@@ -105,7 +105,7 @@ class _Texts(yaml.SafeLoader):
     are those of YAML 1.1, where ``off`` is a boolean, ``010`` is 8 and ``1e-3`` is a text.
     """
 
-    yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: Any = {}  # noqa: RUF012 (as the base class declares it)
 
 
 _Texts.add_implicit_resolver(_NULL, re.compile("(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
