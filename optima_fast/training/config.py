@@ -115,8 +115,8 @@ class TrainConfig:
     train_images: int | None = _field(None, "digits: training canvases; a tenth more to test on")
     augment: str | None = _field(
         None,
-        "RandAugment of training images: none, or LAYERS,MAGNITUDE; default 1,10 for folders of "
-        "vqa and snli_ve, else none",
+        "RandAugment of training images: none (or off), or LAYERS,MAGNITUDE; default 1,10 for "
+        "folders of vqa and snli_ve, else none",
     )
     image_errors: str = _field(
         "fail", "at an image that cannot be read: fail, or skip what shows it", ("fail", "skip")
@@ -198,7 +198,7 @@ class TrainConfig:
             )
         if self.data == "digits":
             self._check_digits()
-        if self.augment not in (None, "none"):
+        if self.augment is not None:
             RandAugment.parse(self.augment)
         if self.tokenizer is not None:
             tokenizers.check(self.tokenizer)
@@ -248,10 +248,10 @@ class TrainConfig:
 
     def _check_digits(self) -> None:
         """Refuse settings that the built-in data would ignore."""
-        usual = {"augment": "none", "tokenizer": "words", "image_size": None}
+        usual = {"augment": ("none", "off"), "tokenizer": ("words",), "image_size": ()}
         for name, own in usual.items():
             value = getattr(self, name)
-            if value not in (None, own):
+            if value is not None and value not in own:
                 raise UserError(
                     f"{flag(name)} {value} is for a data folder, not for the digits: leave it "
                     "out, or give --data FOLDER"

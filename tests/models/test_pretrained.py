@@ -50,6 +50,12 @@ def test_a_description_that_is_a_model_cfg_alone(tmp_path: Path) -> None:
     assert found(save(tmp_path / SAFE)).config == config()
 
 
+def test_a_description_with_a_byte_order_mark(tmp_path: Path) -> None:
+    described = "\ufeff" + json.dumps(CFG)
+    (tmp_path / "open_clip_config.json").write_text(described, encoding="utf-8")
+    assert found(save(tmp_path / SAFE)).config == config()
+
+
 @pytest.mark.parametrize("file", pretrained.WEIGHT_FILES)
 def test_a_folder(file: str, tmp_path: Path) -> None:
     describe(tmp_path, mean=[0.5, 0.4, 0.3], std=[0.2, 0.1, 0.3], interpolation="bicubic")
