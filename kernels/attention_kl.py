@@ -315,7 +315,7 @@ def attention_kl_forward(
         forms = {i: (student.form(i), teacher.form(i), pairs.form(i)) for i in range(L)}
         for _, layers in groups(forms):
             x, y = student.q[layers[0]], teacher.q[layers[0]]
-            chosen = config(launch.PROBS_RESIDUAL, max(width(x), width(y)), x, y)
+            chosen = config(launch.DIVERGENCE, max(width(x), width(y)), x, y)
             chosen = chosen.fitted(x.shape[2])
             tiles = x.shape[0] * x.shape[1] * cdiv(x.shape[2], chosen.block_m)
             sums = x.new_zeros(len(layers), tiles, dtype=dtype)
@@ -367,8 +367,8 @@ def attention_kl_backward(
     gradients: list[list[Tensor | None]] = []
     with torch.cuda.device_of(student_q[0]):
         for kernel, table, inputs, needs in (
-            (_kl_dq_kernel, launch.PROBS_DQ, student_q, need_q),
-            (_kl_dk_kernel, launch.PROBS_DK, student_k, need_k),
+            (_kl_dq_kernel, launch.DIVERGENCE_DQ, student_q, need_q),
+            (_kl_dk_kernel, launch.DIVERGENCE_DK, student_k, need_k),
         ):
             out = {i: torch.empty_like(inputs[i], dtype=dtype) for i, n in enumerate(needs) if n}
             # where rows are not dense, the kernel writes elsewhere

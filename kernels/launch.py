@@ -153,6 +153,18 @@ PROBS_ROWS_BACKWARD = {
     (9, 2, 64, 64): LaunchConfig(64, 64, 0, 4, 3),
     (9, 2, 64, 128): LaunchConfig(64, 64, 0, 4, 2),
 }
+# A divergence has a tile of both maps at once. Chosen by registers and spills.
+DIVERGENCE = PROBS_RESIDUAL | {
+    (9, 2, 64): LaunchConfig(64, 64, 128, 4, 3),
+    (9, 2, 128): LaunchConfig(64, 64, 128, 4, 2),
+    (10, 2, 64): LaunchConfig(64, 64, 128, 4, 2),
+    (10, 2, 128): LaunchConfig(64, 64, 128, 4, 2),
+}
+DIVERGENCE_DQ = PROBS_DQ | {(9, 2, 64): LaunchConfig(64, 32, 128, 4, 3)}
+DIVERGENCE_DK = PROBS_DK | {
+    (9, 2, 64): LaunchConfig(64, 64, 128, 4, 3),
+    (9, 2, 128): LaunchConfig(64, 32, 128, 4, 3),
+}
 
 CANDIDATES: dict[str, dict[tuple[int, ...], tuple[LaunchConfig, ...]]] = {
     "PRODUCT": {

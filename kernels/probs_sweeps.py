@@ -587,7 +587,8 @@ def residual(
     dtype, acc = accumulator(x)
     (B, H, queries, d), keys = x.shape, student.k[first].shape[2]
     masked, causal, window = pairs.form(first)
-    chosen = config(launch.PROBS_RESIDUAL, max(width(x), width(y)), x, y).fitted(queries)
+    table = launch.DIVERGENCE if divergence else launch.PROBS_RESIDUAL
+    chosen = config(table, max(width(x), width(y)), x, y).fitted(queries)
     tiles = B * cdiv(queries, chosen.block_m) * cdiv(keys, chosen.block_n)
     sums = x.new_empty(len(layers), tiles, dtype=dtype)
     counts = x.new_empty(len(layers), tiles, dtype=torch.int32) if masked else None

@@ -58,6 +58,9 @@ CASES = {
     "kl-mean causal": Case(attention(KL, heads="mean", causal=True), *FEWER, TOKENS, True),
     "kl groups": Case(attention(KL, heads=2), *GROUPED, TOKENS, True),
     "probs-each": Case(attention(MSE, target="probs", heads="each"), *FEWER, TOKENS, True),
+    "probs-each grouped": Case(
+        attention(MSE, target="probs", heads="each"), *GROUPED, TOKENS, True
+    ),
     "scores-each": Case(attention(MSE, heads="each"), *FEWER, TOKENS, True),
     "relations": Case(
         lambda s, t, **more: optima_fast.relation_kl([s, s], [t, t], relation_heads=3, **more),
@@ -92,6 +95,8 @@ class Problem:
         }
         if "key_mask" in self.masks:
             self.masks["key_mask"][0, :] = False  # queries that see no key
+            if "causal" in name:  # keys that count, and no query that counts sees
+                self.masks["query_mask"][:, -3:] = False
         shapes = (*case.trained, *case.fixed)
         tensors = [torch.randn(*s, generator=g).to(device, dtype) * 1.5 for s in shapes]
         for i, x in enumerate(tensors):
@@ -101,6 +106,9 @@ class Problem:
                     at = x.shape.index(N, 1)
                     shape = [B, *[1] * (at - 1), N, *[1] * (x.ndim - at - 1)]
                     x.masked_fill_(~mask.view(shape), float("nan"))
+        if masked and "causal" in name:
+            for i in (1, 3):
+                tensors[i][:, :, -3:] = torch.nan
         self.trained, self.fixed = tensors[: len(case.trained)], tensors[len(case.trained) :]
 
     def is_key(self, i: int, x: Tensor) -> bool:
