@@ -1,16 +1,23 @@
 # `make demo` and `make test` set everything up by themselves; see README.md.
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench bench-compare gpu resources mutants sanitize dist clean
+.PHONY: demo test test-all lint bench bench-compare gpu resources mutants sanitize dist clean
 
 demo: $(STAMP)  ## distil the built-in task with the defaults
 	$(RUN) -m optima_fast.train
 
-test: lint  ## everything that has to pass; a process a core
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8 --dist loadfile
+
+test: lint  ## what has to pass before a commit; a process a core
+	$(PYTEST) -m 'not slow'
+
+test-all: lint  ## and what is slow: more sizes of what `make test` covers
+	$(PYTEST)
+	$(MAKE) resources mutants sanitize
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
@@ -50,5 +57,5 @@ clean:
 
 $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.h)
 	$(PYTHON) -m venv $(VENV)
-	PIP_DISABLE_PIP_VERSION_CHECK=1 $(RUN) -m pip install --quiet -c constraints.txt -e '.[dev]'
+	PIP_DISABLE_PIP_VERSION_CHECK=1 $(RUN) -m pip install --quiet -c $(CONSTRAINTS) -e '.[dev]'
 	touch $@

@@ -61,7 +61,7 @@ def step(way: str, size: int, tokens: int) -> Any:
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if way == "ours":
         distiller = optima_fast.Distiller.from_models(
-            student, teacher, {k: v[:1, :8] for k, v in batch.items()}, attention_target="probs",
+            student, teacher, {k: v[:1, :8] for k, v in batch.items()}, attention_loss="probs",
             attention_weight=1.0,
         )  # fmt: skip
 

@@ -15,7 +15,7 @@ def vision_and_language(student, teacher, batch):
             "vision": "model.vision_tower.encoder.layers",
             "language": "model.language_model.layers",
         },
-        attention_target="probs",
+        attention_loss="probs",
     )
 
 

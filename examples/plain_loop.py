@@ -34,7 +34,7 @@ def main(sentences, steps=300, size=32):
         return tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
 
     distiller = optima_fast.Distiller.from_models(
-        student, teacher, tokens(sentences[:2]), attention_target="probs", attention_weight=100.0
+        student, teacher, tokens(sentences[:2]), attention_loss="probs", attention_weight=100.0
     )
     print(distiller.summary)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)

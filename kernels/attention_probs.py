@@ -1,10 +1,14 @@
-"""Mean squared error of head-averaged attention maps, for many layers of any shapes.
+"""Distance of head-averaged attention maps, for many layers of any shapes.
 
     P_h = softmax_j(s Q_h K_h^T)          over the keys that count; s: the model's scale
     R   = mean_h P_h^s - mean_h P_h^t     0 at pairs that do not count
     loss = sum R^2 / n                    n: pairs that count; none: 0
     dS_h = (2 g / (n H)) P_h o (R - r_h)  r_h = sum_j P_h o R; g: upstream gradient of the loss
     dQ_h = s dS_h K_h,  dK_h = s dS_h^T Q_h
+
+The divergence of the mean maps A = mean_h P_h, ``divergence``, takes the same path, with the sum of
+A^t (log A^t - log A^s) over n queries that see a key, and R = 1 - A^t / A^s, which is 1 more than
+its derivative by A^s: that changes no dS, and leaves nothing to cancel where the two agree.
 
 A pair counts where query and key do and causality and a window let the one see the other. What does
 not count may hold nan or inf: it changes no value and no gradient. R is kept, in the students'
@@ -79,6 +83,7 @@ def attention_probs_forward(
     student_scale: Sequence[float],
     teacher_scale: Sequence[float],
     need_residual: bool,
+    divergence: bool = False,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
     """Losses of L layers, and what their backward needs.
 
@@ -94,26 +99,33 @@ def attention_probs_forward(
         window: L numbers: query i sees keys less than so many places from i; 0: each.
         student_scale, teacher_scale: L factors of the scores.
         need_residual: whether a gradient will be wanted.
+        divergence: of the mean maps, in place of their mean squared error.
 
     Returns:
-        losses ``[L]``; residuals, L x ``[B, Nq, residual_width(Nk)]`` in the students' dtype, zero
+        losses ``[L]``; residuals, L x ``[B, Nq, residual_width(Nk)]`` in ``residual_dtype``, zero
         where nothing counts, times ``2**SHIFTS[dtype][1]`` for float16; the students' log-sum-exp
-        in powers of two, L x ``[B, H_s, Nq]``; scales ``[L]`` (2 / n, n at least 1). Losses,
-        log-sum-exp and scales are float32 or float64. The two lists are empty if no gradient is
-        wanted.
+        in powers of two, L x ``[B, H_s, Nq]``; scales ``[L]`` (2 / n, of a divergence 1 / n; n at
+        least 1). Losses, log-sum-exp and scales are float32 or float64. The two lists are empty if
+        no gradient is wanted.
     """
     student = Model.of(student_q, student_k, student_scale).positive()
     teacher = Model.of(teacher_q, teacher_k, teacher_scale).positive()
     pairs = Counted.of(query_masks, key_masks, causal, window)
     L = len(student_q)
     residuals = [
-        q.new_empty(q.shape[0], q.shape[2], residual_width(k.shape[2])) if need_residual else q
+        q.new_empty(
+            q.shape[0], q.shape[2], residual_width(k.shape[2]),
+            dtype=residual_dtype(q.dtype, divergence),
+        ) if need_residual else q
         for q, k in zip(student_q, student_k, strict=True)
-    ]
+    ]  # fmt: skip
     with torch.cuda.device_of(student_q[0]):
-        tiles = [None if pairs.window[i] else _forward_tiles(student, teacher, i) for i in range(L)]
+        tiles = [
+            None if pairs.window[i] or divergence else _forward_tiles(student, teacher, i)
+            for i in range(L)
+        ]
         lses, teacher_lses = (
-            _log_sums(model, pairs, given, tiles)
+            log_sums_in_powers_of_two(model, pairs, given, tiles)
             for model, given in ((student, student_lse), (teacher, teacher_lse))
         )
         given = [
@@ -129,7 +141,7 @@ def attention_probs_forward(
         for (tile, *_), layers in launches:
             models = (student, teacher, pairs, layers, lses, teacher_lses)
             if tile is None:
-                found = probs_sweeps.residual(*models, residuals, need_residual)
+                found = probs_sweeps.residual(*models, residuals, need_residual, divergence)
             else:
                 found = probs_rows.residual(
                     *models, given[layers[0]], residuals, need_residual, tile
@@ -222,7 +234,12 @@ def _backward_tiles(student: Model, layer: int) -> Tiles | None:
     return probs_rows.backward_tiles(x.shape[2], student.k[layer].shape[2], width(x), x)
 
 
-def _log_sums(
+def residual_dtype(dtype: torch.dtype, divergence: bool) -> torch.dtype:
+    """A ratio of probabilities may pass what float16 holds."""
+    return torch.float32 if divergence and dtype == torch.float16 else dtype
+
+
+def log_sums_in_powers_of_two(
     model: Model, pairs: Counted, given: Sequence[Tensor | None], tiles: Sequence[Tiles | None]
 ) -> list[Tensor]:
     """[B, H, Nq] of each layer, in powers of two: given, computed, or room for what is found."""

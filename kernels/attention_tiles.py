@@ -272,6 +272,16 @@ class Counted(NamedTuple):
         )
         return Masks(*(pointers([m.contiguous() for m in x], range(len(x))) for x in both))
 
+    def queries_that_see(self, layer: int, q: Tensor, keys: int) -> Tensor:
+        """How many queries of a layer count and see a key that counts; 1 at least."""
+        queries, seen = self.query_masks[layer], self.key_masks[layer]
+        number = q.new_full((), q.shape[0] * q.shape[2] * min(keys, 1), dtype=torch.int64)
+        if seen is not None:
+            # with a window the masks hold what is in a valid pair already
+            sees = _near(seen, keys, 0) if self.causal[layer] else seen.any(1, keepdim=True)
+            queries = sees.expand(q.shape[0], q.shape[2]) if queries is None else queries & sees
+        return (number if queries is None else queries.sum()).clamp(min=1)
+
 
 def _near(mask: Tensor, before: int, after: int) -> Tensor:
     """[B, N]: whether any counts from so many places before each one to so many after it."""

@@ -491,7 +491,7 @@ def gradients(
         at_once = max(1, min(HEADS_AT_ONCE, B * H * len(part) // ENOUGH_PROGRAMS))
         programs = B * cdiv(H, at_once)
         if programs:
-            p_shift, r_shift = shifts(x)
+            p_shift, r_shift = shifts(x)[0], shifts(residuals[part[0]])[1]
             _rows_backward_kernel[(programs, len(part))](
                 student.arguments(part),
                 pairs.arguments(x, queries, keys, part),

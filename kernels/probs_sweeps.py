@@ -43,6 +43,9 @@ from .attention_tiles import (
 from .core import accumulator
 from .layers import cdiv, groups, of_layers, pick, pointers, settle, total
 
+LN2 = tl.constexpr(0.6931471805599453)
+LEAST_PROBABILITY = tl.constexpr(1e-30)  # of a student's mean over heads, as in the losses
+
 
 @triton.jit
 def _lse_sweep(
@@ -158,7 +161,7 @@ def _residual_kernel(
     student_lse,  # [B, H_s, Nq]
     teacher_lse,
     r_ptrs,  # [B, Nq, stride_r] out; unused without STORE
-    sum_ptr,  # [L, tiles] out: sum of R^2 over the tile
+    sum_ptr,  # [L, tiles] out: sum of R^2 over the tile, or of the divergence
     count_ptr,  # [L, tiles] int32 out: pairs that count; unused unless MASKED
     student_heads,
     student_scale,
@@ -171,6 +174,7 @@ def _residual_kernel(
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     WHOLE: tl.constexpr,  # sizes are multiples of the tile's
+    KL: tl.constexpr,
     STORE: tl.constexpr,
     SHIFT: tl.constexpr,
     STUDENT_D: tl.constexpr,
@@ -196,9 +200,13 @@ def _residual_kernel(
         acc, 1.0, student, pick(student_lse, layer), student_heads, student_scale, layer, item,
         row, col, queries, rows, cols, WHOLE, STUDENT_WIDTH, BLOCK_K, STUDENT_D, ACC,
     )  # fmt: skip
-    acc = _add_map(
-        acc, -1.0, teacher, pick(teacher_lse, layer), teacher_heads, teacher_scale, layer, item,
-        row, col, queries, rows, cols, WHOLE, TEACHER_WIDTH, BLOCK_K, TEACHER_D, ACC,
+    other = acc
+    if KL:
+        other = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    other = _add_map(
+        other, 1.0 if KL else -1.0, teacher, pick(teacher_lse, layer), teacher_heads,
+        teacher_scale, layer, item, row, col, queries, rows, cols, WHOLE,
+        TEACHER_WIDTH, BLOCK_K, TEACHER_D, ACC,
     )  # fmt: skip
     at = layer.to(tl.int64) * tl.num_programs(0) + tile
     if MASKED or CAUSAL or WINDOW or not WHOLE:
@@ -206,13 +214,22 @@ def _residual_kernel(
             rows = counted(pick(masks.query, layer), item, row, queries, True, BLOCK_M)
             cols = counted(pick(masks.key, layer), item, col, keys, True, BLOCK_N)
         valid = valid_pairs(rows, cols, row, col, CAUSAL, WINDOW)
-        acc = tl.where(valid, acc, 0.0)
+        # both 0 where nothing counts: no divergence, and after it no residual
+        acc, other = tl.where(valid, acc, 0.0), tl.where(valid, other, 0.0)
         if MASKED:
             tl.store(count_ptr + at, tl.sum(valid.to(tl.int32)))
-    tl.store(sum_ptr + at, tl.sum(acc * acc))
+    if KL:
+        ratio = other / tl.maximum(acc, LEAST_PROBABILITY)
+        terms = other * (tl.log2(tl.maximum(ratio, LEAST_PROBABILITY)) * LN2)
+        tl.store(sum_ptr + at, tl.sum(tl.where(other > 0, terms, 0.0)))
+        other = tl.where(acc < LEAST_PROBABILITY, 1.0, 1.0 - ratio)
+        if MASKED or CAUSAL or WINDOW or not WHOLE:
+            other = tl.where(valid, other, 0.0)
+    else:
+        tl.store(sum_ptr + at, tl.sum(other * other))
     if STORE:
         r_ptr = pick(r_ptrs, layer) + item.to(tl.int64) * queries * stride_r
-        store_residual(r_ptr, acc, stride_r, row, col, queries, SHIFT)
+        store_residual(r_ptr, other, stride_r, row, col, queries, SHIFT)
 
 
 @triton.jit
@@ -562,6 +579,7 @@ def residual(
     teacher_lses: Sequence[Tensor],
     residuals: Sequence[Tensor],
     store: bool,
+    divergence: bool,
 ) -> tuple[Tensor, Tensor]:
     """Losses and scales of layers of one form; fills their residuals if asked to."""
     first = layers[0]
@@ -586,10 +604,14 @@ def residual(
             queries, keys, residual_width(keys),
             MASKED=masked, CAUSAL=causal, WINDOW=window,
             WHOLE=not (queries % chosen.block_m or keys % chosen.block_n),
-            STORE=store, SHIFT=shifts(x)[1],
+            KL=divergence, STORE=store, SHIFT=shifts(residuals[first])[1],
             STUDENT_D=d, STUDENT_WIDTH=width(x), TEACHER_D=y.shape[3], TEACHER_WIDTH=width(y),
             ACC=acc, **launch.options(chosen),
         )  # fmt: skip
+    if divergence:
+        scales = torch.stack([pairs.queries_that_see(i, x, keys) for i in layers])
+        scales = scales.to(dtype).reciprocal()
+        return sums.sum(1) * scales, scales
     return total(sums, counts, 1 if masked else valid_count(x.shape, keys, causal, window))
 
 
@@ -609,7 +631,7 @@ def gradients(
     x, (dtype, acc) = student.q[layers[0]], accumulator(student.q[0])
     (B, H, queries, d), keys = x.shape, student.k[layers[0]].shape[2]
     masked, causal, window = pairs.form(layers[0])
-    p_shift, r_shift = shifts(x)
+    p_shift, r_shift = shifts(x)[0], shifts(residuals[layers[0]])[1]
     shared: dict[str, object] = {
         "MASKED": masked, "CAUSAL": causal, "SETTLE": launch.settles(x),
         "P_SHIFT": p_shift, "R_SHIFT": r_shift, "D": d, "WIDTH": width(x), "ACC": acc,

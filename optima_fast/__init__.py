@@ -14,13 +14,19 @@ __version__ = "0.1.0"
 __all__ = [
     "Distiller",
     "arms",
+    "attention_kl",
     "attention_mse",
     "bandit",
     "distill",
+    "gram_mse",
+    "hidden_cosine",
     "hidden_mse",
+    "hidden_smooth_l1",
+    "indexer_kl",
     "losses",
     "models",
     "record",
+    "relation_kl",
     "tap",
     "taps",
     "tasks",
@@ -35,8 +41,14 @@ if not (_here / "kernels").is_dir() and (_here.parent / "kernels").is_dir():
 _HOMES = {
     "Distiller": "optima_fast.distill",
     "arms": "optima_fast.distill",
+    "attention_kl": "optima_fast.losses",
     "attention_mse": "optima_fast.losses",
+    "gram_mse": "optima_fast.losses",
+    "hidden_cosine": "optima_fast.losses",
     "hidden_mse": "optima_fast.losses",
+    "hidden_smooth_l1": "optima_fast.losses",
+    "indexer_kl": "optima_fast.losses",
+    "relation_kl": "optima_fast.losses",
     "record": "optima_fast.taps",
     "tap": "optima_fast.taps",
 }
@@ -44,7 +56,16 @@ _HOMES = {
 if TYPE_CHECKING:
     from optima_fast import bandit, distill, losses, models, taps, tasks, training
     from optima_fast.distill import Distiller, arms
-    from optima_fast.losses import attention_mse, hidden_mse
+    from optima_fast.losses import (
+        attention_kl,
+        attention_mse,
+        gram_mse,
+        hidden_cosine,
+        hidden_mse,
+        hidden_smooth_l1,
+        indexer_kl,
+        relation_kl,
+    )
     from optima_fast.taps import record, tap
 
 

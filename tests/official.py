@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from optima_fast.tasks import folders
 from optima_fast.tasks.images import MEAN, STD
 
 SIZE = 6
@@ -37,13 +38,24 @@ def picture(path, shade=0):
 
 
 def levels(tensor):
+    """Of a normalised image: float levels `[H, W, 3]`, 0 .. 255."""
     scaled = tensor * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
-    return scaled.permute(1, 2, 0) * 255
+    return (scaled.permute(1, 2, 0) * 255).numpy()
 
 
 def shade(image):
     """The red level of a flat normalised image."""
     return round(float(levels(image)[0, 0, 0]))
+
+
+def load(task, root, **options):
+    """A data set read with images of their own size."""
+    return folders.load(task, root, image_size=SIZE, **options)
+
+
+def files(split):
+    """Names of a split's images."""
+    return {path.name for path in split.images.paths}
 
 
 def edit(path, change):

@@ -72,10 +72,10 @@ def test_accelerate_accumulates_exactly():
         batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     one, by_hand = bert(SMALL, 2, 1), bert(SMALL, 2, 1)
     torch.manual_seed(7)
-    accelerated.main(one, teacher, batches, accumulate=4, lr=0.5, attention_target="probs")
+    accelerated.main(one, teacher, batches, accumulate=4, lr=0.5, attention_loss="probs")
     torch.manual_seed(7)
     distiller = optima_fast.Distiller.from_models(
-        by_hand, teacher, batches[0], attention_target="probs"
+        by_hand, teacher, batches[0], attention_loss="probs"
     )
     optimizer = torch.optim.SGD([*by_hand.parameters(), *distiller.parameters()], lr=0.5)
     for group in (batches[:4], batches[4:]):
@@ -102,7 +102,7 @@ def test_hugging_face_trainer(tmp_path):
     )  # fmt: skip
     trainer = trainers.DistillationTrainer(
         student, arguments, train_dataset=rows, eval_dataset=rows, teacher=teacher, example=batch,
-        options={"attention_target": "probs"},
+        options={"attention_loss": "probs"},
     )  # fmt: skip
     projection = next(iter(trainer.distiller.parameters())).detach().clone()
     trainer.train()
@@ -142,48 +142,45 @@ def whole():
 
 
 DISTRIBUTED = """
-import sys, torch, torch.distributed as dist
+import os, sys, torch, torch.distributed as dist
 sys.path.insert(0, {tests!r})
-from test_examples import example, whole
-dist.init_process_group("gloo")
-student, teacher, batches = whole()
-example("distributed").main(student, teacher, batches, fsdp="--fsdp" in sys.argv,
-                            attention_target="probs", attention_weight=10.0)
-full = {{k: v.full_tensor() if hasattr(v, "full_tensor") else v
-        for k, v in student.state_dict().items()}}
-if dist.get_rank() == 0:
-    torch.save(full, {path!r})
+from test_examples import OPTIONS, example, whole
+child = os.fork()  # both share what was imported, which takes longer than all that follows
+dist.init_process_group("gloo", init_method="file://" + {path!r}, rank=int(child > 0), world_size=2)
+for fsdp in (False, True):
+    student, teacher, batches = whole()
+    example("distributed").main(student, teacher, batches, fsdp=fsdp, **OPTIONS)
+    full = {{k: v.full_tensor() if fsdp else v for k, v in student.state_dict().items()}}
+    if child:
+        torch.save(full, {path!r} + str(fsdp))
 dist.destroy_process_group()
+sys.exit(os.waitpid(child, 0)[1] if child else 0)
 """
+OPTIONS = {"attention_loss": "probs", "attention_weight": 10.0}
 
 
-@pytest.mark.parametrize("how", ["ddp", "--fsdp"])
-def test_distributed_is_one_process_of_the_whole_batch(tmp_path, how):
+def test_distributed_is_one_process_of_the_whole_batch(tmp_path):
     """Two gloo processes; every sequence is as long, so that means of halves are the mean."""
-    script, path = tmp_path / "run.py", tmp_path / "weights.pt"
+    script, path = tmp_path / "run.py", tmp_path / "weights"
     script.write_text(DISTRIBUTED.format(tests=str(ROOT / "tests"), path=str(path)))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [*launch, str(script), how], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, script], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = torch.load(path)
     student, teacher, batches = whole()
-    distiller = optima_fast.Distiller.from_models(
-        student, teacher, batches[0], attention_target="probs", attention_weight=10.0
-    )
+    distiller = optima_fast.Distiller.from_models(student, teacher, batches[0], **OPTIONS)
     optimizer = torch.optim.SGD([*student.parameters(), *distiller.parameters()], lr=0.1)
     start = {k: v.clone() for k, v in student.state_dict().items()}
     for batch in batches:
         optimizer.zero_grad()
         distiller(batch).total.backward()
         optimizer.step()
-    moved = 0.0
-    for name, x in student.state_dict().items():
-        torch.testing.assert_close(found[name], x, rtol=1e-4, atol=1e-6)
-        moved = max(moved, (x - start[name]).abs().max().item())
-    assert moved > 1e-3
+    assert max((x - start[k]).abs().max() for k, x in student.state_dict().items()) > 1e-3
+    for fsdp in (False, True):
+        found = torch.load(f"{path}{fsdp}")
+        for name, x in student.state_dict().items():
+            torch.testing.assert_close(found[name], x, rtol=1e-4, atol=1e-6)
 
 
 def clip(config, layers, seed):
@@ -277,7 +274,7 @@ def test_blip_2_has_three_modules():
     batch["input_ids"][:, :4] = 98  # where the image goes
     batch["pixel_values"] = torch.randn(4, 3, 32, 32)
     distiller = optima_fast.Distiller.from_models(
-        student, teacher, batch, cross_attention=True, attention_target="probs"
+        student, teacher, batch, cross_attention=True, attention_loss="probs"
     )
     assert distiller.modules_matched == ("vision_model", "qformer", "language_model")
     assert len(optima_fast.arms(distiller.modules_matched)) == 7
@@ -323,11 +320,11 @@ def test_plain_loop(capsys):
     order = torch.randperm(len(sentences), generator=torch.Generator().manual_seed(0)).tolist()
     sentences = [sentences[i] for i in order]
     train, held_out = sentences[:96], sentences[96:]
-    student, teacher, tokens = plain.main(train, steps=20, size=16)
+    student, teacher, tokens = plain.main(train, steps=8, size=8)
     batch = tokens(held_out)
     with torch.no_grad():
         expected, start = plain.embed(teacher, batch), plain.embed(plain.half(teacher), batch)
         after = plain.embed(student, batch)
     before, now = ((x * expected).sum(-1).mean().item() for x in (start, after))
-    assert now > before + 0.1
+    assert now > before + 0.2
     assert capsys.readouterr().out.count("hidden 384 as they are; attention of 12 heads of 32") == 3

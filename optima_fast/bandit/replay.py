@@ -76,7 +76,7 @@ def read(run: str | Path, least: int = 1) -> Log:
     """
     path = Path(run) / "metrics.jsonl"
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot read {path}: {reason}") from error

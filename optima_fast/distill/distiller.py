@@ -13,7 +13,7 @@ from optima_fast.distill.matching import match_layers
 from optima_fast.distill.measurement import Layers, Measurement
 from optima_fast.distill.tapped import Modules, TappedModel, TappedRecord, paths, summary
 from optima_fast.errors import UserError
-from optima_fast.losses import attention_mse, hidden_mse
+from optima_fast.losses import ATTENTION_LOSSES, HIDDEN_LOSSES
 from optima_fast.taps.records import Attention, Layer
 
 Batch = Mapping[str, Tensor]
@@ -104,7 +104,10 @@ class Distiller(nn.Module):
         hidden_weight: :math:`a_2`.
         attention_weight: :math:`a_3`.
         kl_weight: :math:`a_1`; at 0 the teacher's logits are not computed.
-        attention_target: ``"scores"`` (before softmax) or ``"probs"``.
+        attention_loss: ``"scores"`` (mean squared error before the softmax), ``"probs"`` (after
+            it), ``"kl"`` (divergence), of the mean over heads; ``"scores-each"``,
+            ``"probs-each"``, ``"kl-each"``: of each head.
+        hidden_loss: ``"mse"``, ``"normalized-mse"``, ``"cosine"`` or ``"smooth-l1"``.
         hidden_scale: ``"none"``, or ``"variance"`` to divide each layer's hidden loss by the
             variance of the teacher's states around their mean over the batch's tokens, so that it
             is the share of variance not yet explained.
@@ -137,7 +140,8 @@ class Distiller(nn.Module):
         hidden_weight: float = 1.0,
         attention_weight: float = 1e-2,
         kl_weight: float = 0.0,
-        attention_target: str = "scores",
+        attention_loss: str = "scores",
+        hidden_loss: str = "mse",
         hidden_scale: str = "none",
         reduction: str = "sum",
         cross_attention: bool = False,
@@ -154,13 +158,19 @@ class Distiller(nn.Module):
                     f"{list(student.layer_counts)}, the teacher {list(teacher.layer_counts)}"
                 )
         for option, value, allowed in (
-            ("attention_target", attention_target, ("scores", "probs")),
+            ("attention_loss", attention_loss, tuple(ATTENTION_LOSSES)),
+            ("hidden_loss", hidden_loss, tuple(HIDDEN_LOSSES)),
             ("hidden_scale", hidden_scale, ("none", "variance")),
             ("reduction", reduction, ("sum", "mean")),
             ("projections", projections, ("all", "needed")),
         ):
             if value not in allowed:
                 raise ValueError(f"{option} must be one of {allowed}, got {value!r}")
+        if hidden_scale != "none" and hidden_loss != "mse":
+            raise ValueError(
+                f"hidden_scale={hidden_scale!r} is a share of the mean squared error, got "
+                f"hidden_loss={hidden_loss!r}: leave one of them out"
+            )
         for option, weight in (
             ("hidden_weight", hidden_weight),
             ("attention_weight", attention_weight),
@@ -180,7 +190,8 @@ class Distiller(nn.Module):
         self.hidden_weight = hidden_weight
         self.attention_weight = attention_weight
         self.kl_weight = kl_weight
-        self.attention_target = attention_target
+        self.attention_loss = attention_loss
+        self.hidden_loss = hidden_loss
         self.hidden_scale = hidden_scale
         self.reduction = reduction
         self.cross_attention = cross_attention
@@ -415,7 +426,7 @@ class Distiller(nn.Module):
 
     def _records(self, batch: Batch, arm: Arm, *, teacher_logits: bool) -> _Records:
         """What both models say of a batch, the teacher only as far as it is needed."""
-        lse = self.attention_target == "probs"
+        lse = self._softmax
         # the student's request is always the whole one, so that no arm means another graph
         everything = {n: [p.student for p in self.pairs[n]] for n in self.modules_matched}
         student = self.student(batch, taps=everything, lse=lse)
@@ -466,12 +477,17 @@ class Distiller(nn.Module):
         total = total + self.attention_weight * self._reduce(attention)
         return LayerLosses(total, hidden, attention, pairs)
 
+    @property
+    def _softmax(self) -> bool:
+        """Whether maps are compared after it, so that a log-sum-exp is of use."""
+        return not self.attention_loss.startswith("scores")
+
     def _reduce(self, layers: Tensor) -> Tensor:
         return layers.sum() if self.reduction == "sum" else layers.mean()
 
     def _hidden(self, pairs: Sequence[LayerPair], layers: Sequence[Matched]) -> Tensor:
         projections = [self._projection(pair) for pair in pairs]
-        losses = hidden_mse(
+        losses = HIDDEN_LOSSES[self.hidden_loss](
             [s.hidden for s, _ in layers],
             [t.hidden for _, t in layers],
             projections,
@@ -520,19 +536,17 @@ class Distiller(nn.Module):
             rows += own
             owners += [i] * (len(rows) - len(owners))
         student, teacher = ([row[i] for row in rows] for i in range(2))
-        probs = self.attention_target == "probs"
-        losses = attention_mse(
+        losses = ATTENTION_LOSSES[self.attention_loss](
             [a.q for a in student],
             [a.k for a in student],
             [a.q for a in teacher],
             [a.k for a in teacher],
-            target=self.attention_target,
             causal=[a.causal for a in student],
             window=[a.window for a in student],
             query_mask=[a.query_mask for a in student],
             key_mask=[a.key_mask for a in student],
-            student_lse=[a.lse for a in student] if probs else None,
-            teacher_lse=[a.lse for a in teacher] if probs else None,
+            student_lse=[a.lse for a in student] if self._softmax else None,
+            teacher_lse=[a.lse for a in teacher] if self._softmax else None,
             student_scale=[a.scale for a in student],
             teacher_scale=[a.scale for a in teacher],
             backend=self.backend,

@@ -1,6 +1,6 @@
 """The backends of the losses: what each computes forward and backward, and when it may be taken.
 
-A backend is an entry in ``HIDDEN_MSE`` or ``ATTENTION_MSE``; the operators of ``ops.py`` hand it
+A backend is an entry in ``HIDDEN`` or ``ATTENTION``; the operators of ``ops.py`` hand it
 all layers of a call at once. ``auto`` is decided in ``resolve`` alone.
 """
 
@@ -20,12 +20,14 @@ NAMES = ("auto", "triton", "blockwise", "reference")
 
 
 class HiddenInputs(NamedTuple):
-    """What ``hidden_mse`` is computed from, every field with an entry a layer."""
+    """What losses of hidden states are computed from; lists have an entry a layer."""
 
     student: list[Tensor]  # [B, N, d_s]
     teacher: list[Tensor]  # [B, N, d_t]
     weight: list[Tensor]  # [d_s, d_t]
     mask: list[Tensor | None]  # [B, N]
+    measure: str  # of reference.hidden_loss
+    beta: float
     need_student: list[bool]
     need_weight: list[bool]
 
@@ -46,7 +48,7 @@ class HiddenInputs(NamedTuple):
 
 
 class AttentionInputs(NamedTuple):
-    """What ``attention_mse`` is computed from, every field but ``target`` with an entry a layer."""
+    """What losses of attention maps are computed from; lists have an entry a layer."""
 
     student_q: list[Tensor]  # [B, H_s, Nq, d_s]
     student_k: list[Tensor]  # [B, G_s, Nk, d_s]
@@ -58,7 +60,7 @@ class AttentionInputs(NamedTuple):
     teacher_lse: list[Tensor | None]  # [B, H_t, Nq]
     student_scale: list[float]
     teacher_scale: list[float]
-    target: str
+    target: str  # of reference.attention_loss; "kl-each": kl with a group for each head
     causal: list[bool]
     window: list[int]  # 0: none
     need_q: list[bool]
@@ -80,7 +82,40 @@ class AttentionInputs(NamedTuple):
         return [*self.student_q, *self.student_k, *self.teacher_q, *self.teacher_k]
 
 
-Inputs = Any  # HiddenInputs or AttentionInputs, whichever loss the backend is of
+class IndexerInputs(NamedTuple):
+    """What ``indexer_kl`` is computed from; lists have an entry a layer."""
+
+    q: list[Tensor]  # [B, H, Nq, d]
+    k: list[Tensor]  # [B, Nk, d]
+    weight: list[Tensor]  # [B, H, Nq]
+    teacher_q: list[Tensor]  # [B, H_t, Nq, d_t]
+    teacher_k: list[Tensor]  # [B, G_t, Nk, d_t]
+    query_mask: list[Tensor | None]  # [B, Nq]
+    key_mask: list[Tensor | None]  # [B, Nk]
+    teacher_lse: list[Tensor | None]  # [B, H_t, Nq]
+    teacher_scale: list[float]
+    causal: list[bool]
+    need_q: list[bool]
+    need_k: list[bool]
+    need_weight: list[bool]
+
+    @property
+    def trained(self) -> list[Tensor]:
+        """The inputs that have gradients: the first of every layer, then the second, the third."""
+        return [*self.q, *self.k, *self.weight]
+
+    @property
+    def needed(self) -> list[bool]:
+        """Which of them are wanted."""
+        return [*self.need_q, *self.need_k, *self.need_weight]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that are multiplied."""
+        return [*self.q, *self.k, *self.weight, *self.teacher_q, *self.teacher_k]
+
+
+Inputs = Any  # HiddenInputs, AttentionInputs or IndexerInputs, whichever loss the backend is of
 Gradients = list[Tensor | None]  # of ``trained``; None where none was wanted
 
 
@@ -92,12 +127,14 @@ class Backend(NamedTuple):
     saved_like: Callable[[Inputs], list[Tensor]]
     """Tensors of the shapes, strides and dtypes of what ``forward`` keeps."""
     backward: Callable[[Tensor, list[Tensor], Inputs], Gradients] | None
-    """From upstream gradients [L] and what was kept; it sees no teacher. None: what ``forward``
-    keeps are the unit gradients of ``trained``, to be scaled."""
+    """From upstream gradients [L] and what was kept. None: what ``forward`` keeps are the unit
+    gradients of ``trained``, to be scaled."""
     refusals: Callable[[Inputs], list[str]]
     """Why it cannot serve these inputs; empty if it can."""
     wins: Callable[[Inputs], bool] = lambda inputs: True
     """Whether ``auto`` takes it where it can serve."""
+    only_forward: Callable[[Inputs], set[str]] = lambda inputs: set()
+    """Fields that backward does without, unless it computes again; they are not kept."""
 
 
 def resolve(backends: dict[str, Backend], backend: str, inputs: Inputs) -> Backend:
@@ -137,6 +174,8 @@ def _triton_refusals(backends: dict[str, Backend], inputs: Inputs) -> list[str]:
         reasons.append(f"it needs tensors on a CUDA device, got {device}")
     if not installed:
         reasons.append("triton is not installed")
+    if triton is None:
+        reasons.append("there is no kernel of this loss")
     return reasons
 
 
@@ -146,8 +185,15 @@ def _triton_refusals(backends: dict[str, Backend], inputs: Inputs) -> list[str]:
 def _blockwise_hidden(x: HiddenInputs) -> tuple[Tensor, list[Tensor]]:
     dtype = accumulator(*x.tensors)
     layers = [
-        blockwise.hidden_mse(s, t, w, m, need_student=ns, need_weight=nw, dtype=dtype)
-        for s, t, w, m, ns, nw in zip(*x, strict=True)
+        blockwise.hidden_loss(
+            *layer,
+            measure=x.measure,
+            beta=x.beta,
+            need_student=x.need_student[i],
+            need_weight=x.need_weight[i],
+            dtype=dtype,
+        )
+        for i, layer in enumerate(zip(*x[:4], strict=True))
     ]
     return _unit_gradients(x, layers)
 
@@ -155,7 +201,7 @@ def _blockwise_hidden(x: HiddenInputs) -> tuple[Tensor, list[Tensor]]:
 def _blockwise_attention(x: AttentionInputs) -> tuple[Tensor, list[Tensor]]:
     dtype = accumulator(*x.tensors)
     layers = [
-        blockwise.attention_mse(
+        blockwise.attention_loss(
             *layer,
             target=x.target,
             student_scale=x.student_scale[i],
@@ -171,9 +217,26 @@ def _blockwise_attention(x: AttentionInputs) -> tuple[Tensor, list[Tensor]]:
     return _unit_gradients(x, layers)
 
 
+def _blockwise_indexer(x: IndexerInputs) -> tuple[Tensor, list[Tensor]]:
+    dtype = accumulator(*x.tensors)
+    layers = [
+        blockwise.indexer_kl(
+            *layer,
+            teacher_scale=x.teacher_scale[i],
+            causal=x.causal[i],
+            need_q=x.need_q[i],
+            need_k=x.need_k[i],
+            need_weight=x.need_weight[i],
+            dtype=dtype,
+        )
+        for i, layer in enumerate(zip(*x[:8], strict=True))
+    ]
+    return _unit_gradients(x, layers)
+
+
 def _unit_gradients(x: Inputs, layers: list[blockwise.Gradients]) -> tuple[Tensor, list[Tensor]]:
     losses = torch.stack([layer.loss for layer in layers])
-    unit = [layer.first for layer in layers] + [layer.second for layer in layers]
+    unit = [gradient for kind in zip(*(x.of for x in layers), strict=True) for gradient in kind]
     return losses, filled(unit, x)
 
 
@@ -244,7 +307,7 @@ def _laid_out(gradient: Tensor | None, like: Tensor) -> Tensor | None:
 
 
 def _scales_like(x: Inputs) -> Tensor:
-    scales: Tensor = x.tensors[0].new_empty(len(x.trained) // 2, dtype=accumulator(*x.tensors))
+    scales: Tensor = x.tensors[0].new_empty(len(x[0]), dtype=accumulator(*x.tensors))
     return scales
 
 
@@ -252,6 +315,8 @@ def _hidden_refusals(x: HiddenInputs) -> list[str]:
     from optima_fast.kernels import hidden_mse as kernel
 
     reasons: list[str] = kernel.not_served(x.student, x.teacher, x.weight)
+    if x.measure != "mse":
+        reasons.append(f"it computes the mean squared error only, got {x.measure}")
     return reasons
 
 
@@ -268,17 +333,40 @@ def _triton_attention(x: AttentionInputs) -> tuple[Tensor, list[Tensor]]:
 
         losses, residuals, scales = scores.attention_scores_forward(*x[:6], **settings)
         return losses, [*residuals, scales] if residuals else []
+    if x.target == "kl-each":
+        from optima_fast.kernels import attention_kl as kl
+
+        wanted = settings.pop("need_residual")
+        losses, *lses_of, scales = kl.attention_kl_forward(*x[:8], **settings)
+        kept = _kept(x, *lses_of)
+        return losses, [*kept, scales] if wanted else []
     from optima_fast.kernels import attention_probs as probs
 
-    losses, residuals, lses, scales = probs.attention_probs_forward(*x[:8], **settings)
-    if not residuals:
-        return losses, []
-    # one that was given is an input, which an operator does not return
-    kept = [
-        lse if given is None else like
-        for lse, given, like in zip(lses, x.student_lse, _lses_like(x), strict=True)
+    losses, residuals, lses, scales = probs.attention_probs_forward(
+        *x[:8], **settings, divergence=x.target == "kl"
+    )
+    return losses, [*residuals, *_kept(x, lses), scales] if residuals else []
+
+
+def _kept(x: AttentionInputs, *lses_of: list[Tensor]) -> list[Tensor]:
+    """The students' log-sum-exps, then the teachers'; one that was given is an input, which an
+    operator does not return."""
+    return [
+        like if given is not None else lse
+        for lses, givens in zip(lses_of, (x.student_lse, x.teacher_lse), strict=False)
+        for lse, given, like in zip(lses, givens, _lses_like(x, givens), strict=True)
     ]
-    return losses, [*residuals, *kept, scales]
+
+
+def _restored(x: AttentionInputs, kept: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """What ``_kept`` was made of."""
+    from optima_fast.kernels.attention_tiles import in_powers_of_two
+
+    givens = [*x.student_lse, *x.teacher_lse][: len(kept)]
+    return [
+        lse if given is None else in_powers_of_two(given, dtype)
+        for lse, given in zip(kept, givens, strict=True)
+    ]
 
 
 def _triton_attention_saved(x: AttentionInputs) -> list[Tensor]:
@@ -288,20 +376,28 @@ def _triton_attention_saved(x: AttentionInputs) -> list[Tensor]:
         from optima_fast.kernels import attention_scores as scores
 
         return [*(scores.empty_residual(q, k) for q, k in pairs), scales]
+    if x.target == "kl-each":
+        return [*_lses_like(x, x.student_lse), *_lses_like(x, x.teacher_lse), scales]
     from optima_fast.kernels import attention_probs as probs
 
     residuals = [
-        q.new_empty(q.shape[0], q.shape[2], probs.residual_width(k.shape[2])) for q, k in pairs
+        q.new_empty(
+            q.shape[0],
+            q.shape[2],
+            probs.residual_width(k.shape[2]),
+            dtype=probs.residual_dtype(q.dtype, x.target == "kl"),
+        )
+        for q, k in pairs
     ]
-    return [*residuals, *_lses_like(x), scales]
+    return [*residuals, *_lses_like(x, x.student_lse), scales]
 
 
-def _lses_like(x: AttentionInputs) -> list[Tensor]:
+def _lses_like(x: AttentionInputs, givens: list[Tensor | None]) -> list[Tensor]:
     """Room for each layer's log-sum-exp; none where it was given."""
     dtype = accumulator(*x.tensors)
     shapes = [
         q.shape[:3] if given is None else (*q.shape[:2], 0)
-        for q, given in zip(x.student_q, x.student_lse, strict=True)
+        for q, given in zip(x.student_q, givens, strict=True)
     ]
     return [x.student_q[0].new_empty(shape, dtype=dtype) for shape in shapes]
 
@@ -321,13 +417,19 @@ def _triton_attention_backward(grad: Tensor, saved: list[Tensor], x: AttentionIn
         *residuals, scale = saved
         first, second = scores.attention_scores_backward(*inputs, residuals, scale, **settings)
         return [*first, *second]
+    layers, scale = len(x.student_q), saved[-1]
+    if x.target == "kl-each":
+        from optima_fast.kernels import attention_kl as kl
+
+        lses = _restored(x, saved[:-1], scale.dtype)
+        first, second = kl.attention_kl_backward(
+            grad, *x[:6], lses[:layers], lses[layers:], scale,
+            teacher_scale=x.teacher_scale, **settings,
+        )  # fmt: skip
+        return [*first, *second]
     from optima_fast.kernels import attention_probs as probs
 
-    layers, scale = len(x.student_q), saved[-1]
-    lses = [
-        lse if given is None else probs.in_powers_of_two(given, scale.dtype)
-        for lse, given in zip(saved[layers:-1], x.student_lse, strict=True)
-    ]
+    lses = _restored(x, saved[layers:-1], scale.dtype)
     first, second = probs.attention_probs_backward(*inputs, saved[:layers], lses, scale, **settings)
     return [*first, *second]
 
@@ -347,11 +449,16 @@ def _on_tensor_cores(x: Inputs) -> bool:
 
 
 def _attention_wins(x: AttentionInputs) -> bool:
-    """``probs`` is bound by exponentials and by the maps that others write, in any dtype."""
-    return x.target == "probs" or _on_tensor_cores(x)
+    """A softmax is bound by exponentials and by the maps that others write, in any dtype."""
+    return x.target != "scores" or _on_tensor_cores(x)
 
 
-HIDDEN_MSE = {
+def _teacher(x: AttentionInputs) -> set[str]:
+    """What the residual stands for."""
+    return set() if x.target == "kl-each" else {"teacher_q", "teacher_k", "teacher_lse"}
+
+
+HIDDEN = {
     "blockwise": Backend(_blockwise_hidden, _unit_like, None, lambda x: []),
     "triton": Backend(
         _triton_hidden,
@@ -359,9 +466,10 @@ HIDDEN_MSE = {
         _triton_hidden_backward,
         _hidden_refusals,
         _on_tensor_cores,
+        lambda x: {"teacher"},
     ),
 }
-ATTENTION_MSE = {
+ATTENTION = {
     "blockwise": Backend(_blockwise_attention, _unit_like, None, lambda x: []),
     "triton": Backend(
         _triton_attention,
@@ -369,5 +477,7 @@ ATTENTION_MSE = {
         _triton_attention_backward,
         _attention_refusals,
         _attention_wins,
+        _teacher,
     ),
 }
+INDEXER = {"blockwise": Backend(_blockwise_indexer, _unit_like, None, lambda x: [])}

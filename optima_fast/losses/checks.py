@@ -164,6 +164,15 @@ def matching_maps(
         raise ValueError(f"{name} needs Nq = Nk, got Nq = {student[1]} and Nk = {student[2]}")
 
 
+def indexer_shapes(q: Tensor, k: Tensor, weight: Tensor) -> None:
+    fit = q.ndim == 4 and k.ndim == weight.ndim == 3 and q.shape[:3] == weight.shape
+    if not (fit and q.shape[0] == k.shape[0] and q.shape[3] == k.shape[2]):
+        raise ValueError(
+            "indexer_q, indexer_k and indexer_weight must be [B, H, Nq, d], [B, Nk, d] and "
+            f"[B, H, Nq], got {_shape(q)}, {_shape(k)} and {_shape(weight)}"
+        )
+
+
 def normalisers(
     name: str,
     value: Tensor | Sequence[Tensor | None] | None,
@@ -173,7 +182,7 @@ def normalisers(
     """Log-sum-exp [B, H, Nq] a layer, each or none; only a softmax has one."""
     if value is None:
         return [None] * len(queries)
-    if target != "probs":
+    if target == "scores":
         raise ValueError(f"{name} is of use with target='probs' only, got target={target!r}")
     layers = listed(value)
     if len(layers) != len(queries):
@@ -210,10 +219,53 @@ def windows(value: Any, layers: int) -> list[int]:
     return [x or 0 for x in values]
 
 
+def positive(name: str, value: Any) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be finite and above 0, got {value}")
+    return float(value)
+
+
+def groups(
+    value: Any,
+    student_q: Sequence[Tensor],
+    student_k: Sequence[Tensor],
+    teacher_q: Sequence[Tensor],
+    teacher_k: Sequence[Tensor],
+) -> list[int]:
+    """In how many groups of neighbouring heads each layer's maps are averaged."""
+    number = isinstance(value, int) and not isinstance(value, bool)
+    if not number and value not in ("mean", "each"):
+        raise ValueError(f"heads must be 'mean', 'each' or a number of groups, got {value!r}")
+    if number and value < 1:
+        raise ValueError(f"heads must be at least one group, got {value}")
+    result = []
+    for q, k, t_q, t_k in zip(student_q, student_k, teacher_q, teacher_k, strict=True):
+        n = value if number else 1 if value == "mean" else q.shape[1]
+        if q.shape[1] % n or t_q.shape[1] % n:
+            raise ValueError(
+                f"heads={value!r} makes {n} groups, which must divide the heads of both models, "
+                f"got {q.shape[1]} of the student and {t_q.shape[1]} of the teacher; "
+                "heads='mean' compares any numbers"
+            )
+        for name, x in (("student_k", k), ("teacher_k", t_k)):
+            if x.shape[1] % n and n % x.shape[1]:
+                raise ValueError(
+                    f"heads={value!r} makes {n} groups, which must divide the heads of {name} or "
+                    f"be a multiple of them, got {x.shape[1]}; repeat the keys' heads"
+                )
+        result.append(n)
+    return result
+
+
 def scales(
-    name: str, value: float | Sequence[float | None] | None, queries: Sequence[Tensor]
+    name: str,
+    value: float | Sequence[float | None] | None,
+    queries: Sequence[Tensor],
+    temperature: float = 1.0,
 ) -> list[float]:
-    """The factor of Q K^T a layer; by default 1 / sqrt(d)."""
+    """The factor of Q K^T a layer, by default 1 / sqrt(d), over the temperature."""
     result = []
     for x, q in zip(per_layer(name, value, len(queries)), queries, strict=True):
         if x is None:
@@ -222,5 +274,5 @@ def scales(
             raise TypeError(f"{name} must be a float, got {type(x).__name__}")
         elif not math.isfinite(x):
             raise ValueError(f"{name} must be finite, got {x}")
-        result.append(float(x))
+        result.append(float(x) / temperature)
     return result

@@ -1,6 +1,6 @@
 """The losses as PyTorch operators: one call for all layers, whatever their shapes.
 
-``optima_fast::hidden_mse`` and ``optima_fast::attention_mse`` return the losses [L], a marker and
+``optima_fast::hidden_loss`` and ``optima_fast::attention_loss`` return the losses [L], a marker and
 what the backend keeps for backward: unit gradients (blockwise, which computes them while a block is
 in cache) or residuals (Triton), which ``..._backward`` takes together with the upstream gradient.
 With ``recompute`` nothing is kept but the inputs, and backward goes through forward again, layer by
@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from optima_fast.losses.backends import (
-    ATTENTION_MSE,
-    HIDDEN_MSE,
+    ATTENTION,
+    HIDDEN,
+    INDEXER,
     AttentionInputs,
     Backend,
     Gradients,
     HiddenInputs,
+    IndexerInputs,
     Inputs,
     filled,
     resolve,
@@ -35,8 +37,7 @@ def _operator(
     kind: type[Inputs],
     backends: dict[str, Backend],
     *,
-    trained: tuple[str, str],
-    only_forward: set[str],
+    trained: tuple[str, ...],
 ) -> Any:
     """Register ``optima_fast::{name}`` and its backward.
 
@@ -46,7 +47,6 @@ def _operator(
         kind: what they are gathered in.
         backends: of the loss, by name.
         trained: fields that have gradients.
-        only_forward: fields that backward does without, unless it computes again.
     """
 
     def unpacked(arguments: tuple[Any, ...]) -> tuple[Inputs, Backend, bool]:
@@ -63,9 +63,7 @@ def _operator(
 
     def forward_like(*arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
         inputs, backend, recompute = unpacked(arguments)
-        losses = inputs.tensors[0].new_empty(
-            len(inputs.trained) // 2, dtype=accumulator(*inputs.tensors)
-        )
+        losses = inputs.tensors[0].new_empty(len(inputs[0]), dtype=accumulator(*inputs.tensors))
         kept = any(inputs.needed) and not recompute
         return losses, losses.new_empty(0), backend.saved_like(inputs) if kept else []
 
@@ -123,7 +121,7 @@ def _operator(
         if ctx.scales:
             ctx.dtypes = [x.dtype for x in gathered.trained]
         else:
-            dropped = set() if recompute else only_forward
+            dropped = set() if recompute else backend.only_forward(gathered)
             named = zip(kind._fields, gathered, strict=True)
             fields = [[] if field in dropped else value for field, value in named]
             fields += inputs[len(fields) :]
@@ -168,19 +166,24 @@ def _restored(values: list[Any], tensors: Iterator[Tensor]) -> Iterator[Any]:
         yield next(tensors) if value is _SAVED else value
 
 
+def needed(tensors: list[Tensor]) -> list[bool]:
+    """Which gradients a call will be asked for."""
+    return [torch.is_grad_enabled() and x.requires_grad for x in tensors]
+
+
 def _without_autocast(inputs: Inputs) -> torch.autocast:
     return torch.autocast(inputs.tensors[0].device.type, enabled=False)
 
 
 def _unwanted(inputs: Inputs) -> Inputs:
     """The same without any gradient wanted."""
-    none = [False] * (len(inputs.needed) // 2)
-    return type(inputs)(*inputs[:-2], none, none)
+    needs = [field for field in inputs._fields if field.startswith("need_")]
+    return inputs._replace(**{field: [False] * len(inputs[0]) for field in needs})
 
 
 def _layers(inputs: Inputs) -> Iterator[Inputs]:
     """Each layer as inputs of its own."""
-    for i in range(len(inputs.trained) // 2):
+    for i in range(len(inputs[0])):
         yield type(inputs)(*(x[i : i + 1] if isinstance(x, list) else x for x in inputs))
 
 
@@ -223,23 +226,30 @@ class _Scaled(torch.autograd.Function):
     backward = staticmethod(_refuse)
 
 
-hidden_mse = _operator(
-    "hidden_mse",
-    "Tensor[] student, Tensor[] teacher, Tensor[] weight, Tensor?[] mask,"
+hidden_loss = _operator(
+    "hidden_loss",
+    "Tensor[] student, Tensor[] teacher, Tensor[] weight, Tensor?[] mask, str measure, float beta,"
     " bool[] need_student, bool[] need_weight",
     HiddenInputs,
-    HIDDEN_MSE,
+    HIDDEN,
     trained=("student", "weight"),
-    only_forward={"teacher"},
 )
-attention_mse = _operator(
-    "attention_mse",
+attention_loss = _operator(
+    "attention_loss",
     "Tensor[] student_q, Tensor[] student_k, Tensor[] teacher_q, Tensor[] teacher_k,"
     " Tensor?[] query_mask, Tensor?[] key_mask, Tensor?[] student_lse, Tensor?[] teacher_lse,"
     " float[] student_scale, float[] teacher_scale, str target, bool[] causal,"
     " int[] window, bool[] need_q, bool[] need_k",
     AttentionInputs,
-    ATTENTION_MSE,
+    ATTENTION,
     trained=("student_q", "student_k"),
-    only_forward={"teacher_q", "teacher_k", "teacher_lse"},
+)
+indexer_kl = _operator(
+    "indexer_kl",
+    "Tensor[] q, Tensor[] k, Tensor[] weight, Tensor[] teacher_q, Tensor[] teacher_k,"
+    " Tensor?[] query_mask, Tensor?[] key_mask, Tensor?[] teacher_lse, float[] teacher_scale,"
+    " bool[] causal, bool[] need_q, bool[] need_k, bool[] need_weight",
+    IndexerInputs,
+    INDEXER,
+    trained=("q", "k", "weight"),
 )

@@ -149,7 +149,7 @@ def _normalisation(options: Mapping[str, Any]) -> tuple[Any, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     if isinstance(value, dict) and "model_cfg" not in value:

@@ -49,12 +49,12 @@ class RandAugment:
 
     @classmethod
     def parse(cls, text: str, seed: int = 0) -> "RandAugment | None":
-        """ "none", or "LAYERS,MAGNITUDE" such as "1,10".
+        """ "none" or "off", or "LAYERS,MAGNITUDE" such as "1,10".
 
         Raises:
             UserError: Neither, or a value out of range.
         """
-        if text == "none":
+        if text in ("none", "off"):
             return None
         try:
             layers, magnitude = text.split(",")

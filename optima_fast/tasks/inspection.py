@@ -150,8 +150,10 @@ def lines(report: Report) -> Iterator[str]:
     yield from (f"problem: {problem}" for problem in report.problems)
     if report.problems:
         yield "a run cannot start"
-    elif any(part.absent or _short(part) for part in report.parts):
+    elif report.downloads or any(part.absent for part in report.parts):
         yield "a run can start, on the part that is there"
+    elif any(part.size and part.examples < part.size.examples for part in report.parts):
+        yield "a run can start: complete, smaller than the official set"
     else:
         yield "a run can start"
 
@@ -186,12 +188,11 @@ def _spread(images: Sequence[ImageFile], number: int) -> list[ImageFile]:
     return [images[i * len(images) // number] for i in range(number)]
 
 
-def _short(part: Part) -> bool:
-    return part.size is not None and part.examples < part.size.examples
-
-
 def _missing(task: str, root: Path, parts: list[Part]) -> Iterator[Download]:
-    """The downloads that complete the splits a run needs, and those that are there in part."""
+    """The downloads of splits that a run needs and that are not there, and of absent images.
+
+    Annotations that could be read are whole: fewer than the official ones are somebody's choice.
+    """
     read = {part.name: part for part in parts}
     source = task
     if shards.is_shards(str(root)) or (task == "coco" and not parts and any(root.glob("*.tar"))):
@@ -209,13 +210,11 @@ def _missing(task: str, root: Path, parts: list[Part]) -> Iterator[Download]:
             if part is None:
                 wanted = name in needed.get(source, folders.SPLITS)
                 lacking = wanted and not (download.folder and (root / download.folder).is_dir())
-            elif download.folder:
+            else:
                 folder = Path(download.folder).name
-                lacking = any(
+                lacking = bool(download.folder) and any(
                     task != "coco" or image.parent.name == folder for image in part.absent
                 )
-            else:
-                lacking = _short(part)
             if lacking:
                 yield download
                 break

@@ -1,4 +1,7 @@
-"""JSON files and files of JSON lines, each entry checked and named in messages."""
+"""JSON files and files of JSON lines, each entry checked and named in messages.
+
+A byte order mark, which editors on Windows write, is no part of a text here or elsewhere.
+"""
 
 import contextlib
 import json
@@ -35,7 +38,7 @@ def document(path: Path, shrink: Callable[[Entry], Any] | None = None) -> Any:
         UserError: No such file, not UTF-8, not JSON.
     """
     with _reading(path):
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     try:
         return json.loads(text, object_hook=shrink)
     except json.JSONDecodeError as error:
@@ -61,7 +64,7 @@ def lines(path: Path) -> Iterator[tuple[Entry, str]]:
     Raises:
         UserError: No such file, or a line that is not a JSON object.
     """
-    with _reading(path), path.open(encoding="utf-8") as file:
+    with _reading(path), path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             where = f"{path}, line {number}"
             if line.strip():

@@ -151,7 +151,7 @@ def _samples(file: Path, tar: tarfile.TarFile) -> Iterator[Sample]:
 
 def _captions(content: bytes, kind: str, where: str) -> list[str]:
     try:
-        text = content.decode()
+        text = content.decode("utf-8-sig")
         entry: Any = json.loads(text) if kind == "json" else {"captions": text.splitlines()}
     except ValueError as error:
         raise UserError(f"{where} cannot be read: {error}") from error

@@ -15,6 +15,7 @@ from optima_fast.distill import arm_space, parse_arm, parse_reward
 from optima_fast.distill.arms import ARM_SPACES
 from optima_fast.distill.reward import HEADROOM
 from optima_fast.errors import UserError
+from optima_fast.losses import ATTENTION_LOSSES, HIDDEN_LOSSES
 from optima_fast.models import MODULES, presets
 from optima_fast.tasks import tokenizers
 from optima_fast.tasks.augment import RandAugment
@@ -114,8 +115,8 @@ class TrainConfig:
     train_images: int | None = _field(None, "digits: training canvases; a tenth more to test on")
     augment: str | None = _field(
         None,
-        "RandAugment of training images: none, or LAYERS,MAGNITUDE; default 1,10 for folders of "
-        "vqa and snli_ve, else none",
+        "RandAugment of training images: none (or off), or LAYERS,MAGNITUDE; default 1,10 for "
+        "folders of vqa and snli_ve, else none",
     )
     image_errors: str = _field(
         "fail", "at an image that cannot be read: fail, or skip what shows it", ("fail", "skip")
@@ -129,7 +130,10 @@ class TrainConfig:
     hidden_weight: float = _field(1.0, "a2, weight of the hidden-state losses")
     attention_weight: float = _field(1e-2, "a3, weight of the attention losses")
     kl_weight: float | None = _field(None, "a1, weight of the KL term; default 1 for kd, else 0")
-    attention_target: str = _field("scores", "what attention losses compare", ("scores", "probs"))
+    attention_loss: str = _field(
+        "scores", "of attention maps: of the mean over heads, or of each", tuple(ATTENTION_LOSSES)
+    )
+    hidden_loss: str = _field("mse", "of hidden states", tuple(HIDDEN_LOSSES))
     hidden_scale: str = _field(
         "none", "divide hidden losses by the teacher's", ("none", "variance")
     )
@@ -194,7 +198,7 @@ class TrainConfig:
             )
         if self.data == "digits":
             self._check_digits()
-        if self.augment not in (None, "none"):
+        if self.augment is not None:
             RandAugment.parse(self.augment)
         if self.tokenizer is not None:
             tokenizers.check(self.tokenizer)
@@ -244,10 +248,10 @@ class TrainConfig:
 
     def _check_digits(self) -> None:
         """Refuse settings that the built-in data would ignore."""
-        usual = {"augment": "none", "tokenizer": "words", "image_size": None}
+        usual = {"augment": ("none", "off"), "tokenizer": ("words",), "image_size": ()}
         for name, own in usual.items():
             value = getattr(self, name)
-            if value not in (None, own):
+            if value is not None and value not in own:
                 raise UserError(
                     f"{flag(name)} {value} is for a data folder, not for the digits: leave it "
                     "out, or give --data FOLDER"
@@ -266,6 +270,11 @@ class TrainConfig:
         for name in ("dropout", "cell_stage"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise UserError(f"{flag(name)} must be in [0, 1), got {getattr(self, name)}")
+        if self.hidden_scale != "none" and self.hidden_loss != "mse":
+            raise UserError(
+                f"--hidden-scale {self.hidden_scale} is for --hidden-loss mse, got "
+                f"{self.hidden_loss}: leave one of them out"
+            )
         if self.steps is not None and (self.warmup_steps or 0) >= self.steps:
             raise UserError(
                 f"--warmup-steps {self.warmup_steps} must be below --steps {self.steps}"

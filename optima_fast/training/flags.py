@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import re
+import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,7 @@ def parse(argv: Sequence[str] | None, *, prog: str, description: str) -> dict[st
             default=argparse.SUPPRESS,
             help=field.metadata["help"] + default_text(field),
         )
+    argv = [spelling.modern_flag(text) for text in (sys.argv[1:] if argv is None else argv)]
     known, rest = parser.parse_known_args(argv)
     if rest:
         names = [flag(f.name) for f in dataclasses.fields(TrainConfig)] + ["--config", "--help"]
@@ -59,26 +63,59 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The settings in a YAML file, checked by name and type.
 
     Raises:
-        UserError: no such file, not a mapping, an unknown key, a value of the wrong type.
+        UserError: no such file, not a mapping, an unknown or repeated key, a value of the wrong
+            type.
     """
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        root = yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=_Texts)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if loaded is None:
-        loaded = {}
-    if not isinstance(loaded, Mapping):
-        raise UserError(f"{path} must hold 'key: value' lines, got a {type(loaded).__name__}")
+    if root is None or root.tag == _NULL:
+        return {}
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError(f"{path} must hold 'key: value' lines, got {_text(root)}")
     names = [f.name for f in dataclasses.fields(TrainConfig)]
-    values = {}
-    for key, value in loaded.items():
-        name = str(key).replace("-", "_")
+    values: dict[str, Any] = {}
+    lines: dict[str, int] = {}
+    for key_node, node in root.value:
+        key, line = str(_text(key_node)), key_node.start_mark.line + 1
+        name = spelling.modern_name(key.replace("-", "_"))
         if name not in names:
-            raise UserError(no_choice(f"{path}: key", str(key), names, list_all=False))
-        values[name] = _convert(f"{path}: {key}", name, value)
+            raise UserError(no_choice(f"{path}: key", key, names, list_all=False))
+        if name in lines:
+            raise UserError(
+                f"{path}: {key} is in line {lines[name]} and again in line {line}: keep one"
+            )
+        if not isinstance(node, yaml.ScalarNode):
+            raise UserError(f"{path}: {key} must be one value, got {_text(node)}")
+        lines[name] = line
+        values[name] = _convert(f"{path}: {key}", name, _text(node))
     return values
+
+
+_NULL = "tag:yaml.org,2002:null"
+
+
+class _Texts(yaml.SafeLoader):
+    """YAML whose plain scalars are texts, or the nulls of YAML 1.2.
+
+    What a text means is up to the type of its setting, as on the command line. PyYAML's own rules
+    are those of YAML 1.1, where ``off`` is a boolean, ``010`` is 8 and ``1e-3`` is a text.
+    """
+
+    yaml_implicit_resolvers: Any = {}  # noqa: RUF012 (as the base class declares it)
+
+
+_Texts.add_implicit_resolver(_NULL, re.compile("(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+
+
+def _text(node: yaml.Node) -> str | None:
+    """What a scalar says, ``None`` for null; of anything else, what it is."""
+    if isinstance(node, yaml.ScalarNode):
+        return None if node.tag == _NULL else str(node.value)
+    return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
 
 
 def to_yaml(config: TrainConfig) -> str:
@@ -86,26 +123,35 @@ def to_yaml(config: TrainConfig) -> str:
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
-def _convert(where: str, name: str, value: Any) -> Any:
+def _convert(where: str, name: str, value: str | None) -> Any:
     """``value`` in the type of the field ``name``."""
     kinds = _kinds(name)
-    if value is None or value == "":
+    if not value:
         if types.NoneType in kinds:
             return None
         raise UserError(f"{where} must not be empty")
     kind = next(k for k in kinds if k is not types.NoneType)
     if kind is bool:
-        text = str(value).lower()
-        if text in ("true", "false"):
-            return text == "true"
-    elif not isinstance(value, (bool, Mapping, list)):
-        try:
-            # YAML reads 1e-3 as a string and 1 as an int where a float is meant
-            if kind is not int or float(value) == int(float(value)):
-                return kind(value) if kind is not int else int(float(value))
-        except (ValueError, OverflowError):
-            pass
+        if value.lower() in ("true", "false"):
+            return value.lower() == "true"
+    else:
+        with contextlib.suppress(ValueError, OverflowError):
+            return _whole(value) if kind is int else kind(value)
     raise UserError(f"{where} must be {_KIND_NAMES[kind]}, got {value!r}")
+
+
+def _whole(text: str) -> int:
+    """``010`` is 10, ``1e3`` is 1000, ``0x10`` is 16.
+
+    Raises:
+        ValueError: it is no whole number.
+    """
+    for base in (10, 0):
+        with contextlib.suppress(ValueError):
+            return int(text, base)
+    if not float(text).is_integer():
+        raise ValueError(text)
+    return int(float(text))
 
 
 _KIND_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

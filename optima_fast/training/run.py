@@ -183,7 +183,7 @@ class Run:
             UserError: there is none, or a line is not JSON.
         """
         try:
-            text = self.metrics_path.read_text(encoding="utf-8")
+            text = self.metrics_path.read_text(encoding="utf-8-sig")
         except OSError as error:
             raise UserError(f"cannot read {self.metrics_path}: {error.strerror}") from error
         lines = []

@@ -1,7 +1,8 @@
-"""The choice of modules as it was spelled before, in commands, files of settings and run folders.
+"""Settings as they were spelled before, in commands, files of settings and run folders.
 
-``--method optima`` meant ``--policy greedy`` on ``--reward headroom`` unless a policy or a reward
-was given, and was the default; the published bandit and its reward were both called ``paper``.
+``attention_target`` is ``attention_loss`` now. ``--method optima`` meant ``--policy greedy`` on
+``--reward headroom`` unless a policy or a reward was given, and was the default; the published
+bandit and its reward were both called ``paper``.
 """
 
 from __future__ import annotations
@@ -17,8 +18,23 @@ from optima_fast.training.config import CHOICES, OF_A_CHOICE, unusual
 _CHOICE = ("method", "policy", "reward")
 
 
+def modern_name(name: str) -> str:
+    """What a setting is called now."""
+    return {"attention_target": "attention_loss"}.get(name, name)
+
+
+def modern_flag(text: str) -> str:
+    """An argument of a command as it is spelled now; an old spelling is said."""
+    name, equals, value = text.partition("=")
+    if name != "--attention-target":
+        return text
+    old_spelling(name, "--attention-loss")
+    return f"--attention-loss{equals}{value}"
+
+
 def modern(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The same settings as they are spelled now; those that are spelled so already as they are."""
+    settings = {modern_name(name): value for name, value in settings.items()}
     method, reward = settings.get("method"), settings.get("reward")
     policy = settings.get("policy") and bandit.current(settings["policy"])
     reward = "drop" if reward == "paper" else reward

@@ -40,7 +40,7 @@ from optima_fast.training.schedule import lr_at
 
 def distilled(config: TrainConfig) -> dict[str, Any]:
     """Settings of the distiller that say what is computed in a step."""
-    names = ("kl_weight", "attention_target", "hidden_scale", "cross_attention")
+    names = ("kl_weight", "attention_loss", "hidden_loss", "hidden_scale", "cross_attention")
     return {name: getattr(config, name) for name in names}
 
 

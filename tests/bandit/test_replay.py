@@ -188,6 +188,13 @@ def test_a_run_is_read_by_what_its_counts_say(tmp_path):
     )
 
 
+def test_a_byte_order_mark_before_a_record_is_skipped(tmp_path):
+    log = uniform(random.Random(6), 60)
+    path = write(tmp_path / "run", log) / "metrics.jsonl"
+    path.write_text("\ufeff" + path.read_text(), encoding="utf-8")
+    assert replay.read(path.parent).rewards == log.rewards
+
+
 def test_the_command_prints_tables_with_what_they_are_worth(tmp_path, capsys):
     runs = [str(write(tmp_path / n, uniform(random.Random(7), 80))) for n in "ab"]
     assert main(["replay", *runs, "--policies", "random,thompson", "--seed", "2"]) == 0

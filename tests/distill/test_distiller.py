@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import optima_fast
 from optima_fast import Distiller, tasks
 from optima_fast.distill import Measurement, arm_space, arms
 from optima_fast.errors import UserError
@@ -86,7 +87,7 @@ def test_the_total_is_the_weighted_sum_of_terms_computed_apart(pair):
 @pytest.mark.parametrize("arm", arms(MODULES), ids="+".join)
 def test_only_the_arm_s_modules_get_a_layerwise_gradient(pair, arm, target):
     student, teacher = pair
-    distiller = Distiller(student, teacher, attention_target=target, attention_weight=1.0)
+    distiller = Distiller(student, teacher, attention_loss=target, attention_weight=1.0)
     distiller(BATCH, arm, predict=no_prediction).total.backward()
     for name in MODULES:
         projections = [p for n, p in distiller.projections.items() if n.startswith(name)]
@@ -143,11 +144,11 @@ def measure(distiller: Distiller) -> Measurement:
 def test_measure_is_the_full_model_without_gradient_and_restores_the_mode(pair, reduction):
     student, teacher = pair
     distiller = Distiller(student, teacher, reduction=reduction)
-    student.train()
-    losses = measure(distiller)
-    assert student.training
+    for training in (True, False):
+        student.train(training)
+        losses = measure(distiller)
+        assert student.training == training
     assert all(p.grad is None for p in student.parameters())
-    student.eval()
     with torch.no_grad():
         step = distiller(BATCH, MODULES, predict=DATA.loss)
         kl = DATA.divergence(student(BATCH).logits, teacher(BATCH).logits, BATCH)
@@ -239,8 +240,8 @@ def test_an_arm_of_layers_moves_only_what_feeds_them(deep):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler's own
-def test_arms_of_layers_share_their_compiled_graphs(deep):
-    """63 arms; a graph for each depth of each teacher module, and one a student module."""
+def test_arms_of_layers_share_their_compiled_graphs(pair):
+    """15 arms; a graph for each depth of each teacher module, and one a student module."""
     graphs = []
 
     def count(module, inputs):
@@ -248,16 +249,17 @@ def test_arms_of_layers_share_their_compiled_graphs(deep):
         return module.forward
 
     torch._dynamo.reset()
-    space = arm_space("layer-groups:2", deep.student.layer_counts)
-    assert len(space.arms) == 63
-    for which in (deep.student, deep.teacher):
+    distiller = Distiller(*pair)
+    space = arm_space("layer-groups:2", distiller.student.layer_counts)
+    assert len(space.arms) == 15
+    for which in pair:
         for name in MODULES:
             getattr(which.coca, name).compile(backend=count, fullgraph=True)
     with torch.no_grad():
         for arm in space.arms:
-            deep(BATCH, arm, predict=DATA.loss)
-    # teacher: none (run for multimodal alone), half and whole; multimodal is never run for another
-    assert len(graphs) == 3 + (3 + 3 + 2)
+            distiller(BATCH, arm, predict=DATA.loss)
+    # teacher: image and text not recorded (run for multimodal alone) and whole, image half too
+    assert len(graphs) == 3 + (3 + 2 + 1)
     torch._dynamo.reset()
 
 
@@ -294,10 +296,46 @@ def test_reduction_and_cross_attention(pair):
 
 
 @pytest.mark.parametrize(
+    ("options", "name", "more"),
+    [
+        ({"hidden_loss": "cosine"}, "hidden_cosine", {}),
+        ({"hidden_loss": "smooth-l1"}, "hidden_smooth_l1", {}),
+        ({"hidden_loss": "normalized-mse"}, "hidden_mse", {"normalize": True}),
+        ({"attention_loss": "kl"}, "attention_kl", {"heads": "mean"}),
+        ({"attention_loss": "kl-each"}, "attention_kl", {"heads": "each"}),
+        ({"attention_loss": "probs-each"}, "attention_mse", {"target": "probs", "heads": "each"}),
+        ({"attention_loss": "scores-each"}, "attention_mse", {"heads": "each"}),
+    ],
+)
+def test_losses_by_name(pair, options, name, more):
+    student, teacher = pair
+    distiller = Distiller(student, teacher, **options)
+    step = distiller(BATCH, ("text",), predict=no_prediction)
+    s, t = (x(BATCH, taps={"text": [n]}) for x, n in ((student, 0), (teacher, 1)))
+    (a,), (b,) = s.taps["text"], t.taps["text"]
+    loss = getattr(optima_fast, name)
+    if "hidden_loss" in options:
+        weight, actual = distiller.projections["text_0"], step.hidden
+        expected = loss(
+            a.hidden, b.hidden, weight, mask=s.masks["text"], backend="reference", **more
+        )
+    else:
+        mask, actual = s.masks["text"], step.attention
+        expected = loss(
+            a.q, a.k, b.q, b.k, causal=True, query_mask=mask, key_mask=mask,
+            backend="reference", **more,
+        )  # fmt: skip
+    torch.testing.assert_close(actual, expected)
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"hidden_loss": "cosine", "hidden_scale": "variance"}, "leave one of them out"),
+        ({"hidden_loss": "l1"}, "hidden_loss must be one of"),
         ({"modules": ["audio"]}, "must be of both models, got 'audio'"),
-        ({"attention_target": "maps"}, "attention_target must be one of"),
+        ({"attention_loss": "maps"}, "attention_loss must be one of"),
         ({"hidden_scale": "std"}, "hidden_scale must be one of"),
         ({"reduction": "max"}, "reduction must be one of"),
         ({"hidden_weight": -1.0}, "hidden_weight must be finite and not negative, got -1.0"),

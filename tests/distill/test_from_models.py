@@ -8,9 +8,10 @@ import torch._dynamo.testing
 
 pytest.importorskip("transformers", reason="needs transformers")
 import transformers as tf
-from families import EQUAL, GROUPED, SMALL, pixels, text
+from families import EQUAL, GROUPED, INPUTS, SMALL, pixels, text
 
 import optima_fast
+from optima_fast.taps import stacks
 
 FROM = optima_fast.Distiller.from_models
 
@@ -33,7 +34,9 @@ def clip(seed=0):
 
 
 def test_equal_widths_have_no_projection_and_it_says_what_it_compares():
-    distiller = FROM(bert(), bert(4, 1), text())
+    student = bert()
+    distiller = FROM(student, bert(4, 1), text())
+    assert student.training
     assert list(distiller.parameters()) == []
     assert distiller.summary.splitlines() == [
         "encoder layer 1 from teacher layer 2: hidden 32 as they are; attention of 4 heads of 8 "
@@ -47,7 +50,7 @@ def test_losses_are_those_of_the_records():
     student, teacher = llama(2, 0), llama(4, 1, hidden_size=48, num_key_value_heads=1)
     batch = {**text(), "labels": text()["input_ids"]}
     student.eval()
-    distiller = FROM(student, teacher, batch, attention_target="probs", attention_weight=3.0)
+    distiller = FROM(student, teacher, batch, attention_loss="probs", attention_weight=3.0)
     step = distiller(batch)
     with torch.no_grad():
         output = student(**batch)
@@ -76,13 +79,16 @@ def test_losses_are_those_of_the_records():
     assert not any(p.requires_grad for p in teacher.parameters())
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "clip"])
+@pytest.mark.parametrize("name", ["llama", "siglip"])
 def test_a_student_compiled_as_one_graph(name):
+    """Causal with shared keys; then two modules, neither causal, one padded."""
     torch._dynamo.reset()
     family = EQUAL[name]
-    batch = {"bert": text, "llama": text, "clip": lambda: {**text(), **pixels()}}[name]()
+    batch = INPUTS[family.inputs]()
     torch.manual_seed(0)
     student, teacher = family.make().eval(), family.make()
+    for path in stacks.find(student).values():  # a layer fewer to compile
+        del student.get_submodule(path)[1:]
     distiller = FROM(student, teacher, batch)
     grads = []
     graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -99,7 +105,7 @@ def test_a_student_compiled_as_one_graph(name):
             ]
         )
     assert graphs.frame_count == 1
-    assert sum(bool(g.any()) for g in grads[0]) > 10
+    assert sum(bool(g.any()) for g in grads[0]) > 5
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
 
@@ -145,7 +151,7 @@ def test_a_module_that_is_frozen_needs_no_gradient():
 @pytest.mark.parametrize("projections", ["all", "needed"])
 def test_a_teacher_in_inference_mode(projections, target):
     student, teacher = llama(2, 0), llama(2, 1)
-    distiller = FROM(student, teacher, text(), attention_target=target, projections=projections)
+    distiller = FROM(student, teacher, text(), attention_loss=target, projections=projections)
     student(**text())
     with torch.inference_mode():
         teacher(**text())

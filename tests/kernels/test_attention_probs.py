@@ -280,7 +280,7 @@ def autograd(layers: Layers, grad: Tensor, dtype: torch.dtype | None = None) -> 
         sq, sk = (x.detach().clone().requires_grad_() for x in (sq, sk))
         valid = valid_pairs(layers, i)
         maps = (
-            reference.attention_map(q, k, valid, "probs", scale[i])
+            reference.attention_maps(q, k, valid, target="probs", scale=scale[i])[:, 0]
             for q, k, scale in ((sq, sk, layers.student_scale), (tq, tk, layers.teacher_scale))
         )
         residual = torch.where(valid, next(maps) - next(maps), 0)

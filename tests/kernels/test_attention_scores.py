@@ -199,8 +199,8 @@ def autograd(layers: Layers, grad: Tensor, dtype: torch.dtype | None = None) -> 
             sq, sk, tq, tk = (x.to(dtype) for x in (sq, sk, tq, tk))
         sq, sk = (x.detach().clone().requires_grad_() for x in (sq, sk))
         valid = reference.valid_pairs(qm, km, causal, sq, sk.shape[2])
-        student = reference.attention_map(sq, sk, valid, "scores", s_scale)
-        teacher = reference.attention_map(tq, tk, valid, "scores", t_scale)
+        student = reference.attention_maps(sq, sk, valid, target="scores", scale=s_scale)[:, 0]
+        teacher = reference.attention_maps(tq, tk, valid, target="scores", scale=t_scale)[:, 0]
         residual = torch.where(valid, student - teacher, 0)
         square = residual.to(torch.promote_types(residual.dtype, torch.float32)).square()
         loss = square.sum() / valid.sum().clamp(min=1)
@@ -468,7 +468,9 @@ def test_residuals(device: str) -> None:
         layers.query_masks[0], layers.key_masks[0], True, layers.student_q[0], 19
     )
     exact = [
-        reference.attention_map(q[0].double(), k[0].double(), valid, "scores", scale[0])
+        reference.attention_maps(
+            q[0].double(), k[0].double(), valid, target="scores", scale=scale[0]
+        )[:, 0]
         for q, k, scale in ((*layers[:2], layers[7]), (*layers[2:4], layers[8]))
     ]
     assert scales.item() == pytest.approx(2 / valid.sum().item())

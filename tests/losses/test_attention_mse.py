@@ -28,8 +28,10 @@ def sizes(p, upstream):
     scale = p.options.get("student_scale", q.shape[-1] ** -0.5)
     target = p.options.get("target", "scores")
     maps = (
-        reference.attention_map(q, k, valid, target, scale),
-        reference.attention_map(teacher_q, teacher_k, valid, target, teacher_q.shape[-1] ** -0.5),
+        reference.attention_maps(q, k, valid, target=target, scale=scale)[:, 0],
+        reference.attention_maps(
+            teacher_q, teacher_k, valid, target=target, scale=teacher_q.shape[-1] ** -0.5
+        )[:, 0],
     )
     largest = max(x.where(valid, 0).abs().max().item() for x in maps)
     unit = 2 * abs(scale * upstream) * largest / max(1, valid.sum().item())
@@ -379,15 +381,15 @@ def test_teacher_gets_no_gradient(attention_problem, target):
 def test_only_wanted_gradients_are_computed(attention_problem, monkeypatch, target, trained):
     p = attention_problem(target=target)
     full, seen = p("blockwise"), []
-    compute = blockwise.attention_mse
+    compute = blockwise.attention_loss
     monkeypatch.setattr(
-        blockwise, "attention_mse", lambda *a, **k: seen.append(compute(*a, **k)) or seen[-1]
+        blockwise, "attention_loss", lambda *a, **k: seen.append(compute(*a, **k)) or seen[-1]
     )
     q, k = (x.detach().requires_grad_(t) for x, t in zip(p.trained, trained, strict=True))
     loss = optima_fast.attention_mse(q, k, *p.fixed, target=target)
     with torch.no_grad():
         assert torch.equal(optima_fast.attention_mse(q, k, *p.fixed, target=target), loss)
-    assert [(g.first is not None, g.second is not None) for g in seen] == [trained, (False, False)]
+    assert [tuple(x is not None for x in g.of) for g in seen] == [trained, (False, False)]
     assert torch.equal(loss, full[0])
     if any(trained):
         loss.sum().backward()

@@ -53,7 +53,7 @@ def test_as_good_as_eager(problem, loss, tokens, dtype):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_auto_is_triton(problem, loss, monkeypatch):
     p = problem(loss)
-    table = backends.HIDDEN_MSE if loss == "hidden" else backends.ATTENTION_MSE
+    table = backends.HIDDEN if loss == "hidden" else backends.ATTENTION
     monkeypatch.delitem(table, "blockwise")
     assert p("auto")[0].isfinite().all()
 

@@ -19,8 +19,8 @@ def _no_work(monkeypatch):
         raise AssertionError("computed before checking")
 
     for module in (blockwise, reference):
-        monkeypatch.setattr(module, "hidden_mse", fail)
-        monkeypatch.setattr(module, "attention_mse", fail)
+        monkeypatch.setattr(module, "hidden_loss", fail)
+        monkeypatch.setattr(module, "attention_loss", fail)
 
 
 S, T, W = x(2, 5, 3), x(2, 5, 4), x(3, 4)

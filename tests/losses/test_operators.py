@@ -42,10 +42,10 @@ def test_opcheck_hidden(hidden_problem, grad, dtype, backend, recompute):
     students, weights = ([p.trained[i].requires_grad_(grad) for p in (a, b)] for i in (0, 1))
     weights[0].requires_grad_(False)
     torch.library.opcheck(
-        torch.ops.optima_fast.hidden_mse.default,
+        torch.ops.optima_fast.hidden_loss.default,
         (
             students, [a.fixed[0], b.fixed[0]], weights, [None, b.options["mask"]],
-            [grad, grad], [False, grad], backend, recompute,
+            "mse", 1.0, [grad, grad], [False, grad], backend, recompute,
         ),
     )  # fmt: skip
 
@@ -60,7 +60,7 @@ def test_opcheck_attention(attention_problem, grad, target, backend, recompute):
     k[1].requires_grad_(False)
     lse = [None, torch.zeros(1, 2, 4)] if target == "probs" else [None, None]
     torch.library.opcheck(
-        torch.ops.optima_fast.attention_mse.default,
+        torch.ops.optima_fast.attention_loss.default,
         (
             q, k, *([p.fixed[i] for p in (a, b)] for i in (0, 1)),
             [a.options["query_mask"], None], [a.options["key_mask"], None], [None, None], lse,
@@ -225,7 +225,7 @@ def test_nothing_of_the_size_of_the_maps_is_allocated(attention_problem, target,
     options = {"target": target, "causal": causal, "student_scale": 0.3, "teacher_scale": 0.3}
     masks = p.options["query_mask"], p.options["key_mask"]
     with LargestTensor() as seen:
-        blockwise.attention_mse(
+        blockwise.attention_loss(
             *p.trained, *p.fixed, *masks, None, None, **options,
             need_q=True, need_k=True, dtype=torch.float32,
         )  # fmt: skip
@@ -266,7 +266,7 @@ class OnCuda:
 
 
 def hidden_inputs(*tensors):
-    return backends.HiddenInputs(*([x] for x in tensors), [None], [True], [True])
+    return backends.HiddenInputs(*([x] for x in tensors), [None], "mse", 1.0, [True], [True])
 
 
 def attention_inputs(target, *tensors):
@@ -288,12 +288,12 @@ def attention_inputs(target, *tensors):
 def test_auto_is_triton_on_cuda_but_for_products_of_float32(monkeypatch, dtypes, taken):
     a, b, c, d = map(OnCuda, dtypes)
     calls = {
-        "hidden": (backends.HIDDEN_MSE, hidden_inputs(a, c, c)),
-        "scores": (backends.ATTENTION_MSE, attention_inputs("scores", a, b, c, d)),
-        "probs": (backends.ATTENTION_MSE, attention_inputs("probs", a, b, c, d)),
+        "hidden": (backends.HIDDEN, hidden_inputs(a, c, c)),
+        "scores": (backends.ATTENTION, attention_inputs("scores", a, b, c, d)),
+        "probs": (backends.ATTENTION, attention_inputs("probs", a, b, c, d)),
     }
     for refused in ([], ["only on Tuesdays"]):
-        for table in (backends.HIDDEN_MSE, backends.ATTENTION_MSE):
+        for table in (backends.HIDDEN, backends.ATTENTION):
             serves = table["triton"]._replace(refusals=lambda inputs, r=refused: r)
             monkeypatch.setitem(table, "triton", serves)
         for name, (table, inputs) in calls.items():
@@ -305,7 +305,7 @@ def test_auto_is_triton_on_cuda_but_for_products_of_float32(monkeypatch, dtypes,
 def test_auto_is_blockwise_on_a_cpu_and_without_triton(monkeypatch, hidden_problem):
     p = hidden_problem((2, 3))
     inputs = hidden_inputs(*p.arguments(p.trained))
-    table = backends.HIDDEN_MSE
+    table = backends.HIDDEN
     assert backends.resolve(table, "auto", inputs) is table["blockwise"]
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
     cuda = hidden_inputs(*[OnCuda()] * 3)
@@ -318,10 +318,10 @@ def test_a_backend_is_one_entry_and_gets_all_layers(monkeypatch, hidden_problem)
 
     def forward(inputs):
         calls.append(len(inputs.student))
-        return backends.HIDDEN_MSE["blockwise"].forward(inputs)
+        return backends.HIDDEN["blockwise"].forward(inputs)
 
-    entry = backends.HIDDEN_MSE["blockwise"]._replace(forward=forward)
-    monkeypatch.setitem(backends.HIDDEN_MSE, "triton", entry)
+    entry = backends.HIDDEN["blockwise"]._replace(forward=forward)
+    monkeypatch.setitem(backends.HIDDEN, "triton", entry)
     args = [[x, x, x] for x in p.arguments(p.trained)]
     loss = optima_fast.hidden_mse(*args, backend="triton")
     assert torch.equal(loss, optima_fast.hidden_mse(*args, backend="blockwise"))
@@ -460,7 +460,9 @@ def test_losses_need_torch_alone():
 
 def test_docstring_examples():
     import doctest
+    import importlib
 
-    import optima_fast.losses
-
-    assert doctest.testmod(optima_fast.losses) == (0, 6)
+    for name in ("attention", "hidden", "indexer", "relations"):
+        module = importlib.import_module(f"optima_fast.losses.{name}")
+        failed, attempted = doctest.testmod(module)
+        assert (failed, attempted > 1) == (0, True), name

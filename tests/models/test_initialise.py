@@ -1,4 +1,4 @@
-"""A student of another grid, patch size or text length than the model it starts from."""
+"""A student starts from layers of a model, also of another grid, patch size or text length."""
 
 from __future__ import annotations
 
@@ -8,35 +8,25 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from models.forms import OPEN_CLIP
 from torch import Tensor
 
 from optima_fast.errors import UserError
 from optima_fast.models import CoCa, CoCaConfig, initialise, presets
 
-SMALL = CoCaConfig(
+SMALL = replace(
+    OPEN_CLIP,
     image_size=32,
+    image_channels=3,
     patch_size=8,
-    image_width=32,
     image_layers=4,
-    image_heads=2,
     text_width=32,
-    text_layers=2,
-    multimodal_layers=2,
-    text_heads=2,
+    text_heads=4,
     text_length=12,
     vocab_size=50,
-    image_stem="clip",
-    image_final_norm=False,
-    pooler="normed",
-    pooler_heads=2,
+    pooler_heads=4,
     pooler_queries=6,
-    pooler_ratio=1.0,
-    contrastive="query",
     contrastive_width=32,
-    decoder_layer="double",
-    positions="learned",
-    text_activation="gelu",
-    softmax_bias=False,
 )
 
 
@@ -70,6 +60,43 @@ def test_a_published_student_starts_from_its_checkpoint() -> None:
     assert config.patches == teacher.patches
     with torch.device("meta"):
         initialise.from_layers(CoCa(config), CoCa(source))
+
+
+def test_starts_from_sampled_layers() -> None:
+    source = model(replace(SMALL, image_layers=4, text_layers=3, multimodal_layers=2), 0)
+    student = model(replace(SMALL, image_layers=2, text_layers=2, multimodal_layers=1), 1)
+    initialise.from_layers(student, source)
+    # r = 2, 1.5, 2: layer i of the student, from 1, is layer ceil(i r) of the source
+    chosen = {"image": (2, 4), "text": (2, 3), "multimodal": (2,)}
+    for module, layers in chosen.items():
+        for mine, theirs in enumerate(layers):
+            ours = getattr(student, module).layers[mine].state_dict()
+            for name, value in getattr(source, module).layers[theirs - 1].state_dict().items():
+                assert torch.equal(ours[name], value), (module, mine, name)
+    rest = source.state_dict()
+    for name, value in student.state_dict().items():
+        if ".layers." not in name:
+            assert torch.equal(value, rest[name]), name
+    with torch.no_grad():
+        source.image.positions.zero_()
+    assert student.image.positions.any()
+
+
+@pytest.mark.parametrize(
+    ("student", "source", "expected"),
+    [
+        (6, 12, [2, 4, 6, 8, 10, 12]),
+        (3, 12, [4, 8, 12]),
+        (2, 12, [6, 12]),
+        (1, 12, [12]),
+        (2, 3, [2, 3]),
+        (4, 6, [2, 3, 5, 6]),
+        (3, 3, [1, 2, 3]),
+    ],
+)
+def test_samples_layers_uniformly(student: int, source: int, expected: list[int]) -> None:
+    got = [initialise.sampled_layer(i, student, source) + 1 for i in range(student)]
+    assert got == expected
 
 
 @pytest.mark.parametrize(("old", "new"), [(4, 7), (8, 16), (8, 9), (6, 24)])
@@ -195,7 +222,10 @@ def test_other_differences_are_refused() -> None:
         ({"image_channels": 1}, "image_channels is 1 in the student and 3 in the source"),
         ({"image_stem": "plain"}, "image_stem is plain in the student and clip in the source"),
         ({"vocab_size": 60}, "vocab_size is 60 in the student and 50 in the source"),
-        ({"text_layers": 3}, "text_layers is 3 in the student and 2 in the source"),
+        (
+            {"text_layers": 3},
+            "deeper than .* it starts from: text_layers is 3 in the student and 2 in",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             initialise.from_layers(model(replace(SMALL, **option), 1), source)

@@ -1,291 +1,279 @@
-"""The open_clip form equals an independent implementation, and open_clip itself where it imports.
+"""open_clip's form against what open_clip itself computed and called its weights.
 
-The state is given under open_clip's key names.
+record_open_clip.py recorded that; where open_clip imports it is run again.
 """
 
 from __future__ import annotations
 
-import math
+import json
+from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from models.record_open_clip import MODELS, draw, inputs
 from torch import Tensor
 
-from optima_fast.models import CoCa, CoCaConfig, open_clip
+from optima_fast.errors import UserError
+from optima_fast.models import CoCa, initialise, open_clip, presets
 
-VISION_LAYERS, TEXT_LAYERS, VISION_HEADS, POOLER_HEADS, TEXT_HEADS = 2, 2, 4, 4, 4
-EMBED, VISION, TEXT, VOCAB, CONTEXT, PATCH, IMAGE, QUERIES = 64, 128, 64, 100, 12, 8, 32, 16
-
-
-def tiny(pooler: bool) -> CoCaConfig:
-    return CoCaConfig(
-        image_size=IMAGE,
-        patch_size=PATCH,
-        image_width=VISION if pooler else TEXT,
-        image_layers=VISION_LAYERS,
-        image_heads=VISION_HEADS,
-        text_width=TEXT,
-        text_layers=TEXT_LAYERS,
-        multimodal_layers=TEXT_LAYERS,
-        text_heads=TEXT_HEADS,
-        text_length=CONTEXT,
-        vocab_size=VOCAB,
-        image_stem="clip",
-        image_final_norm=not pooler,
-        pooler="normed" if pooler else "none",
-        pooler_heads=POOLER_HEADS,
-        pooler_queries=QUERIES,
-        pooler_ratio=1.0,
-        contrastive="query",
-        contrastive_width=EMBED,
-        decoder_layer="double",
-        positions="learned",
-        text_activation="gelu",
-        softmax_bias=False,
-        shifted_cls_mask=True,
-    )
+RECORDED = np.load(Path(__file__).with_name("open_clip_3.3.0.npz"))
+DESCRIBED: dict[str, Any] = json.loads(RECORDED["described"].tobytes())
+PRESET = {name: f"open_clip_{name}" for name in DESCRIBED["published"]}
 
 
-def attention_shapes(prefix: str, d: int) -> dict[str, tuple[int, ...]]:
-    return {
-        f"{prefix}.in_proj_weight": (3 * d, d),
-        f"{prefix}.in_proj_bias": (3 * d,),
-        f"{prefix}.out_proj.weight": (d, d),
-        f"{prefix}.out_proj.bias": (d,),
-    }
+def weights(name: str) -> dict[str, Tensor]:
+    described = DESCRIBED["models"][name]
+    return draw(described["shapes"], described["seed"])
 
 
-def norm_shapes(prefix: str, d: int) -> dict[str, tuple[int, ...]]:
-    return {f"{prefix}.weight": (d,), f"{prefix}.bias": (d,)}
-
-
-def block_shapes(prefix: str, d: int, cross: bool = False) -> dict[str, tuple[int, ...]]:
-    return {
-        **norm_shapes(f"{prefix}.ln_1", d),
-        **(norm_shapes(f"{prefix}.ln_1_kv", d) if cross else {}),
-        **attention_shapes(f"{prefix}.attn", d),
-        **norm_shapes(f"{prefix}.ln_2", d),
-        f"{prefix}.mlp.c_fc.weight": (4 * d, d),
-        f"{prefix}.mlp.c_fc.bias": (4 * d,),
-        f"{prefix}.mlp.c_proj.weight": (d, 4 * d),
-        f"{prefix}.mlp.c_proj.bias": (d,),
-    }
-
-
-def open_clip_state(pooler: bool, seed: int) -> dict[str, Tensor]:
-    """Every parameter of a tiny open_clip CoCa, N(0, 0.05^2)."""
-    vision = VISION if pooler else TEXT
-    out = EMBED if pooler else vision
-    shapes: dict[str, tuple[int, ...]] = {
-        "logit_scale": (),
-        "visual.class_embedding": (vision,),
-        "visual.positional_embedding": ((IMAGE // PATCH) ** 2 + 1, vision),
-        "visual.conv1.weight": (vision, 3, PATCH, PATCH),
-        **norm_shapes("visual.ln_pre", vision),
-        **norm_shapes("visual.ln_post", out),
-        "visual.proj": (out, EMBED),
-        "text.token_embedding.weight": (VOCAB, TEXT),
-        "text.positional_embedding": (CONTEXT + 1, TEXT),
-        "text.cls_emb": (TEXT,),
-        **norm_shapes("text.ln_final", TEXT),
-        "text.text_projection": (TEXT, EMBED),
-        **norm_shapes("text_decoder.ln_final", TEXT),
-        "text_decoder.text_projection": (TEXT, VOCAB),
-    }
-    if pooler:
-        shapes |= {
-            "visual.attn_pool.query": (QUERIES, EMBED),
-            "visual.attn_pool.attn.q_proj_weight": (EMBED, EMBED),
-            "visual.attn_pool.attn.k_proj_weight": (EMBED, vision),
-            "visual.attn_pool.attn.v_proj_weight": (EMBED, vision),
-            "visual.attn_pool.attn.in_proj_bias": (3 * EMBED,),
-            "visual.attn_pool.attn.out_proj.weight": (EMBED, EMBED),
-            "visual.attn_pool.attn.out_proj.bias": (EMBED,),
-            **norm_shapes("visual.attn_pool.ln_q", EMBED),
-            **norm_shapes("visual.attn_pool.ln_k", vision),
-        }
-    for i in range(VISION_LAYERS):
-        shapes |= block_shapes(f"visual.transformer.resblocks.{i}", vision)
-    for i in range(TEXT_LAYERS):
-        shapes |= block_shapes(f"text.transformer.resblocks.{i}", TEXT)
-        shapes |= block_shapes(f"text_decoder.resblocks.{i}", TEXT)
-        shapes |= block_shapes(f"text_decoder.cross_attn.{i}", TEXT, cross=True)
-    generator = torch.Generator().manual_seed(seed)
-    return {n: torch.randn(s, generator=generator) * 0.05 for n, s in shapes.items()}
-
-
-class Reference:
-    """open_clip's forward pass in plain matrix algebra, one head at a time."""
-
-    def __init__(self, state: dict[str, Tensor], pooler: bool) -> None:
-        self.s, self.pooler = state, pooler
-
-    def norm(self, x: Tensor, name: str) -> Tensor:
-        centred = x - x.mean(-1, keepdim=True)
-        scaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-        return scaled * self.s[f"{name}.weight"] + self.s[f"{name}.bias"]
-
-    def attention(
-        self, q: Tensor, kv: Tensor, name: str, heads: int, sees: Tensor | None = None
-    ) -> Tensor:
-        s = self.s
-        if f"{name}.in_proj_weight" in s:
-            weights = s[f"{name}.in_proj_weight"].chunk(3)
-        else:
-            weights = [s[f"{name}.{part}_proj_weight"] for part in "qkv"]
-        biases = s[f"{name}.in_proj_bias"].chunk(3)
-        q, k, v = (x @ w.T + b for x, w, b in zip((q, kv, kv), weights, biases, strict=True))
-        outs = []
-        for qh, kh, vh in zip(*(x.chunk(heads, dim=-1) for x in (q, k, v)), strict=True):
-            scores = qh @ kh.transpose(-2, -1) / math.sqrt(qh.shape[-1])
-            if sees is not None:
-                scores = scores.masked_fill(~sees, -math.inf)
-            outs.append(scores.softmax(-1) @ vh)
-        return torch.cat(outs, -1) @ s[f"{name}.out_proj.weight"].T + s[f"{name}.out_proj.bias"]
-
-    def mlp(self, x: Tensor, name: str) -> Tensor:
-        s = self.s
-        h = x @ s[f"{name}.c_fc.weight"].T + s[f"{name}.c_fc.bias"]
-        h = h * 0.5 * (1 + torch.erf(h / math.sqrt(2)))
-        return h @ s[f"{name}.c_proj.weight"].T + s[f"{name}.c_proj.bias"]
-
-    def block(self, x: Tensor, name: str, heads: int, sees: Tensor | None = None) -> Tensor:
-        h = self.norm(x, f"{name}.ln_1")
-        x = x + self.attention(h, h, f"{name}.attn", heads, sees)
-        return x + self.mlp(self.norm(x, f"{name}.ln_2"), f"{name}.mlp")
-
-    def image(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        s = self.s
-        x = F.unfold(images, PATCH, stride=PATCH).transpose(1, 2)
-        x = x @ s["visual.conv1.weight"].flatten(1).T
-        cls = s["visual.class_embedding"].expand(len(x), 1, -1)
-        x = torch.cat([cls, x], 1) + s["visual.positional_embedding"]
-        x = self.norm(x, "visual.ln_pre")
-        for i in range(VISION_LAYERS):
-            x = self.block(x, f"visual.transformer.resblocks.{i}", VISION_HEADS)
-        if self.pooler:
-            query = self.norm(s["visual.attn_pool.query"], "visual.attn_pool.ln_q")
-            kv = self.norm(x, "visual.attn_pool.ln_k")
-            x = self.attention(
-                query.expand(len(x), -1, -1), kv, "visual.attn_pool.attn", POOLER_HEADS
-            )
-        x = self.norm(x, "visual.ln_post")
-        return F.normalize(x[:, 0] @ s["visual.proj"], dim=-1), x[:, 1:]
-
-    def text(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        s, (batch, length) = self.s, ids.shape
-        cls = s["text.cls_emb"].expand(batch, 1, -1)
-        x = torch.cat([s["text.token_embedding.weight"][ids], cls], 1)
-        x = x + s["text.positional_embedding"][: length + 1]
-        valid = torch.cat([torch.ones(batch, 1, dtype=torch.bool), ids != 0], 1)
-        causal = torch.ones(length + 1, length + 1, dtype=torch.bool).tril()
-        sees = causal & valid[:, None, :]
-        for i in range(TEXT_LAYERS):
-            x = self.block(x, f"text.transformer.resblocks.{i}", TEXT_HEADS, sees)
-        feature = self.norm(x[:, -1], "text.ln_final") @ s["text.text_projection"]
-        return F.normalize(feature, dim=-1), x[:, :-1]
-
-    def __call__(self, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        image_features, tokens = self.image(images)
-        text_features, x = self.text(ids)
-        causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
-        for i in range(TEXT_LAYERS):
-            x = self.block(x, f"text_decoder.resblocks.{i}", TEXT_HEADS, causal)
-            name = f"text_decoder.cross_attn.{i}"
-            q, kv = self.norm(x, f"{name}.ln_1"), self.norm(tokens, f"{name}.ln_1_kv")
-            x = x + self.attention(q, kv, f"{name}.attn", TEXT_HEADS)
-            x = x + self.mlp(self.norm(x, f"{name}.ln_2"), f"{name}.mlp")
-        x = self.norm(x, "text_decoder.ln_final")
-        return image_features, text_features, x @ self.s["text_decoder.text_projection"]
-
-
-def inputs(seed: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(4, 3, IMAGE, IMAGE, generator=generator)
-    ids = torch.randint(1, VOCAB, (4, CONTEXT), generator=generator)
-    for row, length in enumerate((12, 11, 5, 2)):
-        ids[row, length:] = 0
-    return images, ids
-
-
-def ours(state: dict[str, Tensor], pooler: bool) -> CoCa:
-    model = CoCa(tiny(pooler))
+def build(name: str, dtype: torch.dtype) -> CoCa:
+    state = weights(name)
+    model = CoCa(open_clip.config_of(DESCRIBED["models"][name]["model_cfg"], state)).to(dtype)
     model.load_state_dict(open_clip.from_open_clip(state, model.config), strict=True)
     return model.eval()
 
 
-def compare(
-    model: CoCa, images: Tensor, ids: Tensor, expected: tuple[Tensor, Tensor, Tensor]
-) -> None:
+def meta(shapes: dict[str, list[int]]) -> dict[str, Tensor]:
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def computed(name: str, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """What the recorder keeps of open_clip's outputs, of ours."""
+    images, ids = inputs(DESCRIBED["models"][name]["seed"])
+    model = build(name, dtype)
     with torch.no_grad():
-        out = model(images, ids, features=True)
-        logits = model.token_logits(out.decoded)
-        plain = model(images, ids)
-    # some versions of open_clip leave out the last token's logits
-    length = expected[2].shape[1]
-    real = ids[:, :length] != 0
-    for name, got, want in (
-        ("image features", out.image_features, expected[0]),
-        ("text features", out.text_features, expected[1]),
-        ("logits", logits[:, :length][real], expected[2][real]),
-    ):
-        torch.testing.assert_close(got, want, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
-    torch.testing.assert_close(plain.decoded, out.decoded, rtol=0, atol=1e-6)
+        out = model(images.to(dtype), ids, features=True)
+        logits = model.token_logits(out.decoded)[:, :-1]
+    return {
+        "image_features": out.image_features.double(),
+        "text_features": out.text_features.double(),
+        "logits": logits[ids[:, :-1] != 0].double(),
+    }
 
 
-@pytest.mark.parametrize("pooler", [True, False], ids=["pooler", "no pooler"])
-@pytest.mark.parametrize("length", [CONTEXT, 7])
-def test_equals_an_independent_implementation(pooler: bool, length: int) -> None:
-    state = open_clip_state(pooler, seed=3)
-    images, ids = inputs(seed=4)
-    ids = ids[:, :length]
-    expected = Reference(state, pooler)(images, ids)
-    compare(ours(state, pooler), images, ids, expected)
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_what_open_clip_computed(name: str, dtype: torch.dtype, atol: float) -> None:
+    for what, got in computed(name, dtype).items():
+        want = torch.from_numpy(RECORDED[f"{name}/{what}"])
+        torch.testing.assert_close(got, want, rtol=0, atol=atol, msg=lambda m, w=what: f"{w}: {m}")
 
 
-def test_correct_cls_mask_differs_in_padded_texts_only() -> None:
-    state = open_clip_state(True, seed=5)
-    images, ids = inputs(seed=6)
-    correct = CoCa(replace(tiny(True), shifted_cls_mask=False))
-    correct.load_state_dict(open_clip.from_open_clip(state, tiny(True)))
-    with torch.no_grad():
-        shifted = ours(state, True)(images, ids, features=True)
-        correct_out = correct.eval()(images, ids, features=True)
-    gap = (shifted.text_features - correct_out.text_features).abs().amax(-1)
-    assert gap[0] < 1e-6
-    assert (gap[1:] > 1e-5).all()
-    torch.testing.assert_close(shifted.decoded, correct_out.decoded, rtol=0, atol=1e-6)
-
-
-def test_equals_open_clip() -> None:
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_open_clip(name: str) -> None:
     try:
         from open_clip.coca_model import CoCa as OpenClipCoCa
     except ImportError as error:
         pytest.skip(f"open_clip (open_clip_torch) does not import here: {error}")
-    text = {"context_length": CONTEXT, "vocab_size": VOCAB, "width": TEXT, "heads": TEXT_HEADS}
-    model = OpenClipCoCa(
-        embed_dim=EMBED,
-        multimodal_cfg={**text, "layers": TEXT_LAYERS},
-        text_cfg={**text, "layers": TEXT_LAYERS, "embed_cls": True, "output_tokens": True},
-        vision_cfg={
-            "image_size": IMAGE,
-            "patch_size": PATCH,
-            "layers": VISION_LAYERS,
-            "width": VISION,
-            "head_width": VISION // VISION_HEADS,
-            "attentional_pool": True,
-            "attn_pooler_heads": POOLER_HEADS,
-            "attn_pooler_queries": QUERIES,
-            "output_tokens": True,
-        },
-    ).eval()
-    state = open_clip_state(True, seed=7)
-    model.load_state_dict(state, strict=True)
-    images, ids = inputs(seed=8)
+    options = {k: v for k, v in MODELS[name].items() if k != "custom_text"}
+    model = OpenClipCoCa(**options).double().eval()
+    model.load_state_dict(weights(name), strict=True)
+    images, ids = inputs(DESCRIBED["models"][name]["seed"])
     with torch.no_grad():
         out = model(images, ids)
-    compare(
-        ours(state, True), images, ids, (out["image_features"], out["text_features"], out["logits"])
-    )
+    # some versions leave out the last token's logits
+    out["logits"] = out["logits"][:, : ids.shape[1] - 1][ids[:, :-1] != 0]
+    for what, got in computed(name).items():
+        torch.testing.assert_close(got, out[what], rtol=0, atol=1e-10)
+
+
+def test_cls_of_a_shorter_text_takes_the_position_after_it() -> None:
+    whole = build("pooler", torch.float64)
+    cut = CoCa(replace(whole.config, text_length=7)).double()
+    state = whole.state_dict()
+    cut.load_state_dict({**state, "text.positions": state["text.positions"][:8]})
+    images, ids = inputs(1)
+    with torch.no_grad():
+        got, want = (model.eval()(images, ids[:, :7], features=True) for model in (whole, cut))
+    torch.testing.assert_close(got.text_features, want.text_features, rtol=0, atol=1e-12)
+    torch.testing.assert_close(got.decoded, want.decoded, rtol=0, atol=1e-12)
+
+
+def test_a_correct_cls_mask_differs_in_padded_texts_only() -> None:
+    shifted = build("pooler", torch.float64)
+    correct = CoCa(replace(shifted.config, shifted_cls_mask=False)).double()
+    correct.load_state_dict(shifted.state_dict())
+    with torch.no_grad():
+        a, b = (model.eval()(*inputs(1), features=True) for model in (shifted, correct))
+    gap = (a.text_features - b.text_features).abs().amax(-1)
+    assert gap[0] < 1e-12
+    assert (gap[1:] > 1e-5).all()
+    torch.testing.assert_close(a.decoded, b.decoded, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_round_trip_is_bit_exact(name: str) -> None:
+    state = weights(name)
+    back = open_clip.to_open_clip(build(name, torch.float64))
+    assert list(map(str, sorted(back))) == sorted(state)
+    for key, value in state.items():
+        assert back[key].is_contiguous()
+        assert torch.equal(back[key], value), key
+
+
+@pytest.mark.parametrize("name", PRESET)
+def test_published_names_and_shapes(name: str) -> None:
+    recorded = DESCRIBED["published"][name]["shapes"]
+    shapes = open_clip.shapes(presets.get(PRESET[name]))
+    assert {k: list(v) for k, v in shapes.items()} == recorded
+
+
+@pytest.mark.parametrize("name", PRESET)
+def test_configuration_from_the_description_and_from_shapes(name: str) -> None:
+    described = DESCRIBED["published"][name]
+    state = meta(described["shapes"])
+    assert open_clip.config_of(described["model_cfg"], state) == presets.get(PRESET[name])
+    assert open_clip.config_of(None, state) == presets.get(PRESET[name])
+
+
+@pytest.mark.parametrize("name", [*PRESET, *MODELS])
+def test_description_there_and_back(name: str) -> None:
+    described = {**DESCRIBED["published"], **DESCRIBED["models"]}[name]
+    state = meta(described["shapes"])
+    config = open_clip.config_of(described["model_cfg"], state)
+    for form in (config, replace(config, pad_id=3)):
+        cfg = json.loads(json.dumps(open_clip.model_cfg(form)))
+        assert open_clip.config_of(cfg, state) == form
+
+
+def test_open_clip_names_are_presets() -> None:
+    for name in ("coca_ViT-B-32", "coca_ViT-L-14"):
+        assert presets.get(name) == presets.get(f"open_clip_{name}")
+
+
+def test_old_versions_masks_and_scale_are_taken() -> None:
+    state = weights("pooler")
+    config = build("pooler", torch.float64).config
+    want = open_clip.from_open_clip(state, config)
+    state["text.attn_mask"] = state["text_decoder.attn_mask"] = torch.zeros(13, 13)
+    state["logit_scale"] = state["logit_scale"].reshape(1)
+    got = open_clip.from_open_clip(state, config)
+    assert want.keys() == got.keys()
+    assert torch.equal(want["logit_scale"], got["logit_scale"])
+    assert "text.attn_mask" in state
+    assert state["logit_scale"].shape == (1,)
+
+
+def test_one_report_of_all_that_does_not_fit() -> None:
+    state = weights("pooler")
+    config = build("pooler", torch.float64).config
+    for key in [key for key in state if ".ln_2." in key]:
+        del state[key]
+    state |= {"visual.head": torch.zeros(1), "visual.proj": torch.zeros(64, 7)}
+    with pytest.raises(UserError) as error:
+        open_clip.from_open_clip(state, config)
+    message = str(error.value)
+    assert "\n" not in message
+    assert "of 141 weights that this CoCa needs" in message, message
+    assert "18 missing (visual.transformer.resblocks.0.ln_2.weight, " in message, message
+    assert message.count("ln_2") == 3
+    assert "1 unexpected (visual.head)" in message
+    assert "1 of another shape (visual.proj [64, 7] instead of [64, 64])" in message
+    assert "open_clip_config.json" in message
+
+
+@pytest.mark.parametrize(
+    ("names", "what"),
+    [
+        (["visual.proj", "transformer.resblocks.0.ln_1.weight"], "a plain CLIP"),
+        (["visual.trunk.blocks.0.norm1.weight", "text.ln_final.bias"], "a timm image tower"),
+        (["text_decoder.ln_final.bias", "text.transformer.embeddings.x"], "Hugging Face text"),
+        (["vision_model.embeddings.class_embedding"], "the transformers library"),
+        (["coca.image.positions", "head.classifier.weight"], "run's student"),
+        (["layer1.0.conv1.weight", "fc.bias"], "a ResNet"),
+        (["a", "b", "c", "d"], "something else, whose weights are called a, b, c"),
+        ([], "called nothing"),
+    ],
+)
+def test_another_architecture_is_named(names: list[str], what: str) -> None:
+    with pytest.raises(UserError, match=f"^no CoCa of open_clip but .*{what}"):
+        open_clip.config_of(None, {name: torch.zeros(1) for name in names})
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "message"),
+    [
+        ("vision_cfg", "attentional_pool", "parallel", "attentional_pool = 'parallel'"),
+        ("vision_cfg", "qk_norm", True, "vision_cfg.qk_norm = True is not supported"),
+        ("vision_cfg", "timm_model_name", "vit", "vision_cfg.timm_model_name = 'vit'"),
+        ("vision_cfg", "pool_type", "avg", "vision_cfg.pool_type = 'avg'"),
+        ("vision_cfg", "image_size", [32, 64], "image_size must be of a square, got .32, 64."),
+        ("vision_cfg", "patch_size", 7, "image_size must be a multiple of patch_size"),
+        ("vision_cfg", "layers", [1, 2], "image_layers must be an integer"),
+        ("vision_cfg", "width", "wide", "does not fit"),
+        ("text_cfg", "embed_cls", False, "text_cfg.embed_cls = False"),
+        ("text_cfg", "mlp_ratio", 2, "text_cfg.mlp_ratio = 2"),
+        ("text_cfg", "width", 32, "text_cfg.width and multimodal_cfg.width must be equal, got 32"),
+        ("multimodal_cfg", "heads", 2, "multimodal_cfg.heads must be equal, got 4 and 2"),
+        ("multimodal_cfg", "ls_init_value", 0.1, "multimodal_cfg.ls_init_value = 0.1"),
+        (None, "quick_gelu", True, "quick_gelu = True is not supported"),
+        (None, "embed_dim", 32, "embed_dim and multimodal_cfg.width must be equal, got 32"),
+    ],
+)
+def test_an_unsupported_form_is_named(
+    section: str | None, field: str, value: object, message: str
+) -> None:
+    cfg = deepcopy(MODELS["pooler"])
+    (cfg[section] if section else cfg)[field] = value
+    with pytest.raises(UserError, match=message):
+        open_clip.config_of(cfg, weights("pooler"))
+
+
+def test_fields_that_change_nothing_are_taken() -> None:
+    cfg = deepcopy(MODELS["pooler"])
+    want = open_clip.config_of(cfg, weights("pooler"))
+    cfg["vision_cfg"] |= {"patch_dropout": 0.5, "mlp_ratio": 4.0, "qk_norm": False}
+    cfg["vision_cfg"] |= {"image_size": [32, 32], "pool_type": "tok", "timm_pool": "avg"}
+    cfg["text_cfg"] |= {"pool_type": "argmax", "eos_id": 2, "hf_tokenizer_name": "x"}
+    cfg["multimodal_cfg"] |= {"mlp_ratio": 4, "dim_head": 64, "n_queries": 256}
+    cfg |= {"quick_gelu": False, "init_logit_bias": None}
+    assert open_clip.config_of(cfg, weights("pooler")) == want
+    del cfg["multimodal_cfg"]
+    with pytest.raises(UserError, match="model_cfg lacks 'multimodal_cfg'"):
+        open_clip.config_of(cfg, weights("pooler"))
+
+
+def test_each_number_of_layers_is_told_from_shapes() -> None:
+    student = initialise.like(presets.get("coca_ViT-B-32"), presets.get("coca_tiny6"))
+    state = {n: torch.empty(s, device="meta") for n, s in open_clip.shapes(student).items()}
+    found = open_clip.config_of(None, state)
+    assert found.layer_counts == {"image": 3, "text": 2, "multimodal": 1}
+    assert found == student
+
+
+def test_heads_that_shapes_do_not_tell() -> None:
+    state = meta(DESCRIBED["models"]["no pooler"]["shapes"])
+    assert open_clip.config_of(None, state).image_heads == 1
+    state["text.token_embedding.weight"] = torch.empty(100, 48, device="meta")
+    with pytest.raises(UserError, match="width of 48, which is no multiple of 64"):
+        open_clip.config_of(None, state)
+
+
+def test_shapes_of_no_model() -> None:
+    state = meta(DESCRIBED["published"]["coca_ViT-B-32"]["shapes"])
+    for name, value, message in (
+        ("visual.conv1.weight", torch.zeros(3), "the state dict does not fit: not enough values"),
+        ("visual.proj", torch.zeros(3), "the state dict does not fit: tuple index out of range"),
+        ("text.positional_embedding", torch.zeros(0, 2), "text_length must be an integer of at"),
+    ):
+        with pytest.raises(UserError, match=f"^no CoCa of open_clip: .*{message}"):
+            open_clip.config_of(None, {**state, name: value})
+    del state["text.token_embedding.weight"]
+    with pytest.raises(UserError, match=r"the state dict lacks 'text\.token_embedding\.weight'"):
+        open_clip.config_of(None, state)
+
+
+def test_only_open_clips_form_is_written() -> None:
+    with pytest.raises(UserError, match="pooler is 'scaled'.*decoder_layer is 'single', not 'dou"):
+        open_clip.model_cfg(presets.get("coca_tiny6"))
+    config = open_clip.config_of(MODELS["pooler"], weights("pooler"))
+    for option in ({"shifted_cls_mask": False}, {"image_channels": 1}, {"contrastive_width": 32}):
+        (name,) = option
+        with torch.device("meta"):
+            model = CoCa(replace(config, **option))
+        with pytest.raises(UserError, match=rf"not a model of open_clip's form \({name} is"):
+            open_clip.to_open_clip(model)

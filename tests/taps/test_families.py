@@ -114,6 +114,15 @@ def test_cross_attention(name):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+def test_a_tap_that_closes_leaves_the_others_open():
+    student, teacher = models(EQUAL["bert"])
+    with optima_fast.tap(student) as tap:
+        optima_fast.tap(teacher).close()
+        student(**INPUTS["text"]())
+        (layers,) = tap.layers().values()
+    assert [len(layer.attentions) for layer in layers] == [1, 1]
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_represented_is_refused_by_layer_and_reason(name):
     make, inputs, reason = REFUSED[name]

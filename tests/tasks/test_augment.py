@@ -1,7 +1,7 @@
 """RandAugment: each operation against Pillow's or by hand, and what the draws depend on."""
 
+import importlib.util
 import math
-import subprocess
 import sys
 from functools import partial
 
@@ -90,23 +90,11 @@ def test_moves_are_the_affine_ones_on_grey(image, name, matrix, sign):
         close(ours, theirs, within=1e-2)
 
 
-def test_rotation_turns_about_the_centre_by_thirty_degrees_either_way(image):
-    for sign in (1.0, -1.0):
-        ours = apply("rotate", image, sign=sign)
-        grey = (128, 128, 128)
-        theirs = [
-            np.asarray(image.rotate(angle, fillcolor=grey), np.float32) for angle in (-30, 30)
-        ]
-        apart = [(np.abs(ours - t).max(-1) > 12).mean() for t in theirs]
-        assert min(apart) < 0.1
-        assert max(apart) > 0.5
-        assert apart[0 if sign < 0 else 1] == min(apart) or apart[1 if sign < 0 else 0] == min(
-            apart
-        )
-    there = OPERATIONS["rotate"](tensor(image), 1.0, 1.0, (0, 0))
-    back = OPERATIONS["rotate"](there, 1.0, -1.0, (0, 0))
-    middle = slice(SIZE // 2 - 6, SIZE // 2 + 6)
-    assert (back - tensor(image))[:, middle, middle].abs().mean() < 0.03
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_rotation_is_by_thirty_degrees_about_the_centre(image, sign):
+    theirs = np.asarray(image.rotate(30 * sign, fillcolor=(128, 128, 128)))
+    # what falls between two pixels may go to either
+    assert (np.abs(apply("rotate", image, sign=sign) - theirs).max(-1) > 0.01).mean() < 0.01
 
 
 def test_cut_outs_are_grey_squares_at_the_drawn_place(image):
@@ -189,9 +177,9 @@ def test_parse():
         RandAugment(0, 5)
 
 
-def test_kornia_is_imported_only_where_it_is_used():
-    code = (
-        "import sys; from optima_fast.tasks.augment import RandAugment as R; R.parse('1,10')\n"
-        "assert 'kornia' not in sys.modules"
-    )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+def test_kornia_is_imported_only_where_it_is_used(monkeypatch):
+    monkeypatch.setitem(sys.modules, "kornia", None)  # an import of it is an error
+    spec = importlib.util.find_spec("optima_fast.tasks.augment")
+    again = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(again)
+    assert again.RandAugment.parse("1,10").layers == 1

@@ -16,7 +16,8 @@ from optima_fast.tasks.text import tokenize
 
 @pytest.fixture(scope="module")
 def data():
-    return tasks.load("coco", seed=4, train_images=400, validation_images=30, test_images=80)
+    sizes = {"train_images": 160, "validation_images": 30, "test_images": 80}
+    return tasks.load("coco", seed=4, texts_per_image=2, **sizes)
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +51,8 @@ def test_captions_name_what_can_be_seen():
 
 def test_each_image_has_its_captions_as_examples(data):
     split = data.train
-    assert len(split.references) == len(split.images) == 400
-    assert len(split) == 400 * split.group
+    assert len(split.references) == len(split.images) == 160
+    assert len(split) == 160 * split.group
     for i in (0, 7, len(split) - 1):
         expected = split.references[i // split.group][i % split.group]
         assert data.tokenizer.decode(split.text[i]) == " ".join(tokenize(expected))

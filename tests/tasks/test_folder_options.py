@@ -1,9 +1,8 @@
 """Options of a data folder that reach its images, texts and splits."""
 
-import json
-
 import pytest
 import torch
+from official import make_coco, make_nlvr2, make_vqa, shade
 from PIL import Image
 from torch import nn
 
@@ -17,41 +16,24 @@ from optima_fast.tasks.subwords import ClipBytePairs
 
 @pytest.fixture
 def coco(tmp_path):
-    for number, part in enumerate(("train", "val")):
-        ids = [100 * number + i for i in range(6)]
-        for i in ids:
-            path = tmp_path / f"{part}2017" / f"{i:012d}.png"
-            path.parent.mkdir(exist_ok=True)
-            Image.new("RGB", (9, 9), (i % 100 * 40,) * 3).save(path)
-        notes = {
-            "images": [{"id": i, "file_name": f"{i:012d}.png"} for i in ids],
-            "annotations": [
-                {"id": 10 * i + j, "image_id": i, "caption": f"A {word} thing, number {i % 100}."}
-                for j, word in enumerate(("grey", "plain"))
-                for i in ids
-            ],
-        }
-        (tmp_path / "annotations").mkdir(exist_ok=True)
-        (tmp_path / "annotations" / f"captions_{part}2017.json").write_text(json.dumps(notes))
-    return tmp_path
+    return make_coco(tmp_path, images=6)
 
 
 def test_a_checkpoint_s_normalisation_and_tokenizer(coco):
     options = {"image_size": 4, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.5, 1.0)}
     data = tasks.load("coco", str(coco), tokenizer="clip", text_length=8, **options)
     pixel = data.train.images[torch.tensor([1])][0, :, 0, 0].tolist()
-    assert pixel == pytest.approx([(40 / 255 - 0.5) / std for std in (0.25, 0.5, 1.0)], abs=1e-6)
+    assert pixel == pytest.approx([(10 / 255 - 0.5) / std for std in (0.25, 0.5, 1.0)], abs=1e-6)
     assert data.tokenizer == ClipBytePairs()
-    assert data.train.text[0].tolist() == ClipBytePairs().encode("A grey thing, number 0.", 8)
+    assert data.train.text[0].tolist() == ClipBytePairs().encode("Caption 0 of train 0.", 8)
 
 
 def test_squashed_images_show_their_edges(coco):
-    path = next((coco / "train2017").glob("*0.png"))
-    image = Image.new("RGB", (18, 9))
-    image.paste((255, 255, 255), (0, 0, 3, 9))
-    image.save(path)
+    image = Image.new("RGB", (32, 16))
+    image.paste((255, 255, 255), (0, 0, 8, 16))
+    image.save(coco / "train2017" / f"{0:012d}.jpg", quality=95)
     whole, cut = (
-        tasks.load("coco", str(coco), image_size=9, resize=resize).train.images[torch.tensor([0])]
+        tasks.load("coco", str(coco), image_size=8, resize=resize).train.images[torch.tensor([0])]
         for resize in ("squash", "shortest")
     )
     assert whole[..., 0].min() > 1
@@ -77,8 +59,7 @@ def test_wrong_options(coco, options, message):
 def test_a_caption_of_an_unreadable_image_is_left_out_and_counted(coco, monkeypatch, workers):
     def by_shade(model, images, **_):
         """The number of each image, seen from how bright it is, as the caption."""
-        levels = (images[:, 0, 0, 0] * 0.26862954 + 0.48145466) * 255 / 40
-        texts = [f"A grey thing, number {round(float(level))}." for level in levels]
+        texts = [f"Caption 0 of train {shade(image) // 10}." for image in images]
         return data.tokenizer.encode_all(texts, data.text_length)
 
     monkeypatch.setattr(generate, "greedy", by_shade)
@@ -98,51 +79,21 @@ def test_a_caption_of_an_unreadable_image_is_left_out_and_counted(coco, monkeypa
 
 
 def test_soft_scores_follow_what_is_left(tmp_path):
-    (tmp_path / "train2014").mkdir()
-    questions, notes = [], []
-    for i in range(5):
-        name = f"COCO_train2014_{i:012d}.jpg"
-        Image.new("RGB", (5, 5), (9 * i,) * 3).save(tmp_path / "train2014" / name)
-        ids = {"image_id": i, "question_id": i}
-        questions.append({"question": f"Which {i}?", **ids})
-        given = [{"answer": str(i), "answer_id": j, "answer_confidence": "yes"} for j in range(10)]
-        notes.append({**ids, "answer_type": "number", "answers": given})
-    root = tmp_path
-    (root / "v2_OpenEnded_mscoco_train2014_questions.json").write_text(
-        json.dumps({"questions": questions})
-    )
-    (root / "v2_mscoco_train2014_annotations.json").write_text(json.dumps({"annotations": notes}))
+    root = make_vqa(tmp_path, parts=("train",), images=5)
     data = tasks.load("vqa", str(root), image_size=5, image_errors="skip", held_out_fraction=0.4)
     data.train.images.paths[0].write_bytes(b"")
     loaded = data.train.load(torch.arange(len(data.train)), lambda pixels, number: 1 - pixels)
-    assert len(loaded.index) == len(data.train) - 1
+    assert len(loaded.index) == len(data.train) - 2
     answers = [data.classes[int(row.argmax())] for row in loaded.batch["target"]]
-    shades = [int(path.stem[-3:]) for path in data.train.images.paths[1:]]
-    assert answers == [str(shade) for shade in shades]
-    levels = (loaded.batch["images"][:, 0, 0, 0] * 0.26862954 + 0.48145466) * 255
-    assert levels.tolist() == pytest.approx([255 - 9 * shade for shade in shades], abs=1.5)
+    numbers = [int(path.stem[-3:]) for path in data.train.images.paths[1:]]
+    # two questions an image, the second one first: is its number odd, and what is it
+    assert answers == [str(answer) for i in numbers for answer in (i % 2, i)]
+    assert [shade(image) for image in loaded.batch["images"]] == [255 - 10 * i for i in numbers]
 
 
 def test_consistency_is_that_of_the_sentences_that_are_left(tmp_path):
-    for part in ("train", "dev", "test1"):
-        entries = []
-        for pair in range(2):
-            name = f"{part}-0-{pair}"
-            for side in (0, 1):
-                path = tmp_path / "images" / part / f"{name}-img{side}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.new("RGB", (5, 5), (60 * pair + 30 * side,) * 3).save(path)
-            for sentence in range(2):
-                entries.append(
-                    {
-                        "identifier": f"{name}-{sentence}",
-                        "sentence": f"Sentence {sentence}.",
-                        "label": "True",
-                    }
-                )
-        (tmp_path / f"{part}.json").write_text("".join(json.dumps(e) + "\n" for e in entries))
-    data = tasks.load("nlvr2", str(tmp_path), image_size=5, image_errors="skip")
-    said = Predictions(["true", "true", "false", "true"])
+    data = tasks.load("nlvr2", str(make_nlvr2(tmp_path, sets=1)), image_size=5, image_errors="skip")
+    said = Predictions(["true", "false", "true", "true"])  # the third is wrong
     assert data.metrics(data.test, said) == {"accuracy": 0.75, "consistency": 0.5}
     data.test.note({int(data.test.image_index[2, 0]): "broken"})
     left = {"accuracy": 1.0, "consistency": 1.0, "left_out": 2}

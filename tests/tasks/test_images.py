@@ -5,23 +5,11 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from official import levels
 from PIL import Image, ImageOps
 
 from optima_fast.errors import UserError
-from optima_fast.tasks.images import (
-    MEAN,
-    STD,
-    FolderImages,
-    Preprocessing,
-    UnreadableImages,
-    load_image,
-)
-
-
-def levels(tensor):
-    """Undo the normalisation: float levels `[H, W, 3]`, 0 .. 255."""
-    scaled = tensor * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
-    return (scaled * 255).permute(1, 2, 0).numpy()
+from optima_fast.tasks.images import FolderImages, Preprocessing, UnreadableImages, load_image
 
 
 def noise(height, width, channels=3, seed=0):

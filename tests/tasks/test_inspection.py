@@ -31,7 +31,8 @@ def test_a_run_can_start_where_the_data_loads(tmp_path, task):
     assert report.problems == []
     assert {part.name for part in report.parts} >= {"train", "validation"}
     assert all((part.absent, part.broken, part.decoded) == ([], [], 2) for part in report.parts)
-    assert "a run can start, on the part that is there" in text(report)  # not the official sizes
+    assert urls(report) == []  # though official sizes are larger
+    assert text(report).endswith("a run can start: complete, smaller than the official set")
     assert len(text(report).splitlines()) < 24
 
 
@@ -47,7 +48,8 @@ def test_questions_images_and_those_that_are_not_there_are_counted(tmp_path):
     assert "train: 2 images are not there, first " in text(report)
     assert report.problems == []
     assert "train2014.zip  (13 GB, into train2014/)" in text(report)
-    assert "val2014.zip" not in urls(report)
+    assert text(report).endswith("a run can start, on the part that is there")
+    assert urls(report) == ["train2014.zip"]
     assert any("divided its held-out split by image into 6 train, " in n for n in report.notes)
 
 
@@ -124,6 +126,15 @@ def test_images_that_cannot_be_decoded(tmp_path):
     assert "validation: 11 of 12 images decoded" in text(report)
 
 
+def test_a_sample_of_images_is_spread_evenly(tmp_path):
+    root = make_vqa(tmp_path, images=6)
+    (root / "train2014" / f"COCO_train2014_{2:012d}.jpg").write_bytes(b"cut")
+    # images 5 and 2: annotations are written backwards
+    train, _ = inspect("vqa", root, decode=2).parts
+    assert (train.decoded, len(train.broken)) == (2, 1)
+    assert inspect("vqa", root, decode=99).parts[0].decoded == 6
+
+
 def test_too_few_images_to_divide(tmp_path):
     report = inspect("coco", make_coco(tmp_path, parts=("train",), images=2))
     assert "has 2 image(s) to divide into 3 splits" in report.problems[0]
@@ -163,7 +174,13 @@ def test_official_sizes_leave_nothing_to_say(tmp_path, monkeypatch):
     assert report.downloads == []
     assert text(report).endswith("a run can start")
     sizes["nlvr2"]["test"] = Size(13, 12)
-    assert [d.folder for d in inspect("nlvr2", root).downloads] == [""]
+    report = inspect("nlvr2", root)
+    assert report.downloads == []
+    assert text(report).endswith("complete, smaller than the official set")
+    (root / "images" / "test1" / "test1-0-0-img0.png").unlink()
+    report = inspect("nlvr2", root)
+    assert [d.folder for d in report.downloads] == ["test1/"]
+    assert text(report).endswith("a run can start, on the part that is there")
 
 
 def test_official_dev_lines_without_images(tmp_path):

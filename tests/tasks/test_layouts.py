@@ -6,14 +6,20 @@ import shutil
 
 import pytest
 import torch
-from official import SIZE, edit, make_coco, make_nlvr2, make_snli_ve, make_vqa, picture, write
+from official import (
+    MAKE,
+    edit,
+    load,
+    make_coco,
+    make_nlvr2,
+    make_snli_ve,
+    make_vqa,
+    picture,
+    write,
+)
 
 from optima_fast.errors import UserError
 from optima_fast.tasks import annotations, folders
-
-
-def load(task, root, **options):
-    return folders.load(task, root, image_size=SIZE, **options)
 
 
 def names(split):
@@ -117,6 +123,18 @@ def test_captions_of_2014_and_annotations_beside_the_images(tmp_path):
     assert data.train.images.paths[0].parent == tmp_path / "train2014"
     make_coco(tmp_path, images=5)
     assert data.train.ids != load("coco", tmp_path).train.ids  # 2017 is read where both are there
+
+
+@pytest.mark.parametrize("task", MAKE)
+def test_annotations_that_an_editor_on_windows_saved(tmp_path, task):
+    """With a byte order mark and its line ends they say the same."""
+    root = MAKE[task](tmp_path)
+    before = [getattr(load(task, root), name).digest() for name in folders.SPLITS]
+    files = [path for path in root.rglob("*.json*") if path.is_file()]
+    for path in files:
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert files
+    assert [getattr(load(task, root), name).digest() for name in folders.SPLITS] == before
 
 
 @pytest.mark.parametrize("place", ["annotations", "Questions", "data"])

@@ -112,6 +112,16 @@ def test_json_captions_of_both_kinds_and_other_members(tmp_path):
     assert str(first.image) == f"{tmp_path}/train.tar:a.png"
 
 
+def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
+    mark = b"\xef\xbb\xbf"
+    members = sample("a", 10, mark + b"one\r\ntwo\r\n") + sample(
+        "b", 20, mark + b'{"caption": "three"}', "json"
+    )
+    write(tmp_path / "train.tar", members)
+    read = [s.captions for s in shards.samples([tmp_path / "train.tar"])]
+    assert read == [["one", "two"], ["three"]]
+
+
 def test_samples_without_image_or_caption_are_counted(tmp_path, caplog):
     make(tmp_path)
     write(tmp_path / "train-2.tar", [*sample("40", 1), ("41.png", png(2)), ("42.txt", b"a cat")])

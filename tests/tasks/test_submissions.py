@@ -8,18 +8,14 @@ import os
 
 import pytest
 import torch
-from official import MAKE, SIZE, make_vqa, picture, shared, write, write_lines
+from official import MAKE, load, make_vqa, picture, shared, write, write_lines
 
 from optima_fast import tasks
 from optima_fast.errors import UserError
-from optima_fast.tasks import folders, submissions
+from optima_fast.tasks import submissions
 from optima_fast.tasks.base import Predictions, Split
 from optima_fast.tasks.coco import Coco
 from optima_fast.tasks.vqa_answers import score
-
-
-def load(task, root, **options):
-    return folders.load(task, root, image_size=SIZE, **options)
 
 
 class Says(torch.nn.Module):
@@ -110,7 +106,7 @@ def test_vqa_accuracy_is_the_official_one_whole_and_by_answer_type(tmp_path):
     assert math.isfinite(result["loss"])
 
 
-def test_golden_nlvr2_accuracy_and_consistency_through_evaluate(tmp_path):
+def test_golden_nlvr2_accuracy_and_consistency_through_metrics(tmp_path):
     """The official dev lines; every image is one and the same file."""
     golden = json.loads(shared("golden", "nlvr2_expected.json").read_text())
     with shared("golden", "nlvr2_dev_noisy70_predictions.csv").open() as file:
@@ -128,14 +124,15 @@ def test_golden_nlvr2_accuracy_and_consistency_through_evaluate(tmp_path):
             os.link(tmp_path / "one.png", tmp_path / "images" / f"{name}-img{side}.png")
     data = load("nlvr2", tmp_path)
     assert len(data.validation) == 6982
-    result = data.evaluate(Says([1] * 6982, 2), data.validation, batch_size=2048)
-    for key, value in golden["dev/always_true"].items():
-        assert result[key] == pytest.approx(value, abs=1e-12)
-    said = Predictions([noisy[i].lower() for i in data.validation.ids])
-    result = data.metrics(data.validation, said)
-    for key, value in golden["dev/noisy70"].items():
-        assert result[key] == pytest.approx(value, abs=1e-12)
-    text = submissions.render(data, data.validation, said)
+    said = {
+        "dev/always_true": ["true"] * 6982,
+        "dev/noisy70": [noisy[i].lower() for i in data.validation.ids],
+        "dev/oracle_lower": [data.classes[i] for i in data.validation.target.tolist()],
+    }
+    for name, expected in golden.items():
+        result = data.metrics(data.validation, Predictions(said[name]))
+        assert result == pytest.approx(expected, abs=1e-12), name
+    text = submissions.render(data, data.validation, Predictions(said["dev/noisy70"]))
     assert dict(csv.reader(io.StringIO(text))) == noisy
 
 

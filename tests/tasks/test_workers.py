@@ -107,10 +107,10 @@ def test_closing_early_leaves_no_process():
 
 
 SCRIPT = """
-import os, signal, sys, time
+import multiprocessing, os, signal, sys, time
 from optima_fast.tasks.workers import in_order
 def fetch(key):
-    time.sleep(0.02)
+    time.sleep(0.01)
     return os.getpid()
 if __name__ == "__main__":
     stopped = []
@@ -118,48 +118,45 @@ if __name__ == "__main__":
     pids = {next(results) for _ in range(8)}
     signal.signal(signal.SIGINT, lambda *_: stopped.append(1))  # not what the workers began with
     print(*pids, flush=True)
-    if sys.argv[1] == "int":
-        while not stopped:
-            next(results)
-        assert next(results) and next(results)   # the workers live on until they are told
-        results.close()
-    elif sys.argv[1] == "die":
-        time.sleep(60)
+    while not stopped:
+        next(results)
+    for _ in range(20):  # more than was computed ahead
+        next(results)
+    results.close()
+    multiprocessing.set_start_method("spawn", force=True)
+    print(*set(in_order(fetch, range(3), 1)), flush=True)
+    multiprocessing.set_start_method("fork", force=True)
+    results = in_order(fetch, range(10**6), 2)
+    print(*{next(results) for _ in range(8)}, flush=True)
+    time.sleep(60)
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups")
-@pytest.mark.parametrize("how", ["int", "die"])
-def test_workers_survive_ctrl_c_in_silence_and_end_with_the_trainer(tmp_path, how):
+def test_workers_survive_ctrl_c_in_silence_are_spawned_too_and_end_with_the_trainer(tmp_path):
+    """In one process of its own, as each takes seconds to begin."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     with subprocess.Popen(
-        [sys.executable, script, how], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
     ) as process:  # fmt: skip
-        pids = list(map(int, process.stdout.readline().split()))
-        assert len(pids) == 2
+
+        def workers():
+            return list(map(int, process.stdout.readline().split()))
+
+        forked = workers()
+        assert len(forked) == 2
         # as the terminal does: to everything in the foreground
-        os.killpg(process.pid, signal.SIGINT if how == "int" else signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGINT)
+        (spawned,) = workers()
+        assert not settled([*forked, spawned])
+        left = workers()
+        assert len(left) == 2
+        os.killpg(process.pid, signal.SIGKILL)
         rest, errors = process.communicate(timeout=30)
     assert (rest, errors) == ("", "")
-    assert process.returncode == (0 if how == "int" else -signal.SIGKILL)
-    assert not settled(pids)
-
-
-@pytest.mark.slow
-def test_where_processes_are_spawned_it_works_too(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(
-        SCRIPT.replace('    stopped = []', '    import multiprocessing\n'
-                       '    multiprocessing.set_start_method("spawn")\n    stopped = []')
-    )  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, script, "end"], capture_output=True, text=True, timeout=120
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert len(done.stdout.split()) == 2
-    assert not settled(map(int, done.stdout.split()))
+    assert not settled(left)
 
 
 def test_usable_cores():

@@ -12,6 +12,7 @@ from torch import nn
 
 from optima_fast.errors import UserError
 from optima_fast.training import checkpoints
+from optima_fast.training.run import Run
 
 
 def test_text_and_json_come_back(tmp_path):
@@ -19,6 +20,10 @@ def test_text_and_json_come_back(tmp_path):
     assert (tmp_path / "a" / "b.txt").read_text(encoding="utf-8") == "déjà vu\n"
     checkpoints.write_json(tmp_path / "c.json", {"x": [1, 2.5, None]})
     assert checkpoints.read_json(tmp_path / "c.json") == {"x": [1, 2.5, None]}
+    (tmp_path / "d.json").write_bytes(b'\xef\xbb\xbf{"x": 1}\r\n')
+    assert checkpoints.read_json(tmp_path / "d.json") == {"x": 1}
+    (tmp_path / "metrics.jsonl").write_bytes(b'\xef\xbb\xbf{"step": 1}\r\n{"step": 2}\r\n')
+    assert Run(tmp_path).metrics() == [{"step": 1}, {"step": 2}]
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):

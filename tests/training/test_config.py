@@ -113,8 +113,14 @@ def test_wrong_flags_are_told_in_one_line(argv, message):
     ("text", "message"),
     [
         ("stps: 3", "unknown .*key stps; did you mean steps"),
-        ("steps: [1]", "steps must be a whole number, got"),
-        ("steps: true", "steps must be a whole number, got True"),
+        ("steps: [1]", "steps must be one value, got a list"),
+        ("steps: {a: &a [*a]}", "steps must be one value, got a mapping"),
+        ("steps: true", "steps must be a whole number, got 'true'"),
+        ("steps: 1:30", "steps must be a whole number, got '1:30'"),
+        ("compile: true", "--compile must be one of auto, on, off, got 'true'"),
+        ("[steps]: 3", "unknown .*key a list"),
+        ("lr: 0.1\n\nlr: 0.2", "c.yaml: lr is in line 1 and again in line 3: keep one"),
+        ("round-steps: 5\nround_steps: 6", "round_steps is in line 1 and again in line 2"),
         ("- a\n- b", "must hold 'key: value' lines, got a list"),
         ("a: [", "is not valid YAML"),
         ("task: null", "task must not be empty"),
@@ -125,6 +131,36 @@ def test_wrong_files_are_told_in_one_line(tmp_path, text, message):
     with pytest.raises(UserError, match=message) as caught:
         flags("--config", str(tmp_path / "c.yaml"))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "setting", "value"),
+    [
+        ("compile: off", "compile", "off"),
+        ("compile: on", "compile", "on"),
+        ("augment: none", "augment", "none"),
+        ("augment: off", "augment", "off"),
+        ("arm:", "arm", None),
+        ("reward: ~", "reward", None),
+        ("out: 'null'", "out", "null"),
+        ("out: 007", "out", "007"),
+        ("out: yes", "out", "yes"),
+        ("seed: 010", "seed", 10),
+        ("seed: 0x10", "seed", 16),
+        ("seed: 1_000", "seed", 1000),
+        ("seed: 9007199254740993", "seed", 2**53 + 1),
+        ("steps: 1e3", "steps", 1000),
+        ("lr: 1e-3", "lr", 1e-3),
+        ("lr: 1", "lr", 1.0),
+        ("cross-attention: True", "cross_attention", True),
+        ("\ufefflr: 0.5\r\nseed: 3\r\n", "seed", 3),
+        ("# nothing", "seed", 0),
+    ],
+)
+def test_a_file_s_words_and_numbers_mean_what_they_say(tmp_path, text, setting, value):
+    (tmp_path / "c.yaml").write_bytes(text.encode())
+    read = getattr(flags("--config", str(tmp_path / "c.yaml")), setting)
+    assert (read, type(read)) == (value, type(value))
 
 
 @pytest.mark.parametrize(

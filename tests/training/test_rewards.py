@@ -184,7 +184,7 @@ def test_costs_are_the_operations_that_arms_need(tmp_path):
     assert image_deeper[0] > image
     assert image_deeper[1] < text
     # with a KL term the whole teacher runs whatever the arm
-    settings = {"attention_target": "probs", "cross_attention": True, "hidden_scale": "variance"}
+    settings = {"attention_loss": "probs", "cross_attention": True, "hidden_scale": "variance"}
     with_kl = arm_costs(*models, data, batch, space.arms, kl_weight=1.0, **settings)
     assert with_kl[-1] == 1.0
     assert 0.9 < min(with_kl) < 1.0

@@ -147,3 +147,15 @@ def test_a_report_names_the_method_by_what_it_is(method, policy, reward, name):
     summary["reward"] = reward and {"name": reward, "clip": True}
     assert method_name(modern_summary(summary)) == name
     assert method_name({**summary, "method": "fixed", "arm": "text"}) == "fixed (text)"
+
+
+def test_a_setting_under_its_old_name(tmp_path, capsys):
+    path = tmp_path / "settings.yaml"
+    path.write_text("attention_target: probs\n")
+    assert parse(["--config", str(path)], prog="train", description="") == {
+        "attention_loss": "probs"
+    }
+    for old in (["--attention-target", "probs"], ["--attention-target=probs"]):
+        assert parse(old, prog="train", description="") == {"attention_loss": "probs"}
+        assert "write --attention-loss" in capsys.readouterr().err
+    assert modern({"attention_target": "probs"}) == {"attention_loss": "probs"}

@@ -39,13 +39,13 @@ def test_settings_reach_distiller_optimizer_and_policy(tmp_path, monkeypatch):
     )
     t = trainer(
         tmp_path, hidden_weight=0.5, attention_weight=0.25, kl_weight=0.125, reduction="mean",
-        attention_target="probs", hidden_scale="variance", cross_attention=True, dropout=0.3,
+        attention_loss="kl", hidden_scale="variance", cross_attention=True, dropout=0.3,
         gamma=0.7, variance_scale=0.2, seed=9, reward="hidden,kl", weight_decay=0.01, clip=0.6,
         lr=0.01, head_lr=0.02, steps=20, warmup_steps=2, batch_size=5, reward_examples=24,
     )  # fmt: skip
     d = t.distiller
     assert (d.hidden_weight, d.attention_weight, d.kl_weight) == (0.5, 0.25, 0.125)
-    assert (d.attention_target, d.hidden_scale, d.reduction) == ("probs", "variance", "mean")
+    assert (d.attention_loss, d.hidden_scale, d.reduction) == ("kl", "variance", "mean")
     assert d.cross_attention
     state = t.policy.state_dict()
     assert [state[k] for k in ("gamma", "init_rounds", "variance_scale", "seed")] == [

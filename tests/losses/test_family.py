@@ -1,0 +1,430 @@
+"""The losses beside OPTIMA's two: their published formulas, and every backend against them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from tolerance import assert_as_good_as_eager
+from torch import Tensor
+from torch.nn import functional as F
+
+import optima_fast
+
+B, N = 2, 21
+
+
+class Case(NamedTuple):
+    """A loss of some trained tensors, and what it is made of."""
+
+    call: Callable[..., Tensor]  # trained tensors, the others, options
+    trained: tuple[tuple[int, ...], ...]  # shapes
+    fixed: tuple[tuple[int, ...], ...]
+    mask: tuple[str, ...]  # names of the arguments that mask tokens
+    triton: bool = False
+
+
+def heads(h: int, d: int) -> tuple[int, ...]:
+    return B, h, N, d
+
+
+def attention(function: Callable[..., Tensor], **options: object) -> Callable[..., Tensor]:
+    def call(q: Tensor, k: Tensor, t_q: Tensor, t_k: Tensor, **more: object) -> Tensor:
+        return function(
+            [q, q * 0.5], [k, k], [t_q, t_q], [t_k, t_k],
+            student_scale=0.5, teacher_scale=0.5, **{**options, **more},
+        )  # fmt: skip
+
+    return call
+
+
+def hidden(function: Callable[..., Tensor], **options: object) -> Callable[..., Tensor]:
+    return lambda s, w, t, **more: function([s, s * 2], [t, t], [w, w], **options, **more)
+
+
+KL, MSE = optima_fast.attention_kl, optima_fast.attention_mse
+TOKENS = ("query_mask", "key_mask")
+GROUPED = (heads(4, 8), heads(1, 8)), (heads(4, 6), heads(2, 6))
+FEWER = (heads(2, 8), heads(2, 8)), (heads(4, 6), heads(4, 6))
+STATES = ((B, N, 5), (5, 7)), ((B, N, 7),)
+CASES = {
+    "kl-each": Case(attention(KL), *GROUPED, TOKENS, True),
+    "kl-each causal": Case(attention(KL, causal=True, temperature=2.0), *GROUPED, TOKENS, True),
+    "kl-each window": Case(attention(KL, window=4), *GROUPED, TOKENS, True),
+    "kl-each fewer": Case(attention(KL), *FEWER, TOKENS, True),
+    "kl-mean": Case(attention(KL, heads="mean"), *GROUPED, TOKENS, True),
+    "kl-mean causal": Case(attention(KL, heads="mean", causal=True), *FEWER, TOKENS, True),
+    "kl groups": Case(attention(KL, heads=2), *GROUPED, TOKENS, True),
+    "probs-each": Case(attention(MSE, target="probs", heads="each"), *FEWER, TOKENS, True),
+    "scores-each": Case(attention(MSE, heads="each"), *FEWER, TOKENS, True),
+    "relations": Case(
+        lambda s, t, **more: optima_fast.relation_kl([s, s], [t, t], relation_heads=3, **more),
+        ((B, N, 12),), (heads(4, 6),), ("mask",), True,
+    ),
+    "gram": Case(
+        lambda s, t, **more: optima_fast.gram_mse([s, s], [t, t], **more),
+        ((B, N, 12),), ((B, N, 9),), ("mask",), True,
+    ),
+    "similarity": Case(
+        lambda s, t, **more: optima_fast.gram_mse(s, t, normalize=False, **more),
+        ((B, N, 12),), ((B, N, 9),), ("mask",), True,
+    ),
+    "indexer": Case(
+        lambda q, k, w, *t, **more: optima_fast.indexer_kl(q, k, w, *t, **more),
+        (heads(3, 8), (B, N, 8), (B, 3, N)), (heads(4, 6), heads(2, 6)), TOKENS,
+    ),
+    "cosine": Case(hidden(optima_fast.hidden_cosine), *STATES, ("mask",)),
+    "smooth-l1": Case(hidden(optima_fast.hidden_smooth_l1, beta=0.5), *STATES, ("mask",)),
+    "normalized": Case(hidden(optima_fast.hidden_mse, normalize=True), *STATES, ("mask",), True),
+}  # fmt: skip
+
+
+class Problem:
+    """Random tensors of a case; what is masked holds nan."""
+
+    def __init__(self, name: str, dtype: torch.dtype, masked: bool, device: str) -> None:
+        self.case = case = CASES[name]
+        g = torch.Generator().manual_seed(len(name))
+        self.masks = {
+            m: (torch.rand(B, N, generator=g) > 0.3).to(device) for m in case.mask if masked
+        }
+        if "key_mask" in self.masks:
+            self.masks["key_mask"][0, :] = False  # queries that see no key
+        shapes = (*case.trained, *case.fixed)
+        tensors = [torch.randn(*s, generator=g).to(device, dtype) * 1.5 for s in shapes]
+        for i, x in enumerate(tensors):
+            for mask in self.masks.values():
+                side = list(self.masks.values())[-1 if self.is_key(i, x) else 0]
+                if N in x.shape and mask is side:
+                    at = x.shape.index(N, 1)
+                    shape = [B, *[1] * (at - 1), N, *[1] * (x.ndim - at - 1)]
+                    x.masked_fill_(~mask.view(shape), float("nan"))
+        self.trained, self.fixed = tensors[: len(case.trained)], tensors[len(case.trained) :]
+
+    def is_key(self, i: int, x: Tensor) -> bool:
+        if len(self.case.trained) == 3:  # an indexer's q, k, w
+            return i in (1, 4)
+        return len(self.case.fixed) == 2 and i in (1, 3)
+
+    def __call__(self, backend: str, dtype: torch.dtype | None = None, **more: object) -> list:
+        leaves = [x.to(dtype or x.dtype).detach().requires_grad_() for x in self.trained]
+        fixed = [x.to(dtype or x.dtype) for x in self.fixed]
+        loss = self.case.call(*leaves, *fixed, backend=backend, **self.masks, **more)
+        weights = torch.arange(1.0, len(loss) + 1, device=loss.device)
+        return [loss.detach(), *torch.autograd.grad((loss * -weights).sum(), leaves)]
+
+
+def compare(problem: Problem, backend: str) -> None:
+    exact = problem("reference", torch.float64)
+    results = zip(problem(backend), problem("reference"), exact, strict=True)
+    for i, (actual, eager, true) in enumerate(results):
+        assert true.isfinite().all()
+        scale = max(1.0, true.abs().max().item()) if i == 0 else true.abs().max().item() + 0.01
+        assert_as_good_as_eager(f"result {i}", actual, eager, true, scale=scale)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_blockwise(small_blocks, device, name, dtype, masked, poisoned_memory):
+    small_blocks(2**20 if dtype == torch.float64 else 600)
+    compare(Problem(name, dtype, masked, device), "blockwise")
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.triton])
+def test_triton(device, name, poisoned_memory):
+    compare(Problem(name, torch.float16, name != "kl-each", device), "triton")
+
+
+@pytest.mark.parametrize(
+    "options", [{"causal": True}, {"window": 40}, {"heads": "mean"}, {"heads": "mean", "window": 9}]
+)
+def test_triton_over_several_tiles(device, options):
+    g = torch.Generator().manual_seed(0)
+    q, k, t_q, t_k = (
+        torch.randn(1, h, 69, d, generator=g).to(device)
+        for h, d in ((2, 8), (1, 8), (2, 4), (2, 4))
+    )
+    results = []
+    for backend, dtype in (("triton", None), ("reference", None), ("reference", torch.float64)):
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k)] if dtype else [q, k]
+        leaves = [x.detach().requires_grad_() for x in leaves]
+        fixed = [x.to(dtype or x.dtype) for x in (t_q, t_k)]
+        loss = KL(*leaves, *fixed, backend=backend, student_scale=0.5, **options)
+        results.append([loss.detach(), *torch.autograd.grad(loss.sum() * 3, leaves)])
+    for actual, eager, true in zip(*results, strict=True):
+        assert_as_good_as_eager("", actual, eager, true, scale=true.abs().max().item() + 0.01)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_and_operators(device, name):
+    p = Problem(name, torch.float64, True, device)
+    p.fixed = [x.nan_to_num() for x in p.fixed]
+    leaves = [x.nan_to_num().requires_grad_() for x in p.trained]
+
+    def call(*xs: Tensor, backend: str = "blockwise", **more: object) -> Tensor:
+        return p.case.call(*xs, *p.fixed, backend=backend, **p.masks, **more)
+
+    assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
+    full = torch.autograd.grad(call(*leaves).sum(), leaves)
+    again = torch.autograd.grad(call(*leaves, recompute=True).sum(), leaves)
+    for x, y in zip(full, again, strict=True):
+        assert torch.equal(x, y)
+    with torch.no_grad():
+        assert torch.equal(call(*leaves), call(*leaves))
+    if name in ("kl groups", "gram", "indexer", "cosine"):
+        torch._dynamo.reset()
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+        for x, y in zip(full, torch.autograd.grad(compiled(*leaves).sum(), leaves), strict=True):
+            assert torch.allclose(x, y)
+
+
+@pytest.mark.parametrize("backend", ["blockwise", "triton"])
+@pytest.mark.parametrize("target", ["kl", "kl-each"])
+def test_opcheck_attention(device, target, backend):
+    p = Problem("kl-each", torch.float32, False, device)
+    q, k = ([x[:1, :2, :5].detach().requires_grad_()] for x in p.trained)
+    t_q, t_k = ([x[:1, :2, :5]] for x in p.fixed)
+    lse = [torch.zeros(1, 2, 5, device=device)]
+    torch.library.opcheck(
+        torch.ops.optima_fast.attention_loss.default,
+        (
+            q, k, t_q, t_k, [None], [None], lse, [None], [0.5], [0.5], target, [False], [0],
+            [True], [True], backend, False,
+        ),
+    )  # fmt: skip
+
+
+def test_opcheck_indexer(device):
+    p = Problem("indexer", torch.float32, True, device)
+    masks = [[m] for m in p.masks.values()]
+    torch.library.opcheck(
+        torch.ops.optima_fast.indexer_kl.default,
+        (
+            *([x.nan_to_num().requires_grad_(i != 2)] for i, x in enumerate(p.trained)),
+            *([x.nan_to_num()] for x in p.fixed), *masks, [None], [0.5], [True],
+            [True], [True], [False], "blockwise", False,
+        ),
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------- formulas as published
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def softmax(q: Tensor, k: Tensor, temperature: float = 1.0) -> Tensor:
+    return (q @ k.mT / q.shape[-1] ** 0.5 / temperature).softmax(-1)
+
+
+BACKENDS = ["reference", "blockwise"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_divergence_of_each_head(backend):
+    q, k, t_q, t_k = (draw(2, 3, 7, d, seed=i) for i, d in enumerate((4, 4, 8, 8)))
+    for tau in (1.0, 3.0):
+        s, t = softmax(q, k, tau), softmax(t_q, t_k, tau)
+        expected = F.kl_div(s.log(), t, reduction="sum") * tau**2 / (3 * 2 * 7)
+        actual = optima_fast.attention_kl(q, k, t_q, t_k, temperature=tau, backend=backend)
+        torch.testing.assert_close(actual, expected[None])
+    mean = F.kl_div(s.mean(1).log(), t.mean(1), reduction="sum") / (2 * 7) * tau**2
+    actual = optima_fast.attention_kl(
+        q, k, t_q, t_k, heads="mean", temperature=tau, backend=backend
+    )
+    torch.testing.assert_close(actual, mean[None])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_each_head_against_several_of_the_teacher(backend):
+    q, k = draw(2, 2, 7, 4), draw(2, 2, 7, 4, seed=1)
+    t_q, t_k = draw(2, 6, 7, 4, seed=2), draw(2, 6, 7, 4, seed=3)
+    s, t = softmax(q, k), softmax(t_q, t_k).unflatten(1, (2, 3)).mean(2)
+    expected = F.kl_div(s.log(), t, reduction="sum") / (2 * 2 * 7)
+    torch.testing.assert_close(
+        optima_fast.attention_kl(q, k, t_q, t_k, backend=backend), expected[None]
+    )
+    squares = optima_fast.attention_mse(
+        q, k, t_q, t_k, target="probs", heads="each", backend=backend
+    )
+    torch.testing.assert_close(squares, F.mse_loss(s, t)[None])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_relations_of_minilm(backend):
+    student, teacher = draw(2, 7, 12), draw(2, 4, 7, 6, seed=1)
+    joined = teacher.transpose(1, 2).reshape(2, 7, 24)
+    s, t = (softmax(y, y) for y in (x.view(2, 7, 3, -1).transpose(1, 2) for x in (student, joined)))
+    expected = F.kl_div(s.log(), t, reduction="sum") / (3 * 2 * 7)
+    for given in (teacher, joined):
+        actual = optima_fast.relation_kl(student, given, relation_heads=3, backend=backend)
+        torch.testing.assert_close(actual, expected[None])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_gram_matrices(backend, masked, normalize):
+    student, teacher = draw(2, 7, 5), draw(2, 7, 9, seed=1)
+    student[0, 2] = 0  # of no direction
+    mask = draw(2, 7, seed=2) > -0.5 if masked else None
+    s, t = (F.normalize(x, dim=-1) if normalize else x for x in (student, teacher))
+    squares = (s @ s.mT - t @ t.mT).square()
+    expected = squares.mean() if mask is None else squares[mask[:, None] & mask[:, :, None]].mean()
+    actual = optima_fast.gram_mse(student, teacher, mask=mask, normalize=normalize, backend=backend)
+    torch.testing.assert_close(actual, expected[None])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_indexer_loss_of_megatron(backend, causal):
+    q, k, w = draw(2, 3, 9, 4), draw(2, 9, 4, seed=1), draw(2, 3, 9, seed=2)
+    t_q, t_k = draw(2, 4, 9, 6, seed=3), draw(2, 4, 9, 6, seed=4)
+    later = torch.full((9, 9), -torch.inf).triu(1) if causal else 0
+    index = (torch.relu(q @ k[:, None].mT) * w[..., None]).sum(1) + later
+    attention = (t_q @ t_k.mT / 6**0.5 + later).softmax(-1).sum(1)
+    attention /= attention.sum(-1, keepdim=True)
+    logs = torch.log(attention + 1e-10) - torch.log(index.softmax(-1) + 1e-10)
+    expected = (attention * logs).sum(-1).mean()
+    actual = optima_fast.indexer_kl(q, k, w, t_q, t_k, causal=causal, backend=backend)
+    torch.testing.assert_close(actual, expected[None], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("projected", [False, True])
+def test_hidden_states(backend, projected):
+    student, teacher = draw(2, 7, 5), draw(2, 7, 5, seed=1)
+    weight = draw(5, 5, seed=2) if projected else None
+    mask = draw(2, 7, seed=3) > -0.5
+    x, y = (student if weight is None else student @ weight)[mask], teacher[mask]
+    options = {"mask": mask, "backend": backend}
+    for function, more, expected in (
+        (optima_fast.hidden_cosine, {}, 1 - F.cosine_similarity(x, y, dim=-1).mean()),
+        (optima_fast.hidden_smooth_l1, {"beta": 0.3}, F.smooth_l1_loss(x, y, beta=0.3)),
+        (optima_fast.hidden_mse, {"normalize": True}, F.mse_loss(x, y) / y.square().mean()),
+    ):
+        actual = function(student, teacher, weight, **options, **more)
+        torch.testing.assert_close(actual, expected[None])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_probability_that_is_lost_stays_finite(backend):
+    """The student of several heads gives a key the teacher wants less than a float can hold."""
+    q = torch.full((1, 2, 1, 1), 75.0, requires_grad=True)
+    k = torch.tensor([0.0, 1.0]).view(1, 1, 2, 1).expand(1, 2, 2, 1)
+    loss = optima_fast.attention_kl(q, k, -q.detach(), k, heads="mean", backend=backend)
+    assert loss.item() == pytest.approx(-torch.log(torch.tensor(1e-30)).item(), rel=1e-4)
+    assert torch.autograd.grad(loss.sum(), q)[0].abs().max() == 0
+    each = optima_fast.attention_kl(q, k, -q.detach(), k, backend=backend)
+    assert each.item() == pytest.approx(75.0, rel=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["blockwise", "triton"])
+@pytest.mark.parametrize("heads", ["mean", "each"])
+def test_log_sums_that_are_given(device, heads, backend):
+    """Where nothing counts they may hold anything."""
+    p = Problem("kl-each", torch.float32, True, device)
+    valid = p.masks["query_mask"][:, :, None] & p.masks["key_mask"][:, None]
+    q, k, t_q, t_k = (x.nan_to_num() for x in (*p.trained, *p.fixed))
+    lses = []
+    for x, y in ((q, k), (t_q, t_k)):
+        scores = x @ y.repeat_interleave(x.shape[1] // y.shape[1], 1).mT / 2
+        lse = scores.masked_fill(~valid[:, None], -torch.inf).logsumexp(-1)
+        lses.append(torch.where(valid.any(2)[:, None], lse, torch.nan))
+    results = []
+    for given in ({}, {"student_lse": lses[0], "teacher_lse": lses[1]}):
+        leaves = [q.clone().requires_grad_(), k.clone().requires_grad_()]
+        loss = KL(
+            *leaves, t_q, t_k, heads=heads, backend=backend, student_scale=0.5, teacher_scale=0.5,
+            **p.masks, **given,
+        )  # fmt: skip
+        results.append([loss.detach(), *torch.autograd.grad(loss.sum(), leaves)])
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_no_token_counts_and_none_is_there(device):
+    for name in ("kl-each fewer", "kl-mean", "gram", "indexer", "cosine", "smooth-l1"):
+        p = Problem(name, torch.float32, True, device)
+        p.masks = {m: torch.zeros_like(x) for m, x in p.masks.items()}
+        for backend in ("reference", "blockwise", *["triton"] * p.case.triton):
+            for x in p(backend):
+                assert x.abs().sum() == 0, (name, backend)
+
+
+def test_nothing_of_a_map_s_size_is_kept(device):
+    """Memory kept for the divergence of each head grows with N, not with its square."""
+    q = torch.randn(1, 1, 100, 8, device=device, requires_grad=True)
+    kept = []
+
+    def pack(x: Tensor) -> Tensor:
+        kept.append(x.numel())
+        return x
+
+    for backend in ("blockwise", "triton"):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            optima_fast.attention_kl(q, q, q * 2, q, backend=backend)
+        assert kept
+        assert max(kept) <= q.numel()
+
+
+# ---------------------------------------------------------------------- bad input
+
+Q, K = torch.zeros(1, 4, 3, 2), torch.zeros(1, 2, 3, 2)
+X = torch.zeros(1, 3, 6)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: KL(Q, K, Q, K, heads="all"), ValueError, "'mean', 'each' or a number of .*'all'"),
+        (lambda: KL(Q, K, Q, K, heads=0), ValueError, "at least one group, got 0"),
+        (lambda: KL(Q, K, Q, K, heads=True), ValueError, "'mean', 'each' or a number .*True"),
+        (lambda: KL(Q, K, Q, K, heads=3), ValueError, "makes 3 groups, .* got 4 of the student"),
+        (lambda: KL(Q, K, Q[:, :2], K), ValueError, "got 4 of the student and 2 of the teacher"),
+        (
+            lambda: KL(torch.zeros(1, 6, 3, 2), K, Q[:, :3], K[:, :1], heads=3),
+            ValueError,
+            "makes 3 groups, which must divide the heads of student_k .* got 2",
+        ),
+        (lambda: KL(Q, K, Q, K, temperature=0), ValueError, "finite and above 0, got 0"),
+        (lambda: KL(Q, K, Q, K, temperature="1"), TypeError, "temperature must be a float"),
+        (
+            lambda: KL(Q, K, Q, K, temperature=2.0, teacher_lse=Q[..., 0]),
+            ValueError,
+            "teacher_lse is that of scores at temperature 1, got temperature=2.0",
+        ),
+        (
+            lambda: optima_fast.relation_kl(X, X, relation_heads=4),
+            ValueError,
+            "must divide the width of student, got 4 and 6",
+        ),
+        (lambda: optima_fast.relation_kl(X, X, relation_heads=2.0), TypeError, "number, got 2.0"),
+        (lambda: optima_fast.relation_kl(X[0], X, relation_heads=2), ValueError, r"got \(3, 6\)"),
+        (lambda: optima_fast.gram_mse(X, X[:, :2]), ValueError, "with the same tokens, got"),
+        (
+            lambda: optima_fast.indexer_kl(Q, K, Q[..., 0], Q, K),
+            ValueError,
+            r"must be \[B, H, Nq, d\], \[B, Nk, d\] and \[B, H, Nq\], got",
+        ),
+        (lambda: optima_fast.hidden_smooth_l1(X, X, beta=-1.0), ValueError, "above 0, got -1.0"),
+        (
+            lambda: optima_fast.hidden_cosine(X, X, torch.zeros(6, 6), backend="triton"),
+            ValueError,
+            "mean squared error only, got cosine",
+        ),
+        (
+            lambda: optima_fast.indexer_kl(Q, X[..., :2], Q[..., 0], Q, K, backend="triton"),
+            ValueError,
+            "cannot serve this call: .*there is no kernel of this loss",
+        ),
+    ],
+)
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
