@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 CASES = [
     ("structured-ucb", 7, {}),
     ("structured-ucb", 1, {"init_rounds": 0}),
+    ("structured-ucb", 5, {}),
     ("structured-ucb", 2, {"gamma": 1.0, "trend": 0.0, "prior": 1e6}),
     ("structured-ucb", 63, {"width": 0.3, "gamma": 0.9, "seed": 2**64 - 1}),
     ("structured-ucb", 3, {"features": ["00000", "10101", "11111"], "trend": 3.0}),
