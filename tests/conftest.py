@@ -43,14 +43,14 @@ class Finished(NamedTuple):
 
 @pytest.fixture(scope="session")
 def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """A run of each arm once on the digits, and its teacher beside it."""
+    """A run of 9 rounds on the digits, and its teacher beside it."""
     from small_run import SMALL
 
     from optima_fast import train
     from optima_fast.training.config import flag
 
     where = tmp_path_factory.mktemp("digits")
-    given = {**SMALL, "steps": 14, "cache": where / "cache"}
+    given = {**SMALL, "steps": 18, "cache": where / "cache"}
     flags = [f"{flag(name)}={value}" for name, value in given.items()]
     with contextlib.redirect_stdout(io.StringIO()) as said:
         assert train.main([*flags, f"--out={where / 'run'}"]) == 0
