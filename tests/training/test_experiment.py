@@ -275,7 +275,7 @@ def test_a_folder_belongs_to_one_process_at_a_time(tmp_path):
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """Modules are compiled by the compiler's front half, whole; returns how many graphs there are."""
+    """Modules are compiled whole, by the compiler's front half; gives the number of graphs."""
     real = torch.nn.Module.compile
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda m: real(m, backend="eager", fullgraph=True)
