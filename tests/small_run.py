@@ -5,8 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from optima_fast.training import experiment
 from optima_fast.training.config import TrainConfig, resolve
+from optima_fast.training.display import Display
 from optima_fast.training.run import Run
+from optima_fast.training.trainer import Trainer
+
+QUIET = Display(quiet=True)
 
 # the method by default, which is told what every arm is worth
 DEFAULT_CHOICE: dict[str, Any] = {"method": "headroom", "init_rounds": None}
@@ -30,8 +37,27 @@ def small(tmp_path: Path, **settings: Any) -> TrainConfig:
     return resolve(TrainConfig(**{**defaults, **settings}))
 
 
-def hold(folder: Path, ready: Any, done: Any) -> None:
-    """Keep a run folder, in a process of its own (which imports this module by name)."""
-    with Run(folder).held():
-        ready.set()
-        done.wait(60)
+def trainer(tmp_path: Path, **settings: Any) -> Trainer:
+    """A trainer on small data, with a teacher that never trained."""
+    config = small(tmp_path, **settings)
+    device = experiment.prepare(config)
+    data = experiment.load_data(config)
+    teacher = None
+    if config.method != "finetune":
+        torch.manual_seed(7)
+        teacher = experiment.new_model(config.teacher, data).to(device)
+    torch.manual_seed(config.seed)
+    student = experiment.new_model(config.student, data, config.dropout).to(device)
+    run = Run(config.out)
+    run.begin(config)
+    return Trainer(config, data, student, teacher, run, QUIET)
+
+
+def rounds(t: Trainer) -> list[dict[str, Any]]:
+    """The lines of rounds that were rewarded."""
+    return [line for line in t.run.metrics() if "reward" in line]
+
+
+def untimed(run: Run) -> list[dict[str, Any]]:
+    """All lines, without the times."""
+    return [{**line, "samples_per_second": 0, "seconds": 0} for line in run.metrics()]

@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 from models.record_open_clip import MODELS, draw, inputs
+from official import edit
 
 from optima_fast import export
 from optima_fast.models import CoCa, CoCaConfig, open_clip, presets, pretrained
@@ -81,6 +82,12 @@ def test_a_runs_student_there_and_back(tmp_path: Path, capsys: pytest.CaptureFix
     assert found.config == CONFIG
     for got, want in zip(features(found.load()), features(coca), strict=True):
         assert torch.equal(got, want)
+    own = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "resize": "squash"}
+    edit(run / "model.json", lambda model: model.update(pixels=own))
+    assert export.main([str(run), "--to", str(tmp_path / "own")]) == 0
+    described = json.loads((tmp_path / "own/open_clip_config.json").read_text())
+    chosen = described["preprocess_cfg"]
+    assert (chosen["mean"], chosen["std"], chosen["resize_mode"]) == tuple(own.values())
 
 
 def test_a_checkpoint_keeps_its_preprocessing(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +26,15 @@ def test_text_and_json_come_back(tmp_path):
     assert checkpoints.read_json(tmp_path / "d.json") == {"x": 1}
     (tmp_path / "metrics.jsonl").write_bytes(b'\xef\xbb\xbf{"step": 1}\r\n{"step": 2}\r\n')
     assert Run(tmp_path).metrics() == [{"step": 1}, {"step": 2}]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done = []
+    flush, rename = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda file: done.append("flush") or flush(file))
+    monkeypatch.setattr(Path, "replace", lambda *p: done.append("rename") or rename(*p))
+    checkpoints.write_text(tmp_path / "a.txt", "new")
+    assert done == ["flush", "rename"]
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):

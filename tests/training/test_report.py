@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from typing import Any
 from xml.dom import minidom
 
 import pytest
-from small_run import small
 
 from optima_fast import report
-from optima_fast.training import experiment, overview, page
+from optima_fast.training import overview, page
 from optima_fast.training.display import Display
 from optima_fast.training.rounds import of_rounds, rewards_by_arm
 from optima_fast.training.run import Run
@@ -88,6 +88,7 @@ def test_many_arms_are_cut_to_those_pulled_most_and_said_so():
     raster, shares = figures(text)
     assert len(raster.getElementsByTagName("rect")) == page.ROWS
     assert len(shares.getElementsByTagName("polyline")) == len(page.COLOURS)
+    assert page.NEGATIVE not in text  # a reward of 0 is none below it
     assert f"{63 - page.ROWS} more arms were pulled less often" in text
     assert overview.shares({"a": 3, "b": 1, "c": 0}) == "a 75%, b 25%"
     assert overview.shares(dict.fromkeys(map(str, range(20)), 5)).endswith("8 others 40%")
@@ -101,21 +102,25 @@ def test_a_run_without_rewards_has_its_arms_all_the_same():
     assert len(raster.getElementsByTagName("rect")) == 2
 
 
-def test_report_prints_each_arm_s_rewards_and_writes_the_page(tmp_path, capsys):
-    config = small(tmp_path, steps=20, reward_examples=8, reward_cost="none", train_images=40)
-    run, summary = experiment.run(config, Display(quiet=True))
+def test_report_prints_each_arm_s_rewards_and_writes_the_page(digits_run, tmp_path, capsys):
+    shutil.copytree(digits_run.folder, tmp_path / "run")
+    run = Run(tmp_path / "run")
+    summary = run.summary()
     reward = summary["reward"]
     assert {k: reward[k] for k in ("name", "clip", "cost", "split", "examples", "batches")} == {
-        "name": "drop", "clip": True, "cost": "none", "split": "train", "examples": 8,
+        "name": "drop", "clip": True, "cost": "none", "split": "train", "examples": 16,
         "batches": 1,
     }  # fmt: skip
     assert 0.0 < reward["seconds"] == summary["seconds"]["reward"]
     assert 0.0 < reward["share"] < 1.0
     overview.show(run, summary, Display())
-    assert "drop on 8 training examples in 1 batch: " in capsys.readouterr().out
+    assert "drop on 16 training examples in 1 batch: " in capsys.readouterr().out
 
-    assert report.main([str(run.folder)]) == 0
+    unfinished = Run(tmp_path / "unfinished")
+    unfinished.begin(run.config())
+    assert report.main([str(unfinished.folder), str(run.folder)]) == 0
     out = capsys.readouterr().out
+    assert f"{unfinished.folder} is not finished: left out" in out
     assert "rewards by arm" in out
     best = rewards_by_arm(run.metrics())[0]
     assert any(best.name in row and f"{best.mean:+.5f}" in row for row in out.splitlines())

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from itertools import chain, pairwise
 from typing import Any
 
 import pytest
 import torch
-from small_run import small
+from small_run import QUIET, rounds, small, trainer
 
 from optima_fast.distill import arm_name, arm_space
 from optima_fast.errors import UserError
@@ -19,35 +18,13 @@ from optima_fast.tasks.split import ArrayImages
 from optima_fast.training import cost, experiment
 from optima_fast.training.config import TrainConfig, resolve
 from optima_fast.training.cost import arm_costs
-from optima_fast.training.display import Display
 from optima_fast.training.rewards import reward_examples, training_sampler
-from optima_fast.training.run import Run
-from optima_fast.training.trainer import Trainer
-
-QUIET = Display(quiet=True)
-
-
-def trainer(tmp_path, **settings: Any) -> Trainer:
-    config = small(tmp_path, **settings)
-    experiment.prepare(config)
-    data = experiment.load_data(config)
-    torch.manual_seed(7)
-    teacher = experiment.new_model(config.teacher, data)
-    torch.manual_seed(config.seed)
-    student = experiment.new_model(config.student, data)
-    run = Run(config.out)
-    run.begin(config)
-    return Trainer(config, data, student, teacher, run, QUIET)
-
-
-def rounds(t: Trainer) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in t.run.metrics_path.read_text().splitlines()]
-    return [line for line in lines if "reward" in line]
+from optima_fast.training.sampler import Sampler
 
 
 def test_the_reward_of_the_paper_is_that_of_its_first_version_to_the_bit(tmp_path):
     """Measured by hand, as before there was a choice: float32 sums, batches by size, Eq. 6."""
-    t = trainer(tmp_path, batch_size=3, reward_examples=20, steps=14)
+    t = trainer(tmp_path, batch_size=3, reward_examples=20, steps=7, round_steps=1)
     assert [len(b) for b in t.meter.batches] == [12, 8]
     measured = []
 
@@ -79,7 +56,7 @@ def test_the_reward_of_the_paper_is_that_of_its_first_version_to_the_bit(tmp_pat
 
 
 def test_a_round_s_line_holds_all_that_it_was_decided_on(tmp_path):
-    t = trainer(tmp_path, steps=30, round_steps=2, arms="layer-groups:2")
+    t = trainer(tmp_path, steps=30, round_steps=2, arms="layer-groups:2", batch_size=2)
     t.fit()
     lines = rounds(t)
     assert [line["round"] for line in lines] == list(range(1, 16))
@@ -120,8 +97,9 @@ def _drop(old: float, new: float) -> float:
 )
 def test_each_reward_follows_from_the_losses_in_the_log(tmp_path, reward, clip):
     t = trainer(
-        tmp_path, steps=20, reward=reward, reward_clip=clip, reward_split="held-out", lr=0.03
-    )
+        tmp_path, steps=8, round_steps=1, lr=0.03, reward=reward, reward_clip=clip,
+        reward_split="held-out",
+    )  # fmt: skip
     t.fit()
     lines = rounds(t)
     for old, new in pairwise(lines):
@@ -148,7 +126,7 @@ def test_each_reward_follows_from_the_losses_in_the_log(tmp_path, reward, clip):
 
 
 def test_a_reward_per_cost_is_divided_by_the_arm_s(tmp_path):
-    t = trainer(tmp_path, reward_cost="flops", task="coco", steps=14)
+    t = trainer(tmp_path, reward_cost="flops", steps=7, round_steps=1)
     t.fit()
     costs = dict(zip(map(arm_name, t.space.arms), t.meter.costs, strict=True))
     for line in rounds(t):
@@ -225,6 +203,9 @@ def test_held_out_examples_and_their_images_are_never_trained_on(tmp_path):
     data = experiment.load_data(config)
     held = set(reward_examples(config, data.train).tolist())
     assert len(held) == 24
+    # not those of a first step that draws as many
+    first = Sampler(data.train, 24 // data.train.group, config.seed).at(0)
+    assert held != set(first.tolist())
     sampler = training_sampler(config, data.train)
     seen = set(torch.cat([sampler.at(s) for s in range(200)]).tolist())
     assert not seen & held

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 import shutil
 
 import pytest
 from official import edit, make_vqa
-from small_run import small
+from small_run import QUIET, small
 
 from optima_fast import evaluate
 from optima_fast.errors import UserError
 from optima_fast.tasks import tokenizers
 from optima_fast.tasks.text import Vocabulary
-from optima_fast.training import checkpoints, experiment, overview
-from optima_fast.training.config import TrainConfig, resolve
-from optima_fast.training.display import Display
+from optima_fast.training import checkpoints, experiment
+from optima_fast.training.config import OF_A_CHOICE, TrainConfig, resolve
 from optima_fast.training.flags import parse
 from optima_fast.training.run import Run
 
-QUIET = Display(quiet=True)
 ANNOTATIONS = "v2_mscoco_{}2014_annotations.json"
 FINETUNE = {
     "task": "vqa", "method": "finetune", "tokenizer": "words", "student": "digits_student",
@@ -123,12 +122,14 @@ def test_a_run_is_measured_where_its_data_is_now(copy, capsys):
     assert said.count("\n") == 1
     assert evaluate.main([str(copy / "run"), "--data", str(copy / "moved")]) == 0
     assert f"accuracy {recorded:.4f}: the same as" in capsys.readouterr().out
+    edit(copy / "run" / "summary.json", lambda summary: summary.update(student_metric=-2.0))
+    assert evaluate.main([str(copy / "run"), "--data", str(copy / "moved")]) == 0
+    assert f"accuracy {recorded:.4f}: was -2.0000 in" in capsys.readouterr().out
 
 
-def test_a_run_on_the_digits_is_measured_on_no_folder(tmp_path):
-    run, _ = experiment.run(small(tmp_path, method="finetune", steps=2), QUIET)
+def test_a_run_on_the_digits_is_measured_on_no_folder(digits_run):
     with pytest.raises(UserError, match="is a run on the built-in data: leave --data x out"):
-        experiment.evaluate(run.folder, data="x")
+        experiment.evaluate(digits_run.folder, data="x")
 
 
 @pytest.mark.parametrize("flag", ["teacher", "student_init"])
@@ -165,15 +166,13 @@ def test_a_tokenizer_goes_by_the_name_that_makes_it():
     assert tokenizers.named("clip", tokenizers.make("clip", []))
 
 
-def test_the_next_command_takes_over_all_settings_of_a_run(tmp_path, capsys):
-    given = {"method": "layerwise", "steps": 20, "teacher_steps": 3, "seed": 4}
-    run, summary = experiment.run(small(tmp_path, **given), QUIET)
-    overview.show(run, summary, Display())
-    said = capsys.readouterr().out
-    command = shlex.split("".join(said.rpartition("optima_fast.train ")[2].splitlines()))
+def test_the_next_command_takes_over_all_settings_of_a_run(digits_run):
+    folder = digits_run.folder
+    command = shlex.split("".join(digits_run.said.rpartition("optima_fast.train ")[2].splitlines()))
     config = resolve(TrainConfig(**parse(command, prog="", description="")))
-    assert (config.method, config.teacher_steps, config.seed) == ("headroom", 3, 4)
-    assert config.out == f"{run.folder}-headroom"
+    given = {"method": "layerwise", "out": f"{folder}-layerwise"}
+    given |= {name: getattr(config, name) for name in OF_A_CHOICE}
+    assert config == dataclasses.replace(Run(folder).config(), **given)
 
 
 def test_unreadable_images_are_counted_in_whole_numbers_where_they_are_skipped(copy, capsys):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from small_run import small
+from small_run import QUIET, small
 
 from optima_fast.errors import UserError
 from optima_fast.models import CoCa, initialise, open_clip, presets
@@ -19,7 +20,6 @@ from optima_fast.training import dry_run, experiment, sources
 from optima_fast.training.config import TrainConfig, resolve
 from optima_fast.training.display import Display
 
-QUIET = Display(quiet=True)
 LARGE = dataclasses.replace(
     presets.get("open_clip_coca_ViT-L-14"),
     image_size=32,
@@ -75,13 +75,29 @@ def captions(folder: Path, images: int = 6) -> str:
 
 
 def config(tmp_path: Path, **settings: object) -> TrainConfig:
-    given = {"task": "coco", "method": "headroom", "init_rounds": None, "train_images": None}
-    given |= {"steps": 4, "teacher_steps": 2, "reward_examples": 4}
+    given = {"task": "coco", "init_rounds": None, "train_images": None}
+    given |= {"steps": 2, "teacher_steps": 2, "reward_examples": 4, "method": "layerwise"}
     given |= {"workers": "0", "checkpoint_every": 100}
     return small(tmp_path, **{**given, **settings})
 
 
-def test_a_name_is_a_preset_a_run_or_a_checkpoint(tmp_path):
+class Files(NamedTuple):
+    """A folder of captions, and checkpoints of the two shapes."""
+
+    data: str
+    large: str
+    small: str
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Files:
+    where = tmp_path_factory.mktemp("files")
+    large = checkpoint(where, "large", LARGE, 0)
+    # of the small one's pixels nothing is known
+    return Files(captions(where / "data"), large, checkpoint(where, "small", SMALL_ONE, 1, {}))
+
+
+def test_a_name_is_a_preset_a_run_or_a_checkpoint(files, tmp_path):
     assert sources.find("digits_base", "--teacher").config == presets.get("digits_base")
     settings = small(tmp_path, method="finetune", steps=2)
     run, _ = experiment.run(settings, QUIET)
@@ -91,8 +107,7 @@ def test_a_name_is_a_preset_a_run_or_a_checkpoint(tmp_path):
         assert found.run.folder == run.folder
         assert found.config == run.model_config()
         assert found.trained
-    name = checkpoint(tmp_path, "large", LARGE, 0)
-    found = sources.find(name, "--teacher")
+    found = sources.find(files.large, "--teacher")
     assert found.checkpoint is not None
     assert found.config == LARGE
     assert not sources.find("coca_base", "--student").trained
@@ -117,18 +132,15 @@ def test_a_name_is_a_preset_a_run_or_a_checkpoint(tmp_path):
         sources.find(str(run.folder), "--teacher")
 
 
-def test_a_preset_takes_the_form_of_its_start_and_the_patches_of_its_teacher(tmp_path):
-    teacher = checkpoint(tmp_path, "large", LARGE, 0)
-    start = checkpoint(tmp_path, "small", SMALL_ONE, 1)
-    planned = sources.plan(
-        config(tmp_path, data="x", teacher=teacher, student="coca_tiny6", student_init=start)
-    )
+def test_a_preset_takes_the_form_of_its_start_and_the_patches_of_its_teacher(files, tmp_path):
+    given = {"teacher": files.large, "student": "coca_tiny6", "student_init": files.small}
+    planned = sources.plan(config(tmp_path, data="x", **given))
     expected = dataclasses.replace(
         SMALL_ONE, image_layers=3, text_layers=2, multimodal_layers=1, patch_size=8
     )
     assert planned.student == expected
     assert planned.start is not None
-    assert planned.start.name == start
+    assert planned.start.name == files.small
     assert len(planned.notes) == 2
     assert "3/2/1 layers in the form of" in planned.notes[0]
     assert "32 pixels in patches of 8" in planned.notes[1]
@@ -143,10 +155,9 @@ def test_a_preset_of_its_own_form_and_patches_stays_as_it_is(tmp_path):
     assert same.start is same.teacher
 
 
-def test_a_preset_that_starts_at_random_takes_its_teachers_form(tmp_path):
-    data = captions(tmp_path / "data")
-    teacher = checkpoint(tmp_path, "large", LARGE, 0)
-    settings = config(tmp_path, data=data, teacher=teacher, student="digits_student", steps=2)
+def test_a_preset_that_starts_at_random_takes_its_teachers_form(files, tmp_path):
+    given = {"data": files.data, "teacher": files.large, "student": "digits_student"}
+    settings = config(tmp_path, **given)
     planned = sources.plan(settings)
     assert planned.start is None
     assert "2/1/1 layers in the form of" in planned.notes[0]
@@ -154,30 +165,28 @@ def test_a_preset_that_starts_at_random_takes_its_teachers_form(tmp_path):
     assert (planned.student.image_stem, planned.student.pooler) == ("clip", "normed")
     assert planned.student.widths == own.widths
     assert planned.student.layer_counts == own.layer_counts
-    _, summary = experiment.run(settings, QUIET)
-    assert summary["student_params"] > 0
+    experiment.rehearse(settings, planned, experiment.load_data(settings, planned))
 
 
-def test_sizes_that_do_not_go_together_are_told_before_the_teacher_trains(tmp_path, monkeypatch):
-    data = captions(tmp_path / "data")
+def test_sizes_that_do_not_go_together_are_told_before_the_teacher_trains(
+    files, tmp_path, monkeypatch
+):
     # a class token more than the student has, the same for any other reason
     monkeypatch.setattr(sources, "_other_form", lambda one, other: False)
-    settings = config(
-        tmp_path, data=data, teacher=checkpoint(tmp_path, "large", LARGE, 0),
-        student="digits_student",
-    )  # fmt: skip
+    given = {"data": files.data, "teacher": files.large, "student": "digits_student"}
+    settings = config(tmp_path, **given)
     with pytest.raises(UserError, match=r"--student digits_student and --teacher .* on "):
         experiment.run(settings, QUIET)
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_checkpoint_distils_captions_from_an_official_folder(tmp_path):
-    data = captions(tmp_path / "data")
+def test_a_checkpoint_distils_captions_from_an_official_folder(files, tmp_path):
     teacher = checkpoint(tmp_path, "large", LARGE, 0)
     start = checkpoint(tmp_path, "small", SMALL_ONE, 1, {})
     settings = config(
-        tmp_path, data=data, teacher=teacher, student="coca_tiny6", student_init=start, lr=1e-4
-    )
+        tmp_path, data=files.data, teacher=teacher, student="coca_tiny6", student_init=start,
+        lr=1e-4,
+    )  # fmt: skip
     run, summary = experiment.run(settings, QUIET)
     assert summary["arms"]
     shape = run.model_config()
@@ -192,16 +201,13 @@ def test_a_checkpoint_distils_captions_from_an_official_folder(tmp_path):
     assert metrics["cider"] == recorded
 
 
-def test_a_student_starts_from_the_layers_of_its_checkpoint(tmp_path):
-    data = captions(tmp_path / "data")
-    start = checkpoint(tmp_path, "small", SMALL_ONE, 1)
-    settings = config(
-        tmp_path, data=data, method="finetune", student="coca_tiny6", student_init=start
-    )
+def test_a_student_starts_from_the_layers_of_its_checkpoint(files, tmp_path):
+    given = {"method": "finetune", "student": "coca_tiny6", "student_init": files.small}
+    settings = config(tmp_path, data=files.data, **given)
     models = sources.plan(settings)
     loaded = experiment.load_data(settings, models)
     student = models.new_student(loaded, None)
-    source = sources.find(start, "--student-init").load()
+    source = sources.find(files.small, "--student-init").load()
     for index in range(3):
         sampled = initialise.sampled_layer(index, 3, 6)
         assert torch.equal(
@@ -211,12 +217,9 @@ def test_a_student_starts_from_the_layers_of_its_checkpoint(tmp_path):
     assert torch.equal(student.coca.text.embedding.weight, source.text.embedding.weight)
 
 
-def test_a_student_of_its_teacher_starts_from_the_trained_one(tmp_path):
-    teacher = checkpoint(tmp_path, "large", LARGE, 0)
-    settings = config(
-        tmp_path, data=captions(tmp_path / "data"), teacher=teacher, student="coca_tiny6",
-        student_init="teacher",
-    )  # fmt: skip
+def test_a_student_of_its_teacher_starts_from_the_trained_one(files, tmp_path):
+    given = {"teacher": files.large, "student": "coca_tiny6", "student_init": "teacher"}
+    settings = config(tmp_path, data=files.data, **given)
     models = sources.plan(settings)
     data = experiment.load_data(settings, models)
     trained = models.published_teacher(data)
@@ -226,53 +229,30 @@ def test_a_student_of_its_teacher_starts_from_the_trained_one(tmp_path):
     assert torch.equal(student.coca.text.embedding.weight, trained.coca.text.embedding.weight)
 
 
-def test_a_checkpoint_alone_is_a_student_that_goes_on(tmp_path):
-    data = captions(tmp_path / "data")
-    name = checkpoint(tmp_path, "large", LARGE, 0)
-    settings = config(tmp_path, data=data, method="finetune", student=name, image_size=48)
+def test_a_checkpoint_alone_is_a_student_that_goes_on(files, tmp_path):
+    given = {"method": "finetune", "student": files.large, "image_size": 48}
+    settings = config(tmp_path, data=files.data, **given)
     models = sources.plan(settings)
     assert models.student == dataclasses.replace(LARGE, image_size=48)
     loaded = experiment.load_data(settings, models)
     student = models.new_student(loaded, None)
     assert student.coca.image.positions.shape == (37, 64)
-    source = sources.find(name, "--student").load()
+    source = sources.find(files.large, "--student").load()
     assert torch.equal(student.coca.to_vocabulary.weight, source.to_vocabulary.weight)
     assert loaded.image_size == 48
 
 
-def test_a_teacher_that_captions_is_taken_as_it_is(tmp_path):
-    data = captions(tmp_path / "data")
-    teacher = checkpoint(tmp_path, "large", LARGE, 0)
-    settings = config(
-        tmp_path, data=data, teacher=teacher, student="coca_tiny6", student_init="teacher",
-        teacher_steps=0, steps=2,
-    )  # fmt: skip
+def test_a_teacher_that_captions_is_taken_as_it_is(files, tmp_path):
+    given = {"teacher": files.large, "student": "coca_tiny6", "student_init": "teacher"}
+    settings = config(tmp_path, data=files.data, **given, teacher_steps=0)
     _, summary = experiment.run(settings, QUIET)
     assert summary["seconds"]["teacher"] >= 0
     assert not (tmp_path / "cache").exists()
     models = sources.plan(settings)
     loaded = experiment.load_data(settings, models)
     published = models.published_teacher(loaded)
-    source = sources.find(teacher, "--teacher").load()
+    source = sources.find(files.large, "--teacher").load()
     assert torch.equal(published.coca.text.positions, source.text.positions)
-
-
-def test_another_checkpoint_under_the_same_name_is_another_teacher(tmp_path):
-    data = captions(tmp_path / "data")
-    teacher = checkpoint(tmp_path, "large", LARGE, 0)
-    settings = config(
-        tmp_path, data=data, teacher=teacher, student="coca_tiny6", student_init="teacher",
-        method="kd", steps=2,
-    )  # fmt: skip
-    experiment.run(settings, QUIET)
-    kept = tmp_path / "cache" / "teachers"
-    assert len(list(kept.iterdir())) == 1
-    experiment.run(dataclasses.replace(settings, out=str(tmp_path / "two")), QUIET)
-    assert len(list(kept.iterdir())) == 1
-    Path(teacher).rename(teacher + "-old")
-    checkpoint(tmp_path, "large", LARGE, 7)
-    experiment.run(dataclasses.replace(settings, out=str(tmp_path / "three")), QUIET)
-    assert len(list(kept.iterdir())) == 2
 
 
 @pytest.mark.parametrize(
@@ -287,31 +267,18 @@ def test_another_checkpoint_under_the_same_name_is_another_teacher(tmp_path):
         ({"method": "fixed", "arm": "image[9]"}, "image"),
     ],
 )
-def test_mistakes_with_checkpoints_are_told_before_any_work(tmp_path, settings, message):
-    given = {
-        "data": captions(tmp_path / "data"),
-        "teacher": checkpoint(tmp_path, "large", LARGE, 0),
-        "student": "coca_tiny6",
-        "student_init": "teacher",
-        **settings,
-    }
+def test_mistakes_with_checkpoints_are_told_before_any_work(files, tmp_path, settings, message):
+    given = {"data": files.data, "teacher": files.large, "student": "coca_tiny6"}
     with pytest.raises(UserError, match=message) as caught:
-        experiment.run(config(tmp_path, **given), QUIET)
+        experiment.run(config(tmp_path, **{**given, "student_init": "teacher", **settings}), QUIET)
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "cache").exists()
-    assert not (tmp_path / "run").exists()
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_dry_run_tells_sizes_and_writes_nothing(tmp_path, capsys):
-    given = {
-        "data": captions(tmp_path / "data"),
-        "teacher": checkpoint(tmp_path, "large", LARGE, 0),
-        "student": "coca_tiny6",
-        "student_init": checkpoint(tmp_path, "small", SMALL_ONE, 1),
-    }
-    before = sorted(tmp_path.rglob("*"))
-    dry_run.show(config(tmp_path, **given), Display())
-    assert sorted(tmp_path.rglob("*")) == before
+def test_a_dry_run_tells_sizes_and_writes_nothing(files, tmp_path, capsys):
+    given = {"teacher": files.large, "student": "coca_tiny6", "student_init": files.small}
+    dry_run.show(config(tmp_path, data=files.data, method="headroom", **given), Display())
+    assert not list(tmp_path.iterdir())
     said = " ".join(capsys.readouterr().out.translate(str.maketrans("│", " ")).split())
     large = sum(p.numel() for p in CoCa(LARGE).parameters())
     assert f"{large:,} parameters" in said

@@ -9,17 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from official import edit, make_coco, make_vqa
-from small_run import small
+from small_run import QUIET, small
 
 from optima_fast.errors import UserError
 from optima_fast.models import CoCa, open_clip, presets
 from optima_fast.tasks import tokenizers
 from optima_fast.training import checkpoints, dry_run, experiment, sources, teachers
 from optima_fast.training.config import TrainConfig, resolve
-from optima_fast.training.display import Display
 from optima_fast.training.run import Run
 
-QUIET = Display(quiet=True)
 SHAPE = presets.get("digits_base")
 
 
@@ -206,7 +204,7 @@ def test_a_kept_teacher_is_of_its_captions(tmp_path):
     assert kept(settings, "cuda") != kept(settings, "cpu")
 
 
-def test_a_kept_teacher_is_of_its_checkpoint_s_description(tmp_path):
+def test_a_kept_teacher_is_of_its_checkpoint_and_its_description(tmp_path):
     make_coco(tmp_path / "data")
     shape = dataclasses.replace(
         presets.get("coca_ViT-B-32"), image_size=32, image_width=64, image_heads=1, text_width=64,
@@ -214,8 +212,9 @@ def test_a_kept_teacher_is_of_its_checkpoint_s_description(tmp_path):
         contrastive_width=64, text_length=20, pooler_heads=1,
     )  # fmt: skip
     folder = tmp_path / "checkpoint"
-    state = open_clip.to_open_clip(CoCa(shape))
-    checkpoints.save_state(folder / "open_clip_model.safetensors", state)
+    weights = folder / "open_clip_model.safetensors"
+    checkpoints.save_state(weights, open_clip.to_open_clip(CoCa(shape)))
+    settings = config(tmp_path, task="coco", teacher=str(folder), student="coca_tiny6")
     names = []
     same = open_clip.model_cfg(shape)
     other = open_clip.model_cfg(dataclasses.replace(shape, pooler_heads=2))
@@ -227,8 +226,10 @@ def test_a_kept_teacher_is_of_its_checkpoint_s_description(tmp_path):
     ):
         described = {"model_cfg": model, "preprocess_cfg": options}
         (folder / "open_clip_config.json").write_text(json.dumps(described))
-        names.append(kept(config(tmp_path, task="coco", teacher=str(folder), student="coca_tiny6")))
-    assert len(set(names)) == 4
+        names += [kept(settings), kept(settings)]
+    checkpoints.save_state(weights, open_clip.to_open_clip(CoCa(shape)))
+    names.append(kept(settings))  # another checkpoint under the same name
+    assert len(set(names)) == 5
 
 
 def test_a_dry_run_counts_the_images_that_a_batch_shows(tmp_path, monkeypatch):
@@ -242,7 +243,7 @@ def test_a_dry_run_counts_the_images_that_a_batch_shows(tmp_path, monkeypatch):
         return real(student, teacher, data, batch, **settings)
 
     monkeypatch.setattr(dry_run.cost, "step_memory", keep)
-    settings = config(tmp_path, batch_size=8, tokenizer="words", image_size=24)
+    settings = config(tmp_path, method="layerwise", batch_size=8, tokenizer="words", image_size=24)
     settings = dataclasses.replace(settings, teacher_batch_size=3, augment="1,10", workers="1")
     dry_run.show(settings, QUIET)
     step, own = batches

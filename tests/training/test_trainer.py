@@ -2,47 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
-from small_run import small
+from small_run import rounds, trainer, untimed
 
 from optima_fast.errors import UserError
-from optima_fast.training import checkpoints, experiment
-from optima_fast.training.display import Display
+from optima_fast.training import checkpoints
 from optima_fast.training.interrupts import Interrupted
-from optima_fast.training.run import Run
 from optima_fast.training.trainer import Trainer
-
-QUIET = Display(quiet=True)
-
-
-def trainer(tmp_path, **settings: Any) -> Trainer:
-    """A trainer on small data, with a teacher that never trained."""
-    config = small(tmp_path, **settings)
-    device = experiment.prepare(config)
-    data = experiment.load_data(config)
-    teacher = None
-    if config.method != "finetune":
-        torch.manual_seed(7)
-        teacher = experiment.new_model(config.teacher, data)
-        torch.manual_seed(config.seed)
-    student = experiment.new_model(config.student, data).to(device)
-    run = Run(config.out)
-    run.begin(config)
-    return Trainer(config, data, student, teacher, run, QUIET)
-
-
-def lines(run: Run) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
 
 
 def test_the_student_learns_and_the_teacher_does_not_move(tmp_path):
-    t = trainer(tmp_path, method="layerwise", steps=60)
+    t = trainer(tmp_path, method="layerwise", steps=30, lr=0.01, log_every=1)
     teacher = t.distiller.teacher
     before = {n: p.clone() for n, p in teacher.state_dict().items()}
     first = t._measure()
@@ -51,25 +25,26 @@ def test_the_student_learns_and_the_teacher_does_not_move(tmp_path):
     assert last.hidden < 0.5 * first.hidden
     assert last.attention < first.attention
     assert all(torch.equal(before[n], p) for n, p in teacher.state_dict().items())
-    losses = [line["prediction"] for line in lines(t.run) if "prediction" in line]
+    losses = [line["prediction"] for line in t.run.metrics() if "prediction" in line]
     assert sum(losses[-5:]) < sum(losses[:5])
+    assert all(p.grad is None for p in t.student.parameters())  # a step's own, not all so far
 
 
 def test_optima_pulls_each_arm_t0_times_then_follows_its_bandit(tmp_path):
-    t = trainer(tmp_path, steps=40, round_steps=2, init_rounds=2)
+    t = trainer(tmp_path, steps=17, round_steps=1, init_rounds=2)
     t.fit()
-    rounds = [line for line in lines(t.run) if "reward" in line]
-    assert len(rounds) == 20
-    first = [line["arm"] for line in rounds[:14]]
+    lines = rounds(t)
+    assert len(lines) == 17
+    first = [line["arm"] for line in lines[:14]]
     assert sorted(first) == sorted(2 * list(t.pulls))
     assert first[:7] != list(t.pulls)  # shuffled, not in order
-    assert t.policy.round == 20
-    assert sum(t.pulls.values()) == 20
-    for line in rounds:
+    assert t.policy.round == 17
+    assert sum(t.pulls.values()) == 17
+    for line in lines:
         drops = line["drops"]
         assert line["reward"] == pytest.approx(sum(drops.values()) / 3)
         assert all(0.0 <= d <= 1.0 for d in drops.values())
-    for before, after in pairwise(rounds):
+    for before, after in pairwise(lines):
         old, new = before["losses"]["hidden"], after["losses"]["hidden"]
         assert after["drops"]["hidden"] == pytest.approx(max(0.0, (old - new) / old))
 
@@ -87,51 +62,58 @@ def test_methods_distil_what_they_say(tmp_path, method, arm, expected):
     t = trainer(tmp_path, method=method, arm=arm, steps=4)
     t.fit()
     assert {name for name, pulls in t.pulls.items() if pulls} == expected
-    line = lines(t.run)[0]
+    line = t.run.metrics()[0]
     assert ("kl" in line) == (method == "kd")
     assert set(line.get("hidden", {})) == set("+".join(expected).split("+") if expected else ())
     assert (t.distiller is None) == (method == "finetune")
 
 
 def test_random_takes_different_arms_and_measures_no_reward(tmp_path):
-    t = trainer(tmp_path, method="random", steps=40, round_steps=1)
+    t = trainer(tmp_path, method="random", steps=14, round_steps=1)
     t.fit()
-    assert sum(p > 0 for p in t.pulls.values()) == 7
-    assert not any("reward" in line for line in lines(t.run))
+    assert sum(p > 0 for p in t.pulls.values()) > 4
+    assert not rounds(t)
     assert t.seconds["reward"] == 0.0
 
 
-@pytest.mark.parametrize(("stop_at", "method"), [(13, "optima"), (14, "optima"), (9, "kd")])
-def test_a_stopped_run_goes_on_exactly(tmp_path, monkeypatch, stop_at, method):
-    settings = {"method": method, "steps": 24, "dropout": 0.1, "checkpoint_every": 1000}
+@pytest.mark.parametrize(
+    ("method", "steps", "stops", "more"),
+    [
+        ("optima", 17, (5, 10), {}),  # in a round and between two; the last round is cut short
+        ("kd", 6, (3,), {}),
+        ("finetune", 6, (2,), {"cell_stage": 0.8}),
+    ],
+)
+def test_a_stopped_run_goes_on_exactly(tmp_path, monkeypatch, method, steps, stops, more):
+    settings = {"method": method, "steps": steps, "dropout": 0.1, "checkpoint_every": 99, **more}
+    settings |= {"log_every": 1, "eval_every": 4}
     whole = trainer(tmp_path / "whole", **settings)
     whole.fit()
 
-    first = trainer(tmp_path / "parts", **settings)
-    step = first._train_step
+    t = trainer(tmp_path / "parts", **settings)
+    for stop in stops:
+        step = t._train_step
 
-    def stop(*args):
-        first._stop.asked = first.step + 1 == stop_at
-        return step(*args)
+        def stopping(t=t, step=step, stop=stop):
+            t._stop.asked = t.step + 1 == stop
+            return step()
 
-    monkeypatch.setattr(first, "_train_step", stop)
-    with pytest.raises(Interrupted, match=f"after step {stop_at} of 24"):
-        first.fit()
-    first.run.append_metrics({"step": 999})  # as if it had died after a later line
-
-    second = trainer(tmp_path / "parts", **settings)
-    torch.manual_seed(1234)
-    second.resume(checkpoints.latest_checkpoint(second.run.checkpoints))
-    assert second.step == stop_at
-    second.fit()
-    for name, value in whole.student.state_dict().items():
-        assert torch.equal(value, second.student.state_dict()[name]), name
-    for name, value in whole.distiller.state_dict().items():
-        assert torch.equal(value, second.distiller.state_dict()[name]), name
-    assert whole.pulls == second.pulls
-    timing = {"samples_per_second": 0, "seconds": 0}
-    a, b = ([{**x, **timing} for x in lines(t.run)] for t in (whole, second))
-    assert a == b
+        monkeypatch.setattr(t, "_train_step", stopping)
+        with pytest.raises(Interrupted, match=f"after step {stop} of {steps}"):
+            t.fit()
+        t.run.append_metrics({"step": 999})  # as if it had died after a later line
+        t = trainer(tmp_path / "parts", **settings)
+        torch.manual_seed(1234)
+        t.resume(checkpoints.latest_checkpoint(t.run.checkpoints))
+        assert t.step == stop
+    t.fit()
+    for one, other in ((whole.student, t.student), (whole.distiller, t.distiller)):
+        if one is not None:
+            for name, value in one.state_dict().items():
+                assert torch.equal(value, other.state_dict()[name]), name
+    assert whole.pulls == t.pulls
+    assert untimed(whole.run) == untimed(t.run)
+    assert len(rounds(t)) == (9 if method == "optima" else 0)
 
 
 def test_ctrl_c_saves_and_stops_after_the_step(tmp_path, monkeypatch):
@@ -181,9 +163,9 @@ def _break_gradient(t: Trainer) -> None:
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (_break_prediction, "step 6: prediction is nan"),
-        (_break_hidden, "step 6: hidden of image layer 2 from teacher layer 4 is (inf|nan)"),
-        (_break_gradient, "step 6: the gradient norm is nan"),
+        (_break_prediction, "step 4: prediction is nan"),
+        (_break_hidden, "step 4: hidden of image layer 2 from teacher layer 4 is (inf|nan)"),
+        (_break_gradient, "step 4: the gradient norm is nan"),
     ],
 )
 def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path, monkeypatch, harm, message):
@@ -192,7 +174,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path, monkeypatch, 
     kept: dict[str, torch.Tensor] = {}
 
     def strike(*args):
-        if t.step == 5:
+        if t.step == 3:
             harm(t)
             kept.update({n: p.clone() for n, p in t.student.state_dict().items()})
         return step(*args)
@@ -201,12 +183,12 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path, monkeypatch, 
     with pytest.raises(UserError, match=message) as caught:
         t.fit()
     assert "last good checkpoint" in str(caught.value)
-    assert "step-00000004.pt" in str(caught.value)
+    assert "step-00000002.pt" in str(caught.value)
     for name, value in t.student.state_dict().items():
         torch.testing.assert_close(value, kept[name], rtol=0, atol=0, equal_nan=True)
     report = checkpoints.read_json(t.run.folder / "nonfinite.json")
-    assert report["step"] == 6
-    assert report["examples"] == t.sampler.at(5).tolist()
+    assert report["step"] == 4
+    assert report["examples"] == t.sampler.at(3).tolist()
     good = checkpoints.load_checkpoint(checkpoints.latest_checkpoint(t.run.checkpoints))
     assert all(p.isfinite().all() for p in good["student"].values())
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from types import SimpleNamespace
 
 import torch
-from small_run import small
+from small_run import QUIET, rounds, small, trainer
 from torch import nn
 
 from optima_fast import bandit
@@ -16,19 +15,6 @@ from optima_fast.training.config import TrainConfig, resolve
 from optima_fast.training.display import Display
 from optima_fast.training.run import Run
 from optima_fast.training.trainer import Trainer
-
-QUIET = Display(quiet=True)
-
-
-def trainer(tmp_path, **settings) -> Trainer:
-    config = small(tmp_path, **settings)
-    data = experiment.load_data(config)
-    torch.manual_seed(3)
-    teacher = None if config.method == "finetune" else experiment.new_model(config.teacher, data)
-    student = experiment.new_model(config.student, data, config.dropout)
-    run = Run(config.out)
-    run.begin(config)
-    return Trainer(config, data, student, teacher, run, QUIET)
 
 
 def test_settings_reach_distiller_optimizer_and_policy(tmp_path, monkeypatch):
@@ -83,18 +69,17 @@ def test_a_teacher_is_trained_by_its_own_settings():
 
 
 def test_the_log_is_that_of_a_bandit_run_by_hand(tmp_path):
-    t = trainer(tmp_path, steps=40, round_steps=2, gamma=0.9, seed=6)
+    t = trainer(tmp_path, steps=18, round_steps=1, gamma=0.9, seed=6, eval_every=5)
     t.fit()
-    lines = [json.loads(x) for x in t.run.metrics_path.read_text().splitlines()]
     policy = bandit.make("thompson", 7, seed=6, gamma=0.9, init_rounds=1)
     names = list(t.pulls)
-    for line in (x for x in lines if "reward" in x):
+    for line in rounds(t):
         arm = policy.select()
         assert line["arm"] == names[arm]
         policy.update(arm, line["reward"])
         assert (line["means"], line["counts"]) == (policy.mean, policy.count)
-    assert any(x.get("reward", 0) > 0 for x in lines)
-    assert [x["step"] for x in lines if "validation" in x] == [10, 20, 30]
+    assert any(line["reward"] > 0 for line in rounds(t))
+    assert [x["step"] for x in t.run.metrics() if "validation" in x] == [5, 10, 15]
 
 
 def test_the_reward_is_measured_on_one_batch_without_dropout(tmp_path):
@@ -136,10 +121,10 @@ def test_the_seed_is_that_of_the_student_s_start_too(tmp_path, monkeypatch):
 
 
 def test_times_and_the_last_metric_survive_a_stop(tmp_path):
-    t = trainer(tmp_path, steps=20)
+    t = trainer(tmp_path, steps=7, round_steps=1)
     t.fit()
     path = t.save()
-    other = trainer(tmp_path, steps=20)
+    other = trainer(tmp_path, steps=7, round_steps=1)
     other.resume(path)
     assert other.seconds == t.seconds
     assert other.last_metric == t.last_metric is not None
