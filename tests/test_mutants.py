@@ -40,6 +40,7 @@ def small_tree(tmp_path, monkeypatch):
     monkeypatch.setattr(mutants, "ROOT", tmp_path)
     monkeypatch.setattr(mutants, "COPIED", ("kernels", "test_sums.py"))
     monkeypatch.setattr(mutants.misfit, "__defaults__", (tmp_path,))
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # pytest alone starts at once
 
     def judged(original: str, fault: str) -> str:
         mutant = mutants.Mutant("m", "kernels/sums.py", original, fault, ("test_sums.py",))
