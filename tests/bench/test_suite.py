@@ -26,7 +26,12 @@ def recorded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     fast = dict.fromkeys(("min", "max", "mean", "median", "stddev", "iqr", "ops"), 1e-9)
     fast |= {"rounds": 2, "iterations": 1, "outliers": "0;0"}
-    old = {"name": EAGER.partition("::")[2], "fullname": EAGER, "group": "hidden2048", "stats": fast}
+    old = {
+        "name": EAGER.partition("::")[2],
+        "fullname": EAGER,
+        "group": "hidden2048",
+        "stats": fast,
+    }
     (folder / "old.json").write_text(json.dumps({"machine_info": {}, "benchmarks": [old]}))
     chosen = "image256-probs or hidden2048 or (7 and (paper or exp3s))"
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "TRITON"))}
