@@ -12,7 +12,6 @@ from optima_fast.errors import UserError
 from optima_fast.training.config import TrainConfig, resolve
 from optima_fast.training.flags import parse
 
-
 ARGUMENTS = ["--tasks", "vqa", "--seeds", "3", "--smoke", "--jobs", "1"]
 
 
