@@ -8,10 +8,9 @@ import pytest
 LISTED = mutants.mutants()
 
 
-@pytest.mark.parametrize("mutant", LISTED, ids=lambda m: m.name)
-def test_applies_exactly_once(mutant: mutants.Mutant) -> None:
-    assert mutants.misfit(mutant) == ""
-    assert mutant.fault != mutant.original
+def test_each_applies_exactly_once() -> None:
+    assert {m.name: why for m in LISTED if (why := mutants.misfit(m))} == {}
+    assert not [m.name for m in LISTED if m.fault == m.original]
 
 
 def test_names_are_unique() -> None:
@@ -40,6 +39,7 @@ def small_tree(tmp_path, monkeypatch):
     monkeypatch.setattr(mutants, "ROOT", tmp_path)
     monkeypatch.setattr(mutants, "COPIED", ("kernels", "test_sums.py"))
     monkeypatch.setattr(mutants.misfit, "__defaults__", (tmp_path,))
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # pytest alone starts at once
 
     def judged(original: str, fault: str) -> str:
         mutant = mutants.Mutant("m", "kernels/sums.py", original, fault, ("test_sums.py",))
