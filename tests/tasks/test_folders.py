@@ -58,7 +58,7 @@ def test_each_task_loads_through_the_public_function(tmp_path, task):
                 assert not files(getattr(data, one)) & files(getattr(data, other))
     assert data.tokenizer.id("train") != data.tokenizer.unk_id
     for word in ("val", "dev", "test", "test1"):  # words of held-out texts alone
-        assert word not in data.tokenizer
+        assert word not in data.tokenizer.words
 
 
 @pytest.mark.parametrize("task", MAKE)
