@@ -29,7 +29,7 @@ def test_one_token_after_the_other_equals_all_at_once(config: CoCaConfig) -> Non
     images, text = inputs()
     with torch.no_grad():
         tokens = model.encode_images(images.double())
-        whole = model.decode(tokens, text)
+        whole = model(images.double(), text).decoded
         past = model.new_past()
         parts = [model.extend(tokens, text[:, i : i + 1], past) for i in range(text.shape[1])]
         torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-10, atol=1e-10)
@@ -46,7 +46,7 @@ def test_one_token_after_the_other_under_autocast(config: CoCaConfig) -> None:
         tokens = model.encode_images(images)
         past = model.new_past()
         parts = [model.extend(tokens, text[:, i : i + 1], past) for i in range(text.shape[1])]
-        whole = model.decode(tokens, text)
+        whole = model(images, text).decoded
     assert past["text"][0].k is not None
     assert past["text"][0].k.dtype == torch.bfloat16
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=0.1)
