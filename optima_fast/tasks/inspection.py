@@ -200,9 +200,10 @@ def _missing(task: str, root: Path, parts: list[Part]) -> Iterator[Download]:
         name = parts[0].files[0].name
         if shards.is_shards(name):
             return
-        source = {"7.json": "coco 2017", "4.json": "coco 2014"}.get(name[-6:], task)
-    needed = {"vqa": ("train", "validation"), "coco 2017": ("train", "validation")}
-    needed["coco 2014"] = needed["vqa"]
+        years = (year for year in ("2017", "2014") if name.endswith(f"{year}.json"))
+        source = next((f"coco {year}" for year in years), task)
+    # the official test splits of these have no answers to measure by
+    needed = dict.fromkeys(("vqa", "coco 2017", "coco 2014"), ("train", "validation"))
     for download in DOWNLOADS[source]:
         for name in download.splits:
             part = read.get(name)
