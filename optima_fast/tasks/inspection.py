@@ -15,7 +15,7 @@ from optima_fast.tasks.annotations import (
 )
 from optima_fast.tasks.base import unknown
 from optima_fast.tasks.downloads import DOWNLOADS, NOUNS, SIZES, Download, Size
-from optima_fast.tasks.images import load_image
+from optima_fast.tasks.images import Preprocessing
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def _part(task: str, name: str, reading: Reading, listing: Listing, decode: int)
     broken = []
     for image in sample:
         try:
-            load_image(image, 8)
+            Preprocessing(8).read(image)
         except UserError as error:
             broken.append(str(error))
     sizes = SIZES.get(reading.files[0].name if task == "coco" else task, {})

@@ -15,6 +15,7 @@ from official import (
     files,
     levels,
     load,
+    load_image,
     make_coco,
     make_nlvr2,
     make_snli_ve,
@@ -28,7 +29,6 @@ from PIL import Image
 from optima_fast import tasks
 from optima_fast.errors import UserError
 from optima_fast.tasks import annotations
-from optima_fast.tasks.images import load_image
 from optima_fast.tasks.nlvr2 import consistency
 from optima_fast.tasks.vqa_answers import score
 
