@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from optima_fast.tasks import folders
-from optima_fast.tasks.images import MEAN, STD
+from optima_fast.tasks.images import MEAN, STD, Preprocessing
 
 SIZE = 6
 
@@ -35,6 +35,12 @@ def write_lines(path, entries):
 def picture(path, shade=0):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (SIZE, SIZE), (shade, shade, shade)).save(path)
+
+
+def load_image(path, size, **options):
+    """An image as a model sees it: float32 `[3, size, size]`, normalised."""
+    preprocessing = Preprocessing(size, **options)
+    return preprocessing.normalise(preprocessing.read(path))
 
 
 def levels(tensor):

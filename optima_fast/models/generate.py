@@ -18,12 +18,11 @@ def greedy(
     bos_id: int,
     eos_id: int,
     max_length: int,
-    cache: bool = True,
 ) -> Tensor:
     """Greedy decoding.
 
     Each token is the most likely one given those before it, the padding id excluded. The images
-    are encoded once.
+    are encoded once; keys and values of all tokens so far are kept.
 
     Args:
         model: Anything with a CoCa; its softmax is used, not its head.
@@ -31,8 +30,6 @@ def greedy(
         bos_id: The first token.
         eos_id: The token that ends a caption.
         max_length: Most tokens of a caption, ``bos_id`` and ``eos_id`` included.
-        cache: Keep keys and values of all tokens so far, n times less arithmetic for a caption of n
-            tokens; without, the decoder reads the whole caption again for each token.
 
     Returns:
         ``[I, n]`` int64, n at most ``max_length``: ``bos_id``, the caption, ``eos_id`` if it came
@@ -50,11 +47,7 @@ def greedy(
     ended = torch.zeros(images.shape[0], 1, dtype=torch.bool, device=images.device)
     past = coca.new_past()
     while text.shape[1] < max_length and not bool(ended.all()):
-        if cache:
-            decoded = coca.extend(tokens, text[:, -1:], past)
-        else:
-            decoded = coca.decode(tokens, text)[:, -1:]
-        logits = coca.token_logits(decoded)
+        logits = coca.token_logits(coca.extend(tokens, text[:, -1:], past))
         logits[..., pad_id] = -math.inf
         following = logits.argmax(-1).masked_fill(ended, pad_id)
         ended = ended | (following == eos_id)

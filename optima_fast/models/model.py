@@ -163,14 +163,9 @@ class CoCa(nn.Module):
         return CoCaOutput(decoded, image_features, text_features, requested, masks)
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Image tokens for :meth:`decode`: ``[I, C, H, W]`` to ``[I, M, d]``."""
+        """Image tokens for :meth:`extend`: ``[I, C, H, W]`` to ``[I, M, d]``."""
         tokens, _ = self._pool(self.image(images)[0])
         return tokens
-
-    def decode(self, image_tokens: Tensor, text: Tensor) -> Tensor:
-        """Decoder output ``[I, L, d]`` of texts ``[I, L]``, each with its image's tokens."""
-        decoded: Tensor = self.multimodal(self.text(text)[0], image_tokens)[0]
-        return decoded
 
     def new_past(self) -> dict[str, list[Past]]:
         """An empty cache for :meth:`extend`."""
@@ -179,7 +174,8 @@ class CoCa(nn.Module):
     def extend(self, image_tokens: Tensor, ids: Tensor, past: Mapping[str, list[Past]]) -> Tensor:
         """Decoder output ``[I, 1, d]`` of one more id a text, ``[I, 1]``.
 
-        Equal to the last token of :meth:`decode` on all ids so far, without running those again.
+        Equal to the last token of :meth:`forward` on all ids so far, each text with its own image,
+        without running those again.
         """
         states = self.text.extend(ids, past["text"])
         return self.multimodal.extend(states, image_tokens, past["multimodal"])

@@ -30,15 +30,17 @@ _FORM: dict[str, Any] = {
 }
 
 # fields of a model_cfg that leave the computed numbers as they are
-_IDLE = (
-    *("custom_text", "eos_id", "hf_model_pretrained", "hf_pooler_type", "hf_proj_type"),
-    *("hf_tokenizer_name", "init_logit_scale", "nonscalar_logit_scale", "output_tokens"),
-    *("pad_id", "patch_dropout", "timm_drop", "timm_drop_path", "timm_model_pretrained"),
-    *("timm_pool", "timm_proj", "timm_proj_bias", "tokenizer_kwargs", "tokenizer_mode"),
-)
-# the one value that is supported of the others that are not read; of all else: unset, false, 0
-_STANDARD = {"mlp_ratio": 4, "pos_embed_type": "learnable", "pool_type": "tok"}
-_STANDARD |= {"proj_type": "linear", "embed_cls": True, "attentional_pool": True}
+_IDLE = {
+    "custom_text", "eos_id", "hf_model_pretrained", "hf_pooler_type", "hf_proj_type",
+    "hf_tokenizer_name", "init_logit_scale", "nonscalar_logit_scale", "output_tokens", "pad_id",
+    "patch_dropout", "timm_drop", "timm_drop_path", "timm_model_pretrained", "timm_pool",
+    "timm_proj", "timm_proj_bias", "tokenizer_kwargs", "tokenizer_mode",
+}  # fmt: skip
+# the one value that is supported of others that are not read; of all else: unset, false, 0
+_STANDARD = {
+    "attentional_pool": True, "embed_cls": True, "mlp_ratio": 4, "pool_type": "tok",
+    "pos_embed_type": "learnable", "proj_type": "linear",
+}  # fmt: skip
 
 # what a state dict is whose keys start so, the first that fits
 _OTHERS = (
@@ -168,14 +170,18 @@ def _read_cfg(model_cfg: Mapping[str, Any]) -> CoCaConfig:
         contrastive_width=embed,
     )
     unread = {"text_cfg.embed_cls": text.pop("embed_cls", False)}
-    unread |= {"vision_cfg.attentional_pool": pooled or True}
+    unread |= {"vision_cfg.attentional_pool": pooled} if pooled else {}  # true, or a name
     unread |= {"multimodal_cfg.ls_init_value": decoder.get("ls_init_value")}
     unread |= cfg | {f"vision_cfg.{name}": value for name, value in vision.items()}
     # [CLS] is the text's feature, whatever the way to pool says
     unread |= {f"text_cfg.{name}": text[name] for name in text if name != "pool_type"}
     for name, value in unread.items():
         field = name.rpartition(".")[2]
-        if value != _STANDARD[field] if field in _STANDARD else value and field not in _IDLE:
+        if field in _STANDARD:
+            taken = value == _STANDARD[field]
+        else:
+            taken = not value or field in _IDLE
+        if not taken:
             raise UserError(
                 f"{name} = {value!r} is not supported: only what coca_ViT-B-32, coca_ViT-L-14 and "
                 "coca_base are made of is"

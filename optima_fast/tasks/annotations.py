@@ -190,9 +190,16 @@ def coco(root: Path, listing: Listing) -> Readings:
     karpathy = _file(root, "dataset_coco.json")
     sources: dict[str, Readings] = {}
     if karpathy.exists():
-        read = functools.cache(functools.partial(_karpathy, root, karpathy, listing))
-        names = ("train", "validation", "test")
-        sources[karpathy.name] = {n: functools.partial(lambda n: read()[n], n) for n in names}
+
+        @functools.cache  # one file has all splits
+        def read() -> dict[str, Reading]:
+            return _karpathy(root, karpathy, listing)
+
+        sources[karpathy.name] = {
+            "train": lambda: read()["train"],
+            "validation": lambda: read()["validation"],
+            "test": lambda: read()["test"],
+        }
     for year in (2017, 2014):
         parts = {"train": f"train{year}", "validation": f"val{year}"}
         files = {split: _file(root, f"captions_{part}.json") for split, part in parts.items()}

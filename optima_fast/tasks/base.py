@@ -193,12 +193,12 @@ class Classification(TaskData):
             for index, batch in split.batches(batch_size):
                 batch = to_device(batch, device)
                 logits = model(batch).logits
-                if "target" in batch:
+                if split.measurable:
                     loss += float(self.loss(logits, batch)) * len(index)
                 predicted[index] = logits.argmax(-1).cpu()
                 count += len(index)
         texts = [self.classes[i] if i >= 0 else "" for i in predicted.tolist()]
-        return Predictions(texts, loss / count if "target" in batch else None)
+        return Predictions(texts, loss / count if split.measurable else None)
 
     def metrics(self, split: Split, predictions: Predictions) -> dict[str, float]:
         """Mean worth of the predicted classes.

@@ -13,9 +13,7 @@ from torch import Tensor
 from optima_fast.errors import UserError
 from optima_fast.tasks.shards import Member
 
-__all__ = [
-    "MEAN", "STD", "Augment", "FolderImages", "Preprocessing", "UnreadableImages", "load_image",
-]  # fmt: skip
+__all__ = ["MEAN", "STD", "Augment", "FolderImages", "Preprocessing", "UnreadableImages"]
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -126,12 +124,12 @@ class FolderImages:
 
     Args:
         paths: One file, or member of a tar file, an image.
-        preprocessing: From file to tensor; a number is the size, the rest CLIP's.
+        preprocessing: From file to tensor.
     """
 
-    def __init__(self, paths: Sequence[Path | Member], preprocessing: Preprocessing | int) -> None:
+    def __init__(self, paths: Sequence[Path | Member], preprocessing: Preprocessing) -> None:
         self.paths = tuple(paths)
-        self.preprocessing = _preprocessing(preprocessing)
+        self.preprocessing = preprocessing
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -162,20 +160,6 @@ class FolderImages:
             raise UnreadableImages(errors)
         stacked = torch.stack(images) if images else torch.empty(0, 3, size, size)
         return self.preprocessing.normalise(stacked)
-
-
-def load_image(path: Path | Member, preprocessing: Preprocessing | int) -> Tensor:
-    """One image as a model sees it: float32 `[3, S, S]`, normalised.
-
-    Raises:
-        UserError: The file is missing, unreadable, truncated or not an image.
-    """
-    chosen = _preprocessing(preprocessing)
-    return chosen.normalise(chosen.read(path))
-
-
-def _preprocessing(given: Preprocessing | int) -> Preprocessing:
-    return given if isinstance(given, Preprocessing) else Preprocessing(given)
 
 
 def _scale(image: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -15,7 +15,7 @@ from optima_fast.tasks.annotations import (
 )
 from optima_fast.tasks.base import unknown
 from optima_fast.tasks.downloads import DOWNLOADS, NOUNS, SIZES, Download, Size
-from optima_fast.tasks.images import load_image
+from optima_fast.tasks.images import Preprocessing
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def _part(task: str, name: str, reading: Reading, listing: Listing, decode: int)
     broken = []
     for image in sample:
         try:
-            load_image(image, 8)
+            Preprocessing(8).read(image)
         except UserError as error:
             broken.append(str(error))
     sizes = SIZES.get(reading.files[0].name if task == "coco" else task, {})
@@ -201,9 +201,10 @@ def _missing(task: str, root: Path, parts: list[Part]) -> Iterator[Download]:
         name = parts[0].files[0].name
         if shards.is_shards(name):
             return
-        source = {"7.json": "coco 2017", "4.json": "coco 2014"}.get(name[-6:], task)
-    needed = {"vqa": ("train", "validation"), "coco 2017": ("train", "validation")}
-    needed["coco 2014"] = needed["vqa"]
+        years = (year for year in ("2017", "2014") if name.endswith(f"{year}.json"))
+        source = next((f"coco {year}" for year in years), task)
+    # the official test splits of these have no answers to measure by
+    needed = dict.fromkeys(("vqa", "coco 2017", "coco 2014"), ("train", "validation"))
     for download in DOWNLOADS[source]:
         for name in download.splits:
             part = read.get(name)

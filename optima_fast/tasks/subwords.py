@@ -1,21 +1,17 @@
 """Sub-word text: CLIP's byte pairs, and sentence pieces."""
 
-import abc
 import base64
 import binascii
 import functools
 import gzip
 import html
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from optima_fast.errors import UserError
+from optima_fast.tasks.text import Tokenizer
 
 if TYPE_CHECKING:
     import sentencepiece
@@ -31,80 +27,7 @@ CLIP_WORD = (
 )
 
 
-class Subwords(abc.ABC):
-    """What sub-word tokenizers share: begin, pieces of the text, end, padding."""
-
-    pad_id: int = 0
-    bos_id: int
-    eos_id: int
-
-    @abc.abstractmethod
-    def __len__(self) -> int:
-        """Number of ids."""
-
-    @abc.abstractmethod
-    def pieces(self, text: str) -> list[int]:
-        """Ids of a text, without marks."""
-
-    @abc.abstractmethod
-    def join(self, ids: list[int]) -> str:
-        """The text of ids without marks."""
-
-    @abc.abstractmethod
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Subwords) and self.to_dict() == other.to_dict()
-
-    def __hash__(self) -> int:
-        return hash(tuple(sorted(self.to_dict().items())))
-
-    def length(self, text: str) -> int:
-        """Ids of a text, begin and end included, if it is not cut off."""
-        return len(self.pieces(text)) + 2
-
-    def encode(self, text: str, length: int) -> list[int]:
-        """Exactly `length` ids: begin, pieces, end, padding.
-
-        A text of more than `length - 2` pieces keeps its first ones, and its end mark.
-
-        Raises:
-            ValueError: `length` is below 3.
-        """
-        row: list[int] = self.encode_all([text], length)[0].tolist()
-        return row
-
-    def encode_all(self, texts: Sequence[str], length: int) -> Tensor:
-        """`encode` of each text: int64 `[len(texts), length]`."""
-        if length < 3:
-            raise ValueError(f"length must be at least 3 (begin, a piece, end), got {length}")
-        known: dict[str, list[int]] = {}
-        rows = np.full((len(texts), length), self.pad_id, dtype=np.int64)
-        for row, text in zip(rows, texts, strict=True):
-            if text not in known:
-                known[text] = [self.bos_id, *self.pieces(text)[: length - 2], self.eos_id]
-            row[: len(known[text])] = known[text]
-        return torch.from_numpy(rows)
-
-    def decode(self, ids: Sequence[int] | Tensor) -> str:
-        """The text of `ids` up to the first end mark; begin and padding at the end are skipped.
-
-        Raises:
-            ValueError: An id is outside the vocabulary.
-        """
-        given = ids.tolist() if isinstance(ids, Tensor) else list(ids)
-        wrong = [i for i in given if not 0 <= i < len(self)]
-        if wrong:
-            raise ValueError(f"ids must be in 0 .. {len(self) - 1}, got {wrong[0]}")
-        if self.eos_id in given:
-            given = given[: given.index(self.eos_id)]
-        while given and given[-1] == self.pad_id:
-            del given[-1]
-        return self.join([i for i in given if i != self.bos_id])
-
-
-class ClipBytePairs(Subwords):
+class ClipBytePairs(Tokenizer):
     """CLIP's lower-case byte-pair encoding, as open_clip's `SimpleTokenizer` gives it: 49,408 ids.
 
     A text is repaired (ftfy), its HTML entities are resolved twice, white space is joined, capitals
@@ -202,7 +125,7 @@ def _clip_clean(text: str) -> str:
     return " ".join(text.split()).lower()
 
 
-class SentencePieces(Subwords):
+class SentencePieces(Tokenizer):
     """A sentence-piece model, as the paper's: it cuts words and normalises as it was trained to.
 
     Args:

@@ -1,10 +1,12 @@
-"""Word-level text: a tokenizer and a vocabulary of words and ids."""
+"""Texts as ids: what every tokenizer shares, and a vocabulary of words."""
 
+import abc
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +26,84 @@ def tokenize(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
-class Vocabulary:
+class Tokenizer(abc.ABC):
+    """Texts to rows of ids and back: begin, the pieces of a text, end, padding on the right.
+
+    Attributes:
+        pad_id, bos_id, eos_id: Of padding, begin and end.
+    """
+
+    pad_id: int = 0
+    bos_id: int
+    eos_id: int
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """Number of ids."""
+
+    @abc.abstractmethod
+    def pieces(self, text: str) -> list[int]:
+        """Ids of a text, without marks."""
+
+    @abc.abstractmethod
+    def join(self, ids: list[int]) -> str:
+        """The text of ids without marks."""
+
+    @abc.abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form, read back by `tokenizers.from_dict`."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Tokenizer) and self.to_dict() == other.to_dict()
+
+    def __hash__(self) -> int:
+        return hash(str(self.to_dict()))
+
+    def length(self, text: str) -> int:
+        """Ids of a text, begin and end included, if it is not cut off."""
+        return len(self.pieces(text)) + 2
+
+    def encode(self, text: str, length: int) -> list[int]:
+        """Exactly `length` ids: begin, pieces, end, padding.
+
+        A text of more than `length - 2` pieces keeps its first ones, and its end mark.
+
+        Raises:
+            ValueError: `length` is below 3.
+        """
+        row: list[int] = self.encode_all([text], length)[0].tolist()
+        return row
+
+    def encode_all(self, texts: Sequence[str], length: int) -> Tensor:
+        """`encode` of each text: int64 `[len(texts), length]`."""
+        if length < 3:
+            raise ValueError(f"length must be at least 3 (begin, a piece, end), got {length}")
+        known: dict[str, list[int]] = {}
+        rows = np.full((len(texts), length), self.pad_id, dtype=np.int64)
+        for row, text in zip(rows, texts, strict=True):
+            if text not in known:
+                known[text] = [self.bos_id, *self.pieces(text)[: length - 2], self.eos_id]
+            row[: len(known[text])] = known[text]
+        return torch.from_numpy(rows)
+
+    def decode(self, ids: Sequence[int] | Tensor) -> str:
+        """The text of `ids` up to the first end mark; begin and padding at the end are skipped.
+
+        Raises:
+            ValueError: An id is outside the vocabulary.
+        """
+        given = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+        wrong = [i for i in given if not 0 <= i < len(self)]
+        if wrong:
+            raise ValueError(f"ids must be in 0 .. {len(self) - 1}, got {wrong[0]}")
+        if self.eos_id in given:
+            given = given[: given.index(self.eos_id)]
+        while given and given[-1] == self.pad_id:
+            del given[-1]
+        return self.join([i for i in given if i != self.bos_id])
+
+
+class Vocabulary(Tokenizer):
     """Words and their ids; the ids 0 to 3 are padding, begin, end and the unknown word.
 
     Args:
@@ -84,59 +163,17 @@ class Vocabulary:
     def __len__(self) -> int:
         return len(self.words)
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Vocabulary) and self.words == other.words
-
-    def __hash__(self) -> int:
-        return hash(self.words)
-
-    def __contains__(self, word: str) -> bool:
-        return word in self._ids
-
     def id(self, word: str) -> int:
         """Id of a word; `unk_id` if it is not in the vocabulary."""
         return self._ids.get(word, self.unk_id)
 
-    def length(self, text: str) -> int:
-        """Ids of a text, begin and end included, if it is not cut off."""
-        return len(tokenize(text)) + 2
+    def pieces(self, text: str) -> list[int]:
+        """Ids of a text's words."""
+        return list(map(self.id, tokenize(text)))
 
-    def encode(self, text: str, length: int) -> list[int]:
-        """Exactly `length` ids: begin, words, end, padding.
-
-        A text with more than `length - 2` words keeps its first ones, and its end mark.
-
-        Raises:
-            ValueError: `length` is below 3.
-        """
-        if length < 3:
-            raise ValueError(f"length must be at least 3 (begin, a word, end), got {length}")
-        ids = [self.bos_id, *map(self.id, tokenize(text)[: length - 2]), self.eos_id]
-        return ids + [self.pad_id] * (length - len(ids))
-
-    def encode_all(self, texts: Sequence[str], length: int) -> Tensor:
-        """`encode` of each text: int64 `[len(texts), length]`."""
-        known: dict[str, list[int]] = {}
-        for text in texts:
-            if text not in known:
-                known[text] = self.encode(text, length)
-        return torch.tensor([known[text] for text in texts], dtype=torch.int64).view(-1, length)
-
-    def decode(self, ids: Sequence[int] | Tensor) -> str:
-        """Words of `ids` up to the first end mark, joined by spaces; padding and begin are skipped.
-
-        Raises:
-            ValueError: An id is outside the vocabulary.
-        """
-        words = []
-        for i in ids.tolist() if isinstance(ids, Tensor) else ids:
-            if not 0 <= i < len(self.words):
-                raise ValueError(f"ids must be in 0 .. {len(self.words) - 1}, got {i}")
-            if i == self.eos_id:
-                break
-            if i not in (self.pad_id, self.bos_id):
-                words.append(self.words[i])
-        return " ".join(words)
+    def join(self, ids: list[int]) -> str:
+        """The words of ids, joined by spaces; padding is skipped."""
+        return " ".join(self.words[i] for i in ids if i != self.pad_id)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, read back by `from_dict`."""

@@ -3,53 +3,17 @@
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from optima_fast.errors import UserError
 from optima_fast.tasks.subwords import ClipBytePairs, SentencePieces
-from optima_fast.tasks.text import Vocabulary
+from optima_fast.tasks.text import Tokenizer, Vocabulary
 
 __all__ = ["Tokenizer", "encode", "from_dict", "make"]
 
 log = logging.getLogger(__name__)
-
-
-class Tokenizer(Protocol):
-    """Texts to rows of ids and back; the id `pad_id` fills rows up on the right."""
-
-    @property
-    def pad_id(self) -> int: ...
-
-    @property
-    def bos_id(self) -> int: ...
-
-    @property
-    def eos_id(self) -> int: ...
-
-    def __len__(self) -> int:
-        """Number of ids."""
-        ...
-
-    def length(self, text: str) -> int:
-        """Ids of a text, begin and end included, if it is not cut off."""
-        ...
-
-    def encode_all(self, texts: Sequence[str], length: int) -> Tensor:
-        """Each text as `length` ids (begin, text, end, padding): int64 `[len(texts), length]`.
-
-        A text that is too long keeps its first tokens, and its end mark.
-        """
-        ...
-
-    def decode(self, ids: Sequence[int] | Tensor) -> str:
-        """The text of `ids` up to the first end mark."""
-        ...
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able form, read back by `from_dict`."""
-        ...
 
 
 def make(

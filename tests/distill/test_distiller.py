@@ -240,7 +240,7 @@ def test_an_arm_of_layers_moves_only_what_feeds_them(deep):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler's own
-def test_arms_of_layers_share_their_compiled_graphs(pair):
+def test_arms_of_layers_share_their_compiled_graphs():
     """15 arms; a graph for each depth of each teacher module, and one a student module."""
     graphs = []
 
@@ -249,6 +249,7 @@ def test_arms_of_layers_share_their_compiled_graphs(pair):
         return module.forward
 
     torch._dynamo.reset()
+    pair = model("digits_student"), model("digits_student")
     distiller = Distiller(*pair)
     space = arm_space("layer-groups:2", distiller.student.layer_counts)
     assert len(space.arms) == 15

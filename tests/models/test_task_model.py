@@ -207,8 +207,6 @@ def test_greedy_equals_the_argmax_given_what_was_said() -> None:
     model.eval()
     said = generate.greedy(model, images, bos_id=bos, eos_id=eos, max_length=6)
     assert torch.equal(said, captions)
-    again = generate.greedy(model, images, bos_id=bos, eos_id=eos, max_length=6, cache=False)
-    assert torch.equal(said, again)
     with torch.no_grad():
         logits = model({"images": images, "text": said}).logits
     logits[..., 0] = -math.inf

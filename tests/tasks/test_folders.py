@@ -15,6 +15,7 @@ from official import (
     files,
     levels,
     load,
+    load_image,
     make_coco,
     make_nlvr2,
     make_snli_ve,
@@ -28,7 +29,6 @@ from PIL import Image
 from optima_fast import tasks
 from optima_fast.errors import UserError
 from optima_fast.tasks import annotations
-from optima_fast.tasks.images import load_image
 from optima_fast.tasks.nlvr2 import consistency
 from optima_fast.tasks.vqa_answers import score
 
@@ -58,7 +58,7 @@ def test_each_task_loads_through_the_public_function(tmp_path, task):
                 assert not files(getattr(data, one)) & files(getattr(data, other))
     assert data.tokenizer.id("train") != data.tokenizer.unk_id
     for word in ("val", "dev", "test", "test1"):  # words of held-out texts alone
-        assert word not in data.tokenizer
+        assert word not in data.tokenizer.words
 
 
 @pytest.mark.parametrize("task", MAKE)

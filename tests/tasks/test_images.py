@@ -5,11 +5,11 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from official import levels
+from official import levels, load_image
 from PIL import Image, ImageOps
 
 from optima_fast.errors import UserError
-from optima_fast.tasks.images import FolderImages, Preprocessing, UnreadableImages, load_image
+from optima_fast.tasks.images import FolderImages, Preprocessing, UnreadableImages
 
 
 def noise(height, width, channels=3, seed=0):
@@ -88,7 +88,7 @@ def test_only_the_asked_files_are_decoded_in_the_asked_order(tmp_path):
     paths = [
         save(tmp_path / f"{shade}.png", np.full((5, 5, 3), shade, np.uint8)) for shade in shades
     ]
-    images = FolderImages([*paths, tmp_path / "absent.png"], 5)
+    images = FolderImages([*paths, tmp_path / "absent.png"], Preprocessing(5))
     assert len(images) == 4
     got = images[torch.tensor([2, 0])]
     assert got.shape == (2, 3, 5, 5)
@@ -97,7 +97,7 @@ def test_only_the_asked_files_are_decoded_in_the_asked_order(tmp_path):
     with pytest.raises(UserError, match=r"no image file .*absent\.png"):
         images[torch.tensor([3])]
     with pytest.raises(ValueError, match="size must be at least 1, got 0"):
-        FolderImages(paths, 0)
+        FolderImages(paths, Preprocessing(0))
 
 
 def open_clip(image, size, resize):
@@ -129,7 +129,7 @@ def test_every_step_is_open_clip_s(tmp_path, mode, shape, resize):
         image.putalpha(Image.fromarray(noise(*shape, 1, seed=1)))
     path = tmp_path / ("a.tiff" if mode == "CMYK" else "a.png")
     image.save(path)
-    got = load_image(path, Preprocessing(24, resize=resize))
+    got = load_image(path, 24, resize=resize)
     with Image.open(path) as again:
         np.testing.assert_allclose(levels(got), open_clip(again, 24, resize), atol=1e-3)
 
@@ -137,10 +137,11 @@ def test_every_step_is_open_clip_s(tmp_path, mode, shape, resize):
 def test_normalisation_is_the_checkpoint_s(tmp_path):
     pixels = noise(6, 6)
     path = save(tmp_path / "a.png", pixels)
-    own = Preprocessing(6, mean=(0.5, 0.25, 0.0), std=(0.5, 1.0, 2.0))
+    own = {"mean": (0.5, 0.25, 0.0), "std": (0.5, 1.0, 2.0)}
     by_hand = (pixels / 255 - [0.5, 0.25, 0.0]) / [0.5, 1.0, 2.0]
-    np.testing.assert_allclose(load_image(path, own).permute(1, 2, 0), by_hand, atol=1e-6)
-    np.testing.assert_allclose(own.read(path).permute(1, 2, 0), pixels / 255, atol=1e-6)
+    np.testing.assert_allclose(load_image(path, 6, **own).permute(1, 2, 0), by_hand, atol=1e-6)
+    plain = Preprocessing(6, **own).read(path).permute(1, 2, 0)
+    np.testing.assert_allclose(plain, pixels / 255, atol=1e-6)
 
 
 def test_values_out_of_range():
@@ -154,7 +155,7 @@ def test_values_out_of_range():
 
 def test_augmentation_comes_before_normalisation_and_knows_the_image(tmp_path):
     paths = [save(tmp_path / f"{i}.png", noise(5, 5, seed=i)) for i in range(3)]
-    images, seen = FolderImages(paths, 5), []
+    images, seen = FolderImages(paths, Preprocessing(5)), []
 
     def augment(pixels, number):
         assert 0 <= pixels.min() <= pixels.max() <= 1
@@ -172,7 +173,7 @@ def test_all_unreadable_images_of_a_batch_are_told(tmp_path):
     paths[1].write_bytes(b"")
     paths[3].unlink()
     with pytest.raises(UnreadableImages, match="cannot read the image .*1.png") as caught:
-        FolderImages(paths, 5)[torch.arange(5)]
+        FolderImages(paths, Preprocessing(5))[torch.arange(5)]
     error = pickle.loads(pickle.dumps(caught.value))
     assert list(error.errors) == [1, 3]
     assert "no image file" in error.errors[3]

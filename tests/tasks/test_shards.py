@@ -7,13 +7,12 @@ import tarfile
 
 import pytest
 import torch
-from official import SIZE, shade
+from official import SIZE, load_image, shade
 from PIL import Image
 
 from optima_fast import tasks
 from optima_fast.errors import UserError
 from optima_fast.tasks import folders, shards
-from optima_fast.tasks.images import load_image
 
 
 def png(level):
