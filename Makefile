@@ -41,7 +41,7 @@ gpu:  ## checks and benches on a CUDA device, then GPU="--call 2"; takes PYTHON 
 	PYTHONPATH=. $(PYTHON) bench/gpu.py $(GPU)
 
 resources: $(STAMP)  ## registers, spills and shared memory of every kernel, without a GPU
-	PYTHONPATH=. $(RUN) tests/kernels/test_resources.py
+	PYTHONPATH=. $(RUN) tests/kernels/resources.py
 
 mutants: $(STAMP)  ## planted kernel faults, each of which a test must catch
 	$(RUN) tests/mutants.py

@@ -2,7 +2,7 @@
 
 Nothing is tuned in a user's first step. Entries of 9.x for 2 bytes an element were timed on an H200
 (bench/results); the others were chosen by registers, spills and shared memory as compiled ahead of
-time, which tests/kernels/test_resources.py repeats. ``CANDIDATES`` holds entries to be timed beside
+time, which tests/kernels/resources.py repeats. ``CANDIDATES`` holds entries to be timed beside
 the table's own.
 """
 

@@ -56,7 +56,7 @@ def test_groups_are_shapes_and_their_members_contenders(recorded):
     assert groups["hidden2048"] == {*people, "automodel"}
     assert groups["image256-probs"] == {*people, "tinybert"}
     assert groups["attention, image256-probs"] >= {"sdpa", "sdpa-lse"}
-    assert groups["7 arms"] >= {"numpy paper", "paper, Python", "exp3s, Python"}
+    assert groups["7 arms"] >= {"numpy thompson", "thompson, Python", "structured-ucb, Python"}
     assert "the Triton kernels need a CUDA device" in done.stdout
     assert "node" not in content["machine_info"]
     assert content["machine_info"]["torch"]

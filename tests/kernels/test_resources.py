@@ -1,455 +1,25 @@
-"""Kernels compiled ahead of time for chips that are not there: registers, spills, instructions.
-
-    PYTHONPATH=. python tests/kernels/test_resources.py            # a line a kernel, 1 on a failure
-    PYTHONPATH=. python tests/kernels/test_resources.py --arch 90 --op hidden_mse --dtype bf16
-
-The launchers run as ever, on a CPU, with Triton told that it sees one of the chips: what they would
-launch is compiled and not launched. That needs kernels which are compiled, while TRITON_INTERPRET=1
-replaces them for good when they are imported; the tests therefore run this file in a process
-without it. To add an operator: an example in ``EXAMPLES``; its table entries are found from there.
-"""
+"""Registers, spills and instructions of the compiled kernels, without a GPU: resources.py."""
 
 from __future__ import annotations
 
-import argparse
-import hashlib
-import importlib.metadata
 import json
 import os
-import re
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-ARCHITECTURES = (80, 90, 100)
-
-# shared memory a program may have, registers and shared memory of a multiprocessor, in bytes
-# (CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability")
-SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
-SHARED_PER_SM = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
-RESERVED_SHARED = 1 << 10  # a program, by the system
-REGISTERS_PER_SM = 64 << 10
-THREADS_PER_SM = 2048
-# PTX: each is one instruction of the binary, whose disassembly takes as long as the compiling
-TENSOR_CORE = {80: r"\bmma\.sync\b", 90: r"\bwgmma\.mma_async\b", 100: r"\btcgen05\.mma\b"}
-ANY_TENSOR_CORE = "|".join(TENSOR_CORE.values())
-WIDE_COPY = (
-    r"\bcp\.async\.cg\.shared\.global .*0x10|\bcp\.async\.bulk\.tensor\S*\.shared"
-    r"|\bld\.global\S*\.(?:v4\.b32|v2\.b64)"
-)
-# programs of a kernel that a multiprocessor must hold, so that one's epilogue hides under
-# another's products; by default one
-RESIDENT = {"hidden_forward": 2, "hidden_forward_tma": 2}
-TIMED = "timed on an H200: another program on the multiprocessor is worth more than the spill"
-AROUND_PRODUCTS = "addresses and masks kept for after the products; smaller tiles read more"
-WHOLE_ROWS = "whole rows of a map in registers"
-FLOAT32 = "without tensor cores products take many registers"
-# (kernel, architecture, tile): bytes a thread that it may spill, and why
-MAY_SPILL: dict[tuple[str, int, str], tuple[int, str]] = {
-    ("residual", 90, "64x128x128 w4 s3"): (24, TIMED),
-    ("residual", 90, "128x64x128 w8 s2"): (16, TIMED),
-    ("residual", 90, "64x64x128 w4 s2"): (16, TIMED),
-    ("dq", 90, "64x32x128 w4 s3"): (192, TIMED),
-    ("dk", 90, "64x64x128 w4 s3"): (32, TIMED),
-    ("one_block", 90, "64x64x128 w4 s2"): (216, TIMED),
-    ("rows_forward", 90, "64x256 w8 s3"): (32, WHOLE_ROWS),
-    ("rows_forward", 90, "64x64 w4 s3"): (136, TIMED),
-    ("rows_backward", 90, "64x64 w4 s3"): (96, WHOLE_ROWS),
-    ("rows_backward", 90, "64x64 w4 s2"): (72, WHOLE_ROWS),
-    ("scores_forward", 100, "128x128x64 w8 s3"): (
-        168,
-        "values kept for after the products, stored and loaded once: 8 bytes with Triton 3.9, up "
-        "to 168 with 3.6; with no bound on registers one program would fit, not two",
-    ),
-    ("lse", 100, "128x64x128 w8 s3"): (8, AROUND_PRODUCTS),
-    ("lse", 100, "64x64x128 w4 s3"): (8, AROUND_PRODUCTS),
-    ("lse", 100, "128x64x128 w8 s2"): (8, AROUND_PRODUCTS),
-    ("lse", 100, "64x64x128 w4 s2"): (8, AROUND_PRODUCTS),
-    ("one_block", 100, "64x64x128 w4 s2"): (16, AROUND_PRODUCTS),
-    ("rows_forward", 100, "64x256 w8 s3"): (168, WHOLE_ROWS),
-    ("rows_forward", 100, "64x128 w4 s3"): (168, WHOLE_ROWS),
-    ("rows_forward", 100, "64x128 w8 s2"): (16, WHOLE_ROWS),
-    ("rows_forward", 100, "64x64 w4 s3"): (184, WHOLE_ROWS),
-    ("rows_backward", 100, "64x64 w4 s3"): (48, WHOLE_ROWS),
-    ("rows_backward", 100, "64x64 w4 s2"): (32, WHOLE_ROWS),
-    ("scores_forward", 100, "32x128x16 w4 s3"): (16, FLOAT32),
-    ("scores_backward", 100, "32x128x16 w4 s3"): (8, FLOAT32),
-    ("rows_forward", 80, "32x64 w4 s2"): (8, WHOLE_ROWS),
-    ("rows_backward", 80, "64x64 w4 s2"): (272, WHOLE_ROWS),
-    ("dk", 80, "32x64x128 w4 s2"): (8, AROUND_PRODUCTS),
-    ("lse", 80, "64x32x16 w4 s2"): (16, FLOAT32),
-    ("lse", 100, "32x32x16 w4 s2"): (8, FLOAT32),
-    ("lse", 90, "64x32x16 w4 s2"): (8, FLOAT32),
-    ("residual", 90, "64x32x16 w4 s2"): (16, FLOAT32),
-    ("residual", 100, "128x64x128 w8 s2"): (24, AROUND_PRODUCTS),
-    ("dq", 90, "32x32x16 w8 s1"): (16, FLOAT32),
-    ("dq", 100, "32x32x16 w8 s1"): (16, FLOAT32),
-}
-
-LAYERS = 3  # padded to four
-CANDIDATE = "to be timed beside "
+KERNELS = {
+    "dk", "dq", "hidden_backward_tma", "hidden_forward_tma", "kl_dk", "kl_dq", "kl_forward", "lse",
+    "one_block", "residual",
+    "rows_backward", "rows_forward", "scores_backward", "scores_forward", "total",
+}  # fmt: skip
 
 
-def hidden_mse(dtype: torch.dtype, masked: bool, gradient: bool) -> None:
-    from optima_fast.kernels import hidden_mse as k
-
-    s = [torch.zeros(32, 64, dtype=dtype)] * LAYERS
-    t = [torch.zeros(32, 128, dtype=dtype)] * LAYERS
-    w = [torch.zeros(64, 128, dtype=dtype)] * LAYERS
-    masks = [torch.ones(32, dtype=torch.bool) if masked else None] * LAYERS
-    _, e, scales = k.hidden_mse_forward(s, t, w, masks, need_residual=gradient)
-    if gradient:
-        flags = {"need_student": [True] * LAYERS, "need_weight": [False] * LAYERS}
-        wider = torch.float32 if dtype == torch.float16 else None
-        k.hidden_mse_backward(scales, s, w, masks, e, scales, **flags, dtype=wider)
-
-
-def attention_scores(dtype: torch.dtype, masked: bool, gradient: bool) -> None:
-    from optima_fast.kernels import attention_scores as k
-
-    for n, contiguous in ((128, False), (64, True)):
-
-        def heads(count: int, width: int, n: int = n, c: bool = contiguous) -> list[torch.Tensor]:
-            x = torch.zeros((2, count, n, width) if c else (2, n, count, width), dtype=dtype)
-            return [x if c else x.transpose(1, 2)] * LAYERS
-
-        student, teacher = [heads(12, 64)] * 2, [heads(16, 64)] * 2
-        masks = [[torch.ones(2, n, dtype=torch.bool) if masked else None] * LAYERS] * 2
-        flags = {"causal": [False] * LAYERS, "student_scale": [0.125] * LAYERS}
-        _, r, scales = k.attention_scores_forward(
-            *student, *teacher, *masks, **flags, teacher_scale=[0.125] * LAYERS,
-            need_residual=gradient,
-        )  # fmt: skip
-        if gradient:
-            need = [True] * LAYERS
-            k.attention_scores_backward(
-                scales, *student, *masks, r, scales, **flags, need_q=need, need_k=need
-            )
-
-
-def attention_probs(dtype: torch.dtype, masked: bool, gradient: bool) -> None:
-    from optima_fast.kernels import attention_probs as k
-
-    # sweeps, rows of 256, 128 and 64 keys, those with a tail, one block of queries
-    sizes = [(320, 320), (256, 256), (128, 128), (77, 77), (64, 64), (64, 320)]
-    for width, (n_q, n_k) in product((64, 128), sizes):
-        q, keys, teacher_q, teacher_k = (
-            [torch.zeros(2, n, heads, width, dtype=dtype).transpose(1, 2)] * LAYERS
-            for heads in (12, 16)
-            for n in (n_q, n_k)
-        )
-        masks = [
-            [torch.ones(2, n, dtype=torch.bool) if masked else None] * LAYERS for n in (n_q, n_k)
-        ]
-        flags = {"causal": [masked] * LAYERS, "student_scale": [0.125] * LAYERS}
-        _, r, lses, scales = k.attention_probs_forward(
-            q, keys, teacher_q, teacher_k, *masks, [None] * LAYERS, [None] * LAYERS, **flags,
-            teacher_scale=[0.125] * LAYERS, need_residual=gradient,
-        )  # fmt: skip
-        if gradient:
-            need = [True] * LAYERS
-            k.attention_probs_backward(
-                scales, q, keys, *masks, r, lses, scales, **flags, need_q=need, need_k=need
-            )
-
-
-# an operator's launchers called on aligned data of each kind that a table tells apart
-EXAMPLES: dict[str, Callable[[torch.dtype, bool, bool], None]] = {
-    "hidden_mse": hidden_mse,
-    "attention_scores": attention_scores,
-    "attention_probs": attention_probs,
-}
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-# instructions of the main loop at most, for bfloat16 on sm_90 where nothing is masked: what a
-# test of every pair or a product that waits would add to
-LOOPS = {"lse": 270, "residual": 430, "dq": 350, "dk": 430}
-# what the tests take the time for; the rest is for `make resources`
-QUICK = {(80, "fp32"), (90, "bf16")}
-# the two of 16 bits differ in one instruction's name
-TELLING = {*product(ARCHITECTURES, ("bf16", "fp32")), (90, "fp16")}
-
-
-class Compiled(NamedTuple):
-    """A kernel as the compiler left it."""
-
-    op: str
-    kernel: str  # with the flags that are set
-    arch: int
-    dtype: str
-    tile: str  # tile sizes, warps, stages
-    registers: int
-    spills: int  # bytes
-    shared: int
-    resident: int  # programs that a multiprocessor has room for
-    tensor_core: int  # the architecture's own instructions
-    wide_copies: int  # of 16 bytes, or by TMA
-    entries: list[str]  # of the launch tables
-    failures: list[str]
-
-
-def pretend(arch: int) -> None:
-    """Tell Triton and the launchers that the device is one of this architecture."""
-    from optima_fast.kernels import launch
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.driver import driver
-
-    driver.set_active(
-        SimpleNamespace(
-            get_current_target=lambda: GPUTarget("cuda", arch, 32),
-            get_current_device=lambda: arch,  # kernels are cached by device
-            get_current_stream=lambda device: 0,
-        )
-    )
-    launch.capability = lambda x: divmod(arch, 10)
-
-
-def launched(
-    op: str, arch: int, dtype: str, quick: bool
-) -> dict[str, tuple[str, str, Any, set[str]]]:
-    """What the operator's examples launch, by hash: name, tile, binary and table entries."""
-    from optima_fast.kernels import launch
-    from triton.runtime.jit import JITFunction
-
-    tables = {id(v): name for name, v in vars(launch).items() if name.isupper()}
-    run, lookup = JITFunction.run, launch.lookup
-    found: dict[str, tuple[str, str, Any, set[str]]] = {}
-    entries: set[str] = set()
-
-    def noting_lookup(table: Any, *args: Any, **kwargs: Any) -> Any:
-        config = lookup(table, *args, **kwargs)
-        key = next(k for k, v in table.items() if v is config)
-        name = f"{tables[id(table)]}{[*key]}"
-        timed_only = config in launch.CANDIDATES.get(tables[id(table)], {}).get(key, ())
-        entries.add(CANDIDATE + name if timed_only else name)
-        return config
-
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        binary = run(self, *args, grid=grid, warmup=True, **kwargs)
-        name = self.__name__.strip("_").removesuffix("_kernel")
-        flags = [k for k, v in kwargs.items() if v is True and k.isupper()]
-        sizes = "x".join(str(v) for k, v in kwargs.items() if k.startswith("BLOCK"))
-        tile = f"{sizes} w{binary.metadata.num_warps} s{binary.metadata.num_stages}"
-        found.setdefault(binary.hash, (" ".join([name, *flags]), tile, binary, set()))
-        if "total" not in name:  # it has no entry of its own
-            found[binary.hash][-1].update(entries)
-            entries.clear()
-
-    JITFunction.run, launch.lookup = compile_only, noting_lookup
-    try:
-        EXAMPLES[op](DTYPES[dtype], True, True)
-        if arch == 90 or not quick:
-            EXAMPLES[op](DTYPES[dtype], False, True)
-        if not quick:
-            EXAMPLES[op](DTYPES[dtype], False, False)
-            for name, table in launch.CANDIDATES.items():
-                place = getattr(launch, name)
-                for key, configs in table.items():
-                    kept = place[key]
-                    for config in configs:
-                        place[key] = config
-                        EXAMPLES[op](DTYPES[dtype], True, True)
-                    place[key] = kept
-    finally:
-        JITFunction.run, launch.lookup = run, lookup
-    return found
-
-
-def serialised(ptx: str, arch: int) -> list[str]:
-    """ptxas's warnings that it makes products wait for one another, C7510 to C7515."""
-    import triton
-
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        command = ["-v", f"--gpu-name=sm_{arch}a", source, "-o", Path(folder) / "kernel.cubin"]
-        # Triton brings two, and writes for the newer one or for the older
-        for name in ("ptxas-blackwell", "ptxas"):
-            run = subprocess.run([tools / name, *command], capture_output=True, text=True)
-            if run.returncode == 0:
-                return sorted(set(re.findall(r"C751[0-5]", run.stderr)))
-    raise RuntimeError(run.stderr)
-
-
-def disassembled(cubin: bytes) -> list[tuple[int, str]]:
-    """Addresses and instructions."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run(
-            [tool, "-sass", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", text, re.MULTILINE)
-    return [(int(at, 16), instruction) for at, instruction in found]
-
-
-def main_loop(code: list[tuple[int, str]]) -> int:
-    """Instructions of the first loop that has products."""
-    for at, instruction in code:
-        back = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", instruction)
-        if back and int(back[1], 16) < at:
-            body = [x for y, x in code if int(back[1], 16) <= y <= at]
-            if any("HGMMA" in x for x in body):
-                return len(body)
-    raise ValueError("no loop has a product")
-
-
-def overwritten(code: list[tuple[int, str]]) -> list[str]:
-    """Instructions that write a register from which a product may still be reading its rows."""
-    reading: set[int] = set()
-    found = []
-    for _, instruction in code:
-        words = re.match(r"(?:@!?U?P\d+ )?(\S+) +(.*)", instruction)
-        if "WARPGROUP.DEPBAR" in instruction:
-            reading.clear()
-        if words is None:
-            continue
-        op, operands = words[1], words[2].split(", ")
-        if op.startswith("HGMMA"):
-            rows = re.fullmatch(r"R(\d+)", operands[1].strip())
-            reading |= {int(rows[1]) + i for i in range(4)} if rows else set()
-        elif op.startswith(("ST", "RED", "LDGSTS", "ATOM", "R2UR")):
-            continue  # what these name first is read
-        elif target := re.match(r"R(\d+)\b", operands[0]):
-            wide = 4 if re.search(r"128|\.4$", op) else 2 if re.search(r"64|WIDE", op) else 1
-            if reading & {int(target[1]) + i for i in range(wide)}:
-                found.append(instruction)
-    return found
-
-
-def measured(op: str, arch: int, dtype: str, quick: bool) -> Iterator[Compiled]:
-    """What each kernel of an operator takes, read from its binary."""
-    import triton
-
-    pretend(arch)
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    for kernel, tile, binary, entries in launched(op, arch, dtype, quick).values():
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(binary.asm["cubin"])
-            file.flush()
-            usage = subprocess.run(
-                [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
-            ).stdout
-        # these kernels have nothing on the stack but what they spill
-        registers, spills = (int(re.findall(rf"{x}:(\d+)", usage)[0]) for x in ("REG", "STACK"))
-        threads, shared = 32 * binary.metadata.num_warps, binary.metadata.shared
-        allocated = -(-registers // 8) * 8 * threads
-        resident = min(
-            REGISTERS_PER_SM // allocated,
-            SHARED_PER_SM[arch] // (shared + RESERVED_SHARED),
-            THREADS_PER_SM // threads,
-        )
-        own, any_mma, wide = (
-            len(re.findall(pattern, binary.asm["ptx"]))
-            for pattern in (TENSOR_CORE[arch], ANY_TENSOR_CORE, WIDE_COPY)
-        )
-        products, half = "tt.dot" in binary.asm["ttir"], dtype != "fp32"
-        name, plain = kernel.split()[0], "MASKED" not in kernel and "CAUSAL" not in kernel
-        waits = arch == 90 and half and bool(own) and serialised(binary.asm["ptx"], arch)
-        long = arch == 90 and dtype == "bf16" and plain and name in LOOPS and "x128 w" in tile
-        code = disassembled(binary.asm["cubin"]) if arch == 90 and half and own else []
-        allowed, _ = MAY_SPILL.get((name, arch, tile), (0, ""))
-        served = not any(x.startswith(CANDIDATE) for x in entries)
-        wrong = {
-            "spills registers": served and spills > allowed,
-            "more shared memory than the chip has": shared > SHARED_LIMIT[arch],
-            "too few programs on a multiprocessor": products
-            and served
-            and resident < RESIDENT.get(name, 1),
-            "not the chip's own tensor-core instruction": products and half and not own,
-            "float32 on tensor cores: no longer IEEE": not half and any_mma,
-            "no 16-byte copy": products and not wide,
-            f"products wait for one another {waits}": bool(waits),
-            "a long main loop": long and main_loop(code) > LOOPS[name],
-            "a register of an unfinished product is written": bool(overwritten(code)),
-        }
-        failures = [name for name, found in wrong.items() if found]
-        yield Compiled(
-            op, kernel, arch, dtype, tile, registers, spills, shared, resident, own, wide,
-            sorted(entries), failures,
-        )  # fmt: skip
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Print a line a kernel; 1 if a check fails."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--op", choices=EXAMPLES, action="append")
-    parser.add_argument("--arch", type=int, choices=ARCHITECTURES, action="append")
-    parser.add_argument("--dtype", choices=DTYPES, action="append")
-    parser.add_argument(
-        "--quick", action="store_true", help="as the tests: masked, with gradients, fewer dtypes"
-    )
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args(argv)
-    head = ("kernel", "sm", "dtype", "tile", "regs", "spill", "shared", "res", "mma", "wide")
-    form = "{:58} {:>3} {:5} {:22} {:>4} {:>5} {:>7} {:>3} {:>4} {:>4}  {}"
-    if not args.json:
-        print(form.format(*head, "entries, failures"), flush=True)
-    shards = [
-        (op, arch, dtype)
-        for op in args.op or EXAMPLES
-        for arch, dtype in product(args.arch or ARCHITECTURES, args.dtype or DTYPES)
-        if (arch, dtype) in (QUICK if args.quick else TELLING) or (args.arch and args.dtype)
-    ]
-    status = 0
-    # a process can pretend to one architecture
-    with ThreadPoolExecutor(os.cpu_count() if len(shards) > 1 else 1) as pool:
-        for found in pool.map(lambda x: in_a_process(*x, args.quick, len(shards)), shards):
-            for x in found:
-                status |= bool(x.failures)
-                text = "; ".join([*x.entries, *(f"FAILS: {y}" for y in x.failures)])
-                line = json.dumps(x._asdict()) if args.json else form.format(*x[1:-2], text)
-                print(line, flush=True)
-    return status
-
-
-def in_a_process(op: str, arch: int, dtype: str, quick: bool, shards: int) -> list[Compiled]:
-    """What ``measured`` gives; here if there is no other shard, from disk if nothing changed."""
-    kept = ROOT / "build" / "resources" / f"{op}-{arch}-{dtype}{'-quick' * quick}.json"
-    digest = what_it_depends_on()
-    if kept.exists() and (record := json.loads(kept.read_text()))["of"] == digest:
-        return [Compiled(**x) for x in record["found"]]
-    found = (
-        list(measured(op, arch, dtype, quick)) if shards == 1 else elsewhere(op, arch, dtype, quick)
-    )
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps({"of": digest, "found": [x._asdict() for x in found]}))
-    return found
-
-
-def what_it_depends_on() -> str:
-    """Digest of the kernels, of this file and of the compiler's version."""
-    triton = importlib.metadata.version("triton")
-    sources = [*sorted((ROOT / "kernels").glob("*.py")), Path(__file__)]
-    return hashlib.sha256(
-        b"\0".join([triton.encode(), *(x.read_bytes() for x in sources)])
-    ).hexdigest()
-
-
-def elsewhere(op: str, arch: int, dtype: str, quick: bool) -> list[Compiled]:
-    command = [sys.executable, __file__, "--json", "--op", op, "--arch", str(arch)]
-    command += ["--dtype", dtype, *(["--quick"] if quick else [])]
-    run = subprocess.run(command, capture_output=True, text=True)
-    if run.returncode not in (0, 1):
-        raise RuntimeError(run.stderr[-2000:])
-    return [Compiled(**json.loads(line)) for line in run.stdout.splitlines()]
-
-
-@pytest.fixture(scope="module")
-def found() -> list[Compiled]:
+def compiled(*arguments: str) -> list[dict[str, Any]]:
     triton = pytest.importorskip("triton")
     binaries = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     if not {"cuobjdump", "ptxas"} <= {path.name for path in binaries.glob("*")}:
@@ -457,39 +27,31 @@ def found() -> list[Compiled]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     path = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
     run = subprocess.run(
-        [sys.executable, __file__, "--quick", "--json"],
+        [sys.executable, Path(__file__).with_name("resources.py"), "--json", *arguments],
         env={**environment, "PYTHONPATH": path},
         capture_output=True,
         text=True,
     )
     assert run.returncode in (0, 1), run.stderr[-2000:]
-    return [Compiled(**json.loads(line)) for line in run.stdout.splitlines()]
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def test_each_kernel_once() -> None:
+    found = compiled("--quick")
+    assert {x["kernel"].split()[0] for x in found} == KERNELS
+    assert [x for x in found if x["failures"]] == []
 
 
 @pytest.mark.slow
-def test_resources(found: list[Compiled]) -> None:
-    assert {(x.op, x.arch, x.dtype) for x in found} == {
-        (op, arch, dtype) for op in EXAMPLES for arch, dtype in QUICK
-    }
-    assert [x for x in found if x.failures] == []
-
-
-@pytest.mark.slow
-def test_every_entry_of_the_launch_tables_is_compiled(found: list[Compiled]) -> None:
+def test_every_entry_of_the_launch_tables() -> None:
     from optima_fast.kernels import launch
 
+    found = compiled()
+    assert [x for x in found if x["failures"]] == []
     tables = {
         name: table
         for name, table in vars(launch).items()
         if isinstance(table, dict) and all(hasattr(x, "_fields") for x in table.values())
     }
-    kinds = {(arch // 10, DTYPES[dtype].itemsize) for arch, dtype in QUICK}
-    touched = {entry for x in found for entry in x.entries}
-    names = {entry.partition("[")[0] for entry in touched}
-    assert touched == {
-        f"{name}{[*key]}" for name in names for key in tables[name] if key[:2] in kinds
-    }
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    touched = {entry for x in found for entry in x["entries"] if " " not in entry.partition("[")[0]}
+    assert touched == {f"{name}{[*key]}" for name, table in tables.items() for key in table}

@@ -119,6 +119,7 @@ def test_one_dynamic_graph_serves_all_sizes(problem, loss):
     assert graphs.frame_count == 1
 
 
+@pytest.mark.slow  # a run that distils compiled takes the same way
 def test_compiles_with_inductor(problem):
     torch._dynamo.reset()
     steps = [twice(problem(loss)) for loss in LOSSES]
