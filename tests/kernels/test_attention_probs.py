@@ -341,8 +341,10 @@ on_each_path = pytest.mark.parametrize(("path", "dtype"), CASES, indirect=["path
 on_two_paths = pytest.mark.parametrize(
     ("path", "dtype"),
     [
-        pytest.param(*case, marks=pytest.mark.slow) if case == ("sweeps", torch.float16) else case
-        for case in CASES
+        pytest.param(*c.values, id=c.id, marks=[*c.marks, pytest.mark.slow])
+        if c.id == "sweeps-float16"
+        else c
+        for c in CASES
     ],
     indirect=["path"],
 )
