@@ -10,6 +10,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+import card
+import check
 import gpu
 import pytest
 import torch
@@ -88,6 +90,20 @@ def test_a_call_fits_its_time_and_blockwise_is_no_contender_there():
     ]  # fmt: skip
     assert "blockwise" not in {*gpu.MAIN, *gpu.MORE_OF_MAIN}
     assert set(gpu.WHY_EMPTY) <= set(gpu.PARTS)
+
+
+def test_what_the_parts_start_understands_its_flags(args, tmp_path):
+    flags = ["--json", str(tmp_path / "rows.jsonl"), "--resume"]
+    started = [
+        card.parsed([*job.command[2:], *flags]).part
+        for part in gpu.PARTS.values()
+        for job in part.jobs(args, tmp_path, 60.0)
+        if Path(job.command[1]).name == "card.py"
+    ]
+    assert {*started} == {"ceilings", "compile", *card.CASE_BY_CASE}
+    args.quick = False
+    cells = {f"{target}-{name}" for target, name, _ in check.cells()}
+    assert [job.name for job in gpu.check(args, tmp_path, 60.0) if job.name not in cells] == []
 
 
 def test_the_time_that_a_part_leaves_goes_to_the_next(args, tmp_path, monkeypatch):
@@ -177,7 +193,8 @@ def test_figures_of_pytest(tmp_path):
         "def test_error(broken): pass\n"
     )
     command = [sys.executable, "-m", "pytest", "-v", "-rfE", "-p", "no:cacheprovider", test]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    alone = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # as `make gpu` runs it
+    run = subprocess.run(command, cwd=tmp_path, env=alone, capture_output=True, text=True)
     found = gpu.test_figures(run.stdout)
     counts = {k: found[k] for k in ("passed", "failed", "skipped", "error")}
     assert counts == {"passed": 3, "failed": 1, "skipped": 1, "error": 1}, run.stdout
