@@ -13,7 +13,7 @@ from typing import Any
 from optima_fast import bandit
 from optima_fast.distill.reward import HEADROOM
 from optima_fast.entry import old_spelling
-from optima_fast.training.config import CHOICES, OF_A_CHOICE, unusual
+from optima_fast.training.config import CHOICES, OF_A_CHOICE, TrainConfig, unusual
 
 _CHOICE = ("method", "policy", "reward")
 
@@ -69,6 +69,7 @@ def over(file: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     both = {**file, **given}
     now = modern(both)
     if now != both:
+        TrainConfig(**now)  # what is wrong however it is spelled is an error, and only that
         choice = {"method": now["method"], **unusual(now["method"], now)}
         old_spelling(_as_flags(both), _as_flags(choice))
     return now

@@ -81,6 +81,13 @@ def test_flags_go_over_a_file_in_the_old_spelling(tmp_path, flags, choice):
     assert config.lr == 0.5
 
 
+@pytest.mark.parametrize("flags", [["--policy", "papr"], ["--reward", "hiden"]])
+def test_what_is_wrong_is_told_without_another_spelling_of_it(capsys, flags):
+    with pytest.raises(UserError, match="'papr'|did you mean 'hidden'"):
+        parse(flags, prog="", description="")
+    assert capsys.readouterr().err == ""
+
+
 def test_settings_that_are_spelled_as_now_stay(capsys):
     for method in ("headroom", "optima", "layerwise", "random"):
         settings = vars(resolve(TrainConfig(method=method)))
