@@ -121,7 +121,7 @@ def compare(
             return found, {}
         anchor = next((name for name in ANCHORS if name in steps), None)
         for name, run in steps.items():
-            row = {"case": case.name, "provider": name, "ours": CONTENDERS[name].ours}
+            row: Row = {"case": case.name, "provider": name, "ours": CONTENDERS[name].ours}
             row |= found[name] | spread(samples[name])._asdict()
             row |= least_work(name, case, settings, rows.common["device"])
             row["share"] = row["floor_ms"] and row["floor_ms"] / row["ms"]
@@ -137,7 +137,7 @@ def line(row: Row) -> str:
     """A row to be printed."""
     head = f"{row['case']:22} {row['provider']:16} "
     if "ms" not in row:
-        return head + (row.get("failed") or row["left_out"])
+        return head + str(row.get("failed") or row["left_out"])
     text = f"{row['ms']:9.3f} ms {row['iqr']:8.3f} {row['peak_mb']:9.1f} MB {row['error']:8.1e}"
     if row["share"]:
         text += f" {row['share']:6.0%} of the floor"

@@ -149,7 +149,7 @@ def finds_the_best(make: Maker) -> bool:
 
 
 def pulls(name: str, twin: bool, arms: int) -> list[int]:
-    return play(ours(name, twin, arms, 3), 2 * arms + 60, noise(), np.arange(arms) / arms)
+    return play(ours(name, twin, arms, 3), 2 * arms + 60, noise(), [k / arms for k in range(arms)])
 
 
 def fault(name: str, arms: int) -> str:

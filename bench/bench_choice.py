@@ -124,7 +124,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.show:
         todo = [(t, m, s) for s, t, m in product(args.seeds, args.tasks, METHODS)]
         with ThreadPoolExecutor(args.jobs) as pool:
-            outcomes = pool.map(lambda x: train(args.runs, *x, args.smoke, extra), todo)
+            outcomes = pool.map(
+                lambda x: train(args.runs, x[0], x[1], x[2], args.smoke, extra), todo
+            )
             failed = [text for text in outcomes if text]
     results = read(args.runs, args.tasks, args.seeds)
     lines = [

@@ -84,7 +84,8 @@ def ceilings(
     batch, n = (2, 32) if quick else (32, 1024)
     for width in (d_s, d_t):
         q, k = normal(batch, n, width), normal(batch, n, width)
-        yield f"scores {width} wide", lambda q=q, k=k: q @ k.mT, 2.0 * batch * n * n * width, "flop"
+        flop = 2.0 * batch * n * n * width
+        yield f"scores {width} wide", lambda q=q, k=k: q @ k.mT, flop, "flop"  # type: ignore[misc]
     # flash attention, the yardstick for probs
     backends = {"math": SDPBackend.MATH}
     if device == "cuda":
@@ -96,11 +97,13 @@ def ceilings(
         flop = 4.0 * batch * 12 * n_q * n_k * 64
         for name, backend in backends.items():
 
-            def forward(leaves=leaves, backend=backend) -> Tensor:
+            def forward(leaves: list[Tensor] = leaves, backend: SDPBackend = backend) -> Tensor:
                 with sdpa_kernel(backend):
-                    return F.scaled_dot_product_attention(*leaves)
+                    return F.scaled_dot_product_attention(*leaves)  # type: ignore[arg-type]
 
-            def both(leaves=leaves, forward=forward) -> object:
+            def both(
+                leaves: list[Tensor] = leaves, forward: Callable[[], Tensor] = forward
+            ) -> object:
                 out = forward()
                 return torch.autograd.grad(out, leaves, out)
 
@@ -163,7 +166,7 @@ def measure_kernels(case: Case, args: argparse.Namespace, rows: Rows, timer: Tim
     times: dict[str, list[float]] = defaultdict(list)
     for event in profiler.events():
         # with a device, what ran there and not the operators that launched it
-        if (event.device_type != torch.autograd.DeviceType.CPU) == timer.cuda:
+        if (event.device_type != torch.autograd.DeviceType.CPU) == timer.cuda:  # type: ignore[attr-defined]
             times[event.name].append(event.time_range.elapsed_us() / 1e3)
     ordered = sorted(times.items(), key=lambda item: -sum(item[1]))[:16]
     found = {

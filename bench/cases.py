@@ -161,7 +161,7 @@ def exact(case: Case, layers: list[list[Tensor]], *, room: int = 2 << 30) -> lis
     """In float64, by the plain definition: the losses [L], then both gradients of each layer."""
     losses, gradients = [], []
     for layer, tensors in zip(case.layers, layers, strict=True):
-        loss: Tensor | float = 0.0
+        loss = torch.zeros((), dtype=torch.float64, device=tensors[0].device)
         parts: list[list[Tensor]] = []
         for items in _chunks(layer, case.target, room):
             sliced = [
@@ -171,7 +171,7 @@ def exact(case: Case, layers: list[list[Tensor]], *, room: int = 2 << 30) -> lis
             first, second, *fixed = (x.double().requires_grad_(i < 2) for i, x in enumerate(sliced))
             share = (items.stop - items.start) / layer.batch
             if case.target == "hidden":
-                value = optima_fast.hidden_mse(first, *fixed, second, backend="reference")
+                value = optima_fast.hidden_mse(first, fixed[0], second, backend="reference")
             else:
                 value = optima_fast.attention_mse(
                     first, second, *fixed,
@@ -185,11 +185,13 @@ def exact(case: Case, layers: list[list[Tensor]], *, room: int = 2 << 30) -> lis
         gradients.append(torch.cat(firsts))
         hidden = case.target == "hidden"
         gradients.append(torch.stack(seconds).sum(0) if hidden else torch.cat(seconds))
-    return [torch.stack(losses), *gradients]  # type: ignore[list-item]
+    return [torch.stack(losses), *gradients]
 
 
 def _single(name: str, target: str, *shape: int, causal: bool = False, layers: int = 1) -> Case:
-    return Case(f"{name}-{target}", target, (Layer(*shape, causal=causal),) * layers)
+    batch, queries, keys = shape
+    layer = Layer(batch, queries, keys, causal=causal)
+    return Case(f"{name}-{target}", target, (layer,) * layers)
 
 
 CPU = [

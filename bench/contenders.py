@@ -39,7 +39,7 @@ from torch import Tensor
 import optima_fast
 
 Layers = list[list[Tensor]]
-Loss = Callable[[Layers], Sequence[Tensor]]
+Loss = Callable[[Layers], Tensor | Sequence[Tensor]]  # of each layer
 
 
 def eager_hidden(student: Tensor, weight: Tensor, teacher: Tensor) -> Tensor:
@@ -61,7 +61,8 @@ def textbrewer_hidden(student: Tensor, weight: Tensor, teacher: Tensor) -> Tenso
     mask = torch.ones_like(teacher[..., 0])
     errors = F.mse_loss(student @ weight, teacher, reduction="none") * mask.unsqueeze(-1)
     # a sum over this many 16-bit errors would lose the mean
-    return errors.sum(dtype=torch.float32) / mask.sum(dtype=torch.float32) / teacher.shape[-1]
+    mean: Tensor = errors.sum(dtype=torch.float32) / mask.sum(dtype=torch.float32)
+    return mean / teacher.shape[-1]
 
 
 def eager_map(q: Tensor, k: Tensor, target: str, causal: bool) -> Tensor:
@@ -71,11 +72,12 @@ def eager_map(q: Tensor, k: Tensor, target: str, causal: bool) -> Tensor:
             later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
             scores = scores.masked_fill(later, float("-inf"))
         scores = scores.softmax(-1)
-    return scores.mean(1)
+    mean: Tensor = scores.mean(1)
+    return mean
 
 
 def gemm_map(q: Tensor, k: Tensor, target: str, causal: bool) -> Tensor:
-    scale = q.shape[-1] ** -0.5 / q.shape[1]
+    scale: float = q.shape[-1] ** -0.5 / q.shape[1]
     return q.transpose(1, 2).flatten(2) @ k.transpose(1, 2).flatten(2).mT * scale
 
 
@@ -95,11 +97,12 @@ def autocast_attention(
     attention_map: Callable[..., Tensor], layer: Layer, target: str, tensors: Sequence[Tensor]
 ) -> Tensor:
     q, k, teacher_q, teacher_k = tensors
-    maps = [attention_map(*x, target, layer.causal) for x in ((q, k), (teacher_q, teacher_k))]
+    student, teacher = (
+        attention_map(*x, target, layer.causal) for x in ((q, k), (teacher_q, teacher_k))
+    )
     if not layer.causal:
-        return F.mse_loss(*maps)
-    student, teacher = (x.tril() for x in maps)
-    return F.mse_loss(student, teacher, reduction="sum") / layer.pairs
+        return F.mse_loss(student, teacher)
+    return F.mse_loss(student.tril(), teacher.tril(), reduction="sum") / layer.pairs
 
 
 def textbrewer_attention(layer: Layer, target: str, tensors: Sequence[Tensor]) -> Tensor:
@@ -116,7 +119,7 @@ def textbrewer_attention(layer: Layer, target: str, tensors: Sequence[Tensor]) -
     mask = torch.ones_like(maps[0])
     if layer.causal:
         mask = mask.tril()
-    errors = F.mse_loss(*maps, reduction="none") * mask
+    errors = F.mse_loss(maps[0], maps[1], reduction="none") * mask
     return errors.sum() / mask.sum()
 
 
@@ -134,8 +137,8 @@ def tinybert_attention(layer: Layer, target: str, tensors: Sequence[Tensor]) -> 
             scores = torch.where(scores <= -1e2, torch.zeros_like(scores), scores)
         maps.append(scores.mean(1))
     if layer.causal:
-        return F.mse_loss(*maps, reduction="sum") / layer.pairs
-    return F.mse_loss(*maps)
+        return F.mse_loss(maps[0], maps[1], reduction="sum") / layer.pairs
+    return F.mse_loss(maps[0], maps[1])
 
 
 def _loop(case: Case, hidden: Callable[..., Tensor], one: Callable[..., Tensor]) -> Loss:
@@ -216,21 +219,22 @@ def sdpa_lse(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
         found = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal)
     else:
         found = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False)
-    return found[1][..., : q.shape[2]]  # rows may be padded
+    lse: Tensor = found[1]
+    return lse[..., : q.shape[2]]  # rows may be padded
 
 
 def xformers_lse(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     ops = importlib.import_module("xformers.ops")
     mask = ops.LowerTriangularMask() if causal else None
     forward = ops.fmha.memory_efficient_attention_forward_requires_grad
-    _, lse = forward(*(x.transpose(1, 2) for x in (q, k, v)), attn_bias=mask)
+    lse: Tensor = forward(*(x.transpose(1, 2) for x in (q, k, v)), attn_bias=mask)[1]
     return lse[..., : q.shape[2]]
 
 
 def _after(attend: Callable[..., Tensor | None], case: Case) -> Loss:
     """Attention of both models, then ours with the log-sum-exp that comes of it."""
 
-    def loss(layers: Layers) -> Sequence[Tensor]:
+    def loss(layers: Layers) -> Tensor | Sequence[Tensor]:
         lses: list[list[Tensor | None]] = [[], []]
         with torch.no_grad():
             for layer, (q, k, teacher_q, teacher_k) in zip(case.layers, layers, strict=True):
@@ -316,7 +320,9 @@ def prepared(name: str, layers: Layers) -> Layers:
     ]
 
 
-def step(name: str, case: Case, layers: Layers, *, backward: bool = True) -> Callable[[], list]:
+def step(
+    name: str, case: Case, layers: Layers, *, backward: bool = True
+) -> Callable[[], list[Tensor]]:
     """One step: the losses, and both gradients of each layer unless it is without backward."""
     contender = CONTENDERS[name]
     loss = contender.make(case, layers)
@@ -325,7 +331,7 @@ def step(name: str, case: Case, layers: Layers, *, backward: bool = True) -> Cal
     device = trained[0].device.type
     low = trained[0].dtype if trained[0].dtype != torch.float32 else torch.bfloat16
 
-    def forward() -> Sequence[Tensor]:
+    def forward() -> Tensor | Sequence[Tensor]:
         if not contender.autocast:
             return loss(tensors)
         with torch.autocast(device, dtype=low):

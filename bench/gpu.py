@@ -188,7 +188,7 @@ def training(args: argparse.Namespace, folder: Path, seconds: float) -> list[Job
     return [Job("vqa", [sys.executable, "-m", "optima_fast.train", *flags], False)]
 
 
-WHY_EMPTY = {
+WHY_EMPTY: dict[str, Callable[[], str]] = {
     "tests": lambda: "pytest is not installed",
     "races": lambda: "there is no compute-sanitizer here (or no CUDA device)",
     "training": lambda: f"not installed: {', '.join(missing_for_training())}",
@@ -242,7 +242,7 @@ def machine(device: str) -> Row:
         "cpus": os.cpu_count(),
         **{name: installed_version(name) for name in ("torch", "triton", "numpy")},
         "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
         "nvidia_smi": card_state(),
     }
     if device == "cuda":

@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -215,7 +215,7 @@ class Timer:
             properties = torch.cuda.get_device_properties()
             size = max(2 * getattr(properties, "L2_cache_size", 0), 128 << 20)
             self.cache = torch.empty(size, dtype=torch.int8, device=device)
-            self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
         self.known: dict[Step, int] = {}  # cycles of backlog on a GPU, else calls a sample
 
     def sample(self, run: Step) -> float:
@@ -228,12 +228,12 @@ class Timer:
                 run()
             return (time.perf_counter() - start) * 1e3 / calls
         self.cache.zero_()
-        torch.cuda._sleep(self.known[run])
+        torch.cuda._sleep(self.known[run])  # type: ignore[no-untyped-call]
         self.events[0].record()
         run()
         self.events[1].record()
         torch.cuda.synchronize()
-        return self.events[0].elapsed_time(self.events[1])
+        return float(self.events[0].elapsed_time(self.events[1]))
 
     def _calls(self, run: Step) -> int:
         """Enough for the clock, well below a time slice, so that few samples are interrupted."""
@@ -302,13 +302,13 @@ def one_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def tidy() -> Iterable[None]:
+def tidy() -> Iterator[None]:
     """Free what a case left behind."""
     try:
         yield
     finally:
         if "torch._dynamo" in sys.modules:  # importing it takes a second
             torch.compiler.reset()
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
+        if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             with contextlib.suppress(RuntimeError):
                 torch.cuda.empty_cache()

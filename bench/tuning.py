@@ -53,7 +53,7 @@ def _watched(config: Any, seen: Callable[[], object]) -> Any:
 
         def __iter__(self) -> Iterator[Any]:
             seen()
-            return super().__iter__()
+            return iter(super().__iter__())
 
     return Watched(*config)
 
