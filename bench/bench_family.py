@@ -45,7 +45,7 @@ class Case(NamedTuple):
 
 
 def maps(q: Tensor, k: Tensor) -> Tensor:
-    return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+    return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, -1)
 
 
 def divergence(student: Tensor, teacher: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def kl_mean(q: Tensor, k: Tensor, t_q: Tensor, t_k: Tensor) -> Tensor:
 
 
 def relations(student: Tensor, teacher: Tensor) -> Tensor:
-    x, y = (z.unflatten(2, (48, -1)).transpose(1, 2) for z in (student, teacher))
+    x, y = (torch.unflatten(z, 2, (48, -1)).transpose(1, 2) for z in (student, teacher))
     return divergence(maps(x, x), maps(y, y))
 
 
@@ -78,7 +78,7 @@ def indexer(q: Tensor, k: Tensor, w: Tensor, t_q: Tensor, t_k: Tensor) -> Tensor
     target = (t_q @ t_k.mT * t_q.shape[-1] ** -0.5 + later).softmax(-1).mean(1)
     logs = torch.where(later == 0, index.log_softmax(-1), 0)
     rows = q.shape[0] * q.shape[2]
-    return (torch.xlogy(target, target) - target * logs).sum() / rows
+    return torch.sum(torch.xlogy(target, target) - target * logs) / rows
 
 
 def attention_shapes(batch: int, n: int) -> tuple[tuple[int, ...], ...]:
