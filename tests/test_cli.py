@@ -26,8 +26,8 @@ from optima_fast.training.trainer import Trainer
 
 @pytest.fixture(autouse=True)
 def _signals():
-    """An entry point sets what a polite kill does."""
-    before = signal.getsignal(signal.SIGTERM)
+    """An entry point sets what a polite kill does, which is nothing until then."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     yield
     signal.signal(signal.SIGTERM, before)
 
