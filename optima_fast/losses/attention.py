@@ -196,7 +196,7 @@ def _attention(
     teacher_scale: float | Sequence[float | None] | None,
     backend: str,
     recompute: bool,
-    temperature: float = 1.0,
+    temperature: float | None = None,  # a float by default would be a symbol to a dynamic graph
 ) -> Tensor:
     """One value a layer of any of the targets that ``reference.attention_loss`` defines."""
     checks.option("backend", backend, backends.NAMES)

@@ -263,7 +263,7 @@ def scales(
     name: str,
     value: float | Sequence[float | None] | None,
     queries: Sequence[Tensor],
-    temperature: float = 1.0,
+    temperature: float | None = None,
 ) -> list[float]:
     """The factor of Q K^T a layer, by default 1 / sqrt(d), over the temperature."""
     result = []
@@ -274,5 +274,5 @@ def scales(
             raise TypeError(f"{name} must be a float, got {type(x).__name__}")
         elif not math.isfinite(x):
             raise ValueError(f"{name} must be finite, got {x}")
-        result.append(float(x) / temperature)
+        result.append(float(x) if temperature is None else float(x) / temperature)
     return result

@@ -144,7 +144,7 @@ def _hidden(
     mask: OptionalLayers,
     backend: str,
     recompute: bool,
-    beta: float = 1.0,
+    beta: float | None = None,  # a float by default would be a symbol to a dynamic graph
 ) -> Tensor:
     """One value a layer of any of the measures that ``reference.hidden_loss`` defines."""
     checks.option("backend", backend, backends.NAMES)
@@ -164,7 +164,7 @@ def _hidden(
     losses = {
         i: reference.hidden_loss(
             students[i], teachers[i], weights[i], masks[i],
-            measure=measure, beta=beta, dtype=dtype,
+            measure=measure, beta=beta or 1.0, dtype=dtype,
         )
         for i in every
         if i not in fused
@@ -176,7 +176,7 @@ def _hidden(
             [weights[i] for i in fused],
             [None if x is None else _batched(x, 1) for x in (masks[i] for i in fused)],
             measure,
-            beta,
+            beta or 1.0,
             ops.needed([students[i] for i in fused]),
             ops.needed([weights[i] for i in fused]),
             backend,
