@@ -146,8 +146,6 @@ def test_a_module_of_our_own_that_is_missing_is_a_bug():
         ("doctor", ["--task", "vqa"], "error: --task and --data go together"),
         ("doctor", ["--images", "all"], "error: --images is for a data set"),
         ("cli", ["train", "--setps", "3"], "error: unknown flag --setps"),
-        ("cli", ["evaluate", "/no/run"], "error: /no/run holds no run"),
-        ("cli", [], "usage: optima-fast {train,evaluate,report,export,doctor}"),
         ("cli", ["trian"], "usage: optima-fast {train,evaluate,report,export,doctor}"),
     ],
 )

@@ -284,7 +284,13 @@ def test_a_dry_run_tells_sizes_and_writes_nothing(files, tmp_path, capsys):
     assert f"{large:,} parameters" in said
     for part in ("12 examples of 6 images", "49,408 ids", "17 image tokens (4 for the decoder)"):
         assert part in said, part
-    for part in ("GFLOP", "MiB in eager mode", "the teacher's own training", "from its published"):
+    for part in (
+        "GFLOP",
+        "MiB in eager mode",
+        "the teacher's own training",
+        "from its published",
+        "image+text",
+    ):
         assert part in said, part
 
 

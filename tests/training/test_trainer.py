@@ -102,10 +102,12 @@ def test_a_stopped_run_goes_on_exactly(tmp_path, monkeypatch, method, steps, sto
         with pytest.raises(Interrupted, match=f"after step {stop} of {steps}"):
             t.fit()
         t.run.append_metrics({"step": 999})  # as if it had died after a later line
-        t = trainer(tmp_path / "parts", **settings)
+        stopped, t = t, trainer(tmp_path / "parts", **settings)
         torch.manual_seed(1234)
         t.resume(checkpoints.latest_checkpoint(t.run.checkpoints))
-        assert t.step == stop
+        assert (t.step, t.seconds) == (stop, stopped.seconds)
+        assert t.last_metric == stopped.last_metric
+        assert (t.last_metric is None) == (stop < 4)
     t.fit()
     for one, other in ((whole.student, t.student), (whole.distiller, t.distiller)):
         if one is not None:

@@ -120,16 +120,6 @@ def test_the_seed_is_that_of_the_student_s_start_too(tmp_path, monkeypatch):
     assert starts[0] != starts[1] == starts[2]
 
 
-def test_times_and_the_last_metric_survive_a_stop(tmp_path):
-    t = trainer(tmp_path, steps=7, round_steps=1)
-    t.fit()
-    path = t.save()
-    other = trainer(tmp_path, steps=7, round_steps=1)
-    other.resume(path)
-    assert other.seconds == t.seconds
-    assert other.last_metric == t.last_metric is not None
-
-
 def test_the_first_stage_reads_the_tokens_of_each_cell(tmp_path):
     config = small(tmp_path, method="finetune", cell_stage=0.5, steps=10)
     data = experiment.load_data(config)
