@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from quick_interpreter import patch_once
 from torch import Tensor
 
 import optima_fast
 from optima_fast.losses import blockwise
+
+patch_once()
 
 
 class Problem:

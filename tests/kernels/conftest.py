@@ -1,0 +1,5 @@
+from __future__ import annotations
+
+from quick_interpreter import patch_once
+
+patch_once()
