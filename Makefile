@@ -43,7 +43,7 @@ gpu:  ## checks and benches on a CUDA device, then GPU="--call 2"; takes PYTHON 
 resources: $(STAMP)  ## registers, spills and shared memory of every kernel, without a GPU
 	PYTHONPATH=. $(RUN) tests/kernels/resources.py
 
-mutants: $(STAMP)  ## planted kernel faults, each of which a test must catch
+mutants: $(STAMP)  ## planted faults, each of which a test must catch
 	$(RUN) tests/mutants.py
 
 sanitize: $(STAMP)  ## the bandit's tests on an extension built with ASan and UBSan

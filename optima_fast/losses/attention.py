@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from optima_fast.losses import backends, checks, ops, reference
-
-Layers = Tensor | Sequence[Tensor]
-OptionalLayers = Tensor | Sequence[Tensor] | Sequence[Tensor | None] | None
+from optima_fast.losses.checks import Layers, OptionalLayers
 
 
 def attention_mse(
@@ -143,8 +141,8 @@ def attention_kl(
     has several heads, a probability of the student below 1e-30 counts as 1e-30, and no gradient
     flows to it.
 
-    With ``heads="each"`` and as many heads in both models nothing of size ``[Nq, Nk]`` is kept, for
-    forward and backward see one tile at a time of both models.
+    With ``heads="each"``, and as many heads in both models of every layer, nothing of size
+    ``[Nq, Nk]`` is kept: backward computes the probabilities again.
 
     Args:
         student_q: and the other tensors, as for :func:`attention_mse`.

@@ -1,7 +1,7 @@
 """The backends of the losses: what each computes forward and backward, and when it may be taken.
 
-A backend is an entry in ``HIDDEN`` or ``ATTENTION``; the operators of ``ops.py`` hand it
-all layers of a call at once. ``auto`` is decided in ``resolve`` alone.
+A backend is an entry in ``HIDDEN``, ``ATTENTION`` or ``INDEXER``; the operators of ``ops.py`` hand
+it all layers of a call at once. ``auto`` is decided in ``resolve`` alone.
 """
 
 from __future__ import annotations

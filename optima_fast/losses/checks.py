@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Layers = Tensor | Sequence[Tensor]
+OptionalLayers = Tensor | Sequence[Tensor] | Sequence[Tensor | None] | None
+
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

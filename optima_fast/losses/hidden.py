@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from optima_fast.losses import backends, checks, ops, reference
-
-Layers = Tensor | Sequence[Tensor]
-OptionalLayers = Tensor | Sequence[Tensor] | Sequence[Tensor | None] | None
+from optima_fast.losses.checks import Layers, OptionalLayers
 
 
 def hidden_mse(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from optima_fast.losses import backends, checks, ops, reference
-from optima_fast.losses.attention import Layers, OptionalLayers
+from optima_fast.losses.checks import Layers, OptionalLayers
 
 
 def indexer_kl(

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from optima_fast.losses import checks, reference
-from optima_fast.losses.attention import Layers, OptionalLayers, attention_kl, attention_mse
+from optima_fast.losses.attention import attention_kl, attention_mse
+from optima_fast.losses.checks import Layers, OptionalLayers
 
 
 def relation_kl(

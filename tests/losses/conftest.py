@@ -11,7 +11,7 @@ from quick_interpreter import patch_once
 from torch import Tensor
 
 import optima_fast
-from optima_fast.losses import blockwise
+from optima_fast.losses.blockwise import blocks
 
 patch_once()
 
@@ -111,4 +111,4 @@ def attention_problem(device: str) -> Callable[..., Problem]:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Blocks of so many elements, that small problems have several and a ragged last one."""
-    return lambda elements: monkeypatch.setattr(blockwise, "BLOCK_ELEMENTS", elements)
+    return lambda elements: monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", elements)

@@ -10,6 +10,7 @@ from tolerance import assert_as_good_as_eager
 
 import optima_fast
 from optima_fast.losses import blockwise, reference
+from optima_fast.losses.blockwise import attention, blocks
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 TARGETS = ["scores", "probs"]
@@ -164,7 +165,7 @@ def test_a_key_that_no_query_of_its_window_counts_for_may_hold_nan(attention_pro
 def test_default_blocks_match_too(attention_problem, target):
     """Several blocks at the size the library uses."""
     p = attention_problem(1, 700, heads=(3, 4), widths=(8, 8), target=target, causal=True)
-    assert blockwise.block_shape(1, 700, 4 * 700)[1] < 700
+    assert blocks.block_shape(1, 700, 4 * 700)[1] < 700
     compare(p)
 
 
@@ -256,8 +257,8 @@ def test_any_strides(attention_problem, small_blocks, layout, target):
 def test_the_models_layout_is_read_in_place_and_kept(target):
     """[B, N, H, d] tensors are seen as heads side by side without a copy, and so are gradients."""
     q = torch.randn(2, 6, 3, 4).transpose(1, 2)
-    assert blockwise._heads_last(q, None, 0, 2, q.dtype).data_ptr() == q.data_ptr()
-    assert blockwise._heads_first(q, None, 0, 1, q.dtype, 1).data_ptr() == q.data_ptr()
+    assert attention._heads_last(q, None, 0, 2, q.dtype).data_ptr() == q.data_ptr()
+    assert attention.heads_first(q, None, 0, 1, q.dtype, 1).data_ptr() == q.data_ptr()
     q.requires_grad_()
     optima_fast.attention_mse(q, q.detach(), q, q, target=target, student_scale=2.0).backward()
     assert q.grad.stride() == q.stride()

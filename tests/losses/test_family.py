@@ -22,7 +22,7 @@ class Case(NamedTuple):
     call: Callable[..., Tensor]  # trained tensors, the others, options
     trained: tuple[tuple[int, ...], ...]  # shapes
     fixed: tuple[tuple[int, ...], ...]
-    mask: tuple[str, ...]  # names of the arguments that mask tokens
+    masks: tuple[str, ...]  # the argument that masks the tokens of each; empty: none
     triton: bool = False
 
 
@@ -45,42 +45,43 @@ def hidden(function: Callable[..., Tensor], **options: object) -> Callable[..., 
 
 
 KL, MSE = optima_fast.attention_kl, optima_fast.attention_mse
-TOKENS = ("query_mask", "key_mask")
+Q, K, T = "query_mask", "key_mask", "mask"
+MAPS = (Q, K, Q, K)
 GROUPED = (heads(4, 8), heads(1, 8)), (heads(4, 6), heads(2, 6))
 FEWER = (heads(2, 8), heads(2, 8)), (heads(4, 6), heads(4, 6))
 STATES = ((B, N, 5), (5, 7)), ((B, N, 7),)
 CASES = {
-    "kl-each": Case(attention(KL), *GROUPED, TOKENS, True),
-    "kl-each causal": Case(attention(KL, causal=True, temperature=2.0), *GROUPED, TOKENS, True),
-    "kl-each window": Case(attention(KL, window=4), *GROUPED, TOKENS, True),
-    "kl-each fewer": Case(attention(KL), *FEWER, TOKENS, True),
-    "kl-mean": Case(attention(KL, heads="mean"), *GROUPED, TOKENS, True),
-    "kl-mean causal": Case(attention(KL, heads="mean", causal=True), *FEWER, TOKENS, True),
-    "kl groups": Case(attention(KL, heads=2), *GROUPED, TOKENS, True),
-    "probs-each": Case(attention(MSE, target="probs", heads="each"), *FEWER, TOKENS, True),
+    "kl-each": Case(attention(KL), *GROUPED, MAPS, True),
+    "kl-each causal": Case(attention(KL, causal=True, temperature=2.0), *GROUPED, MAPS, True),
+    "kl-each window": Case(attention(KL, window=4), *GROUPED, MAPS, True),
+    "kl-each fewer": Case(attention(KL), *FEWER, MAPS, True),
+    "kl-mean": Case(attention(KL, heads="mean"), *GROUPED, MAPS, True),
+    "kl-mean causal": Case(attention(KL, heads="mean", causal=True), *FEWER, MAPS, True),
+    "kl groups": Case(attention(KL, heads=2), *GROUPED, MAPS, True),
+    "probs-each": Case(attention(MSE, target="probs", heads="each"), *FEWER, MAPS, True),
     "probs-each grouped": Case(
-        attention(MSE, target="probs", heads="each"), *GROUPED, TOKENS, True
+        attention(MSE, target="probs", heads="each"), *GROUPED, MAPS, True
     ),
-    "scores-each": Case(attention(MSE, heads="each"), *FEWER, TOKENS, True),
+    "scores-each": Case(attention(MSE, heads="each"), *FEWER, MAPS, True),
     "relations": Case(
         lambda s, t, **more: optima_fast.relation_kl([s, s], [t, t], relation_heads=3, **more),
-        ((B, N, 12),), (heads(4, 6),), ("mask",), True,
+        ((B, N, 12),), (heads(4, 6),), (T, T), True,
     ),
     "gram": Case(
         lambda s, t, **more: optima_fast.gram_mse([s, s], [t, t], **more),
-        ((B, N, 12),), ((B, N, 9),), ("mask",), True,
+        ((B, N, 12),), ((B, N, 9),), (T, T), True,
     ),
     "similarity": Case(
         lambda s, t, **more: optima_fast.gram_mse(s, t, normalize=False, **more),
-        ((B, N, 12),), ((B, N, 9),), ("mask",), True,
+        ((B, N, 12),), ((B, N, 9),), (T, T), True,
     ),
     "indexer": Case(
         lambda q, k, w, *t, **more: optima_fast.indexer_kl(q, k, w, *t, **more),
-        (heads(3, 8), (B, N, 8), (B, 3, N)), (heads(4, 6), heads(2, 6)), TOKENS,
+        (heads(3, 8), (B, N, 8), (B, 3, N)), (heads(4, 6), heads(2, 6)), (Q, K, Q, Q, K),
     ),
-    "cosine": Case(hidden(optima_fast.hidden_cosine), *STATES, ("mask",)),
-    "smooth-l1": Case(hidden(optima_fast.hidden_smooth_l1, beta=0.5), *STATES, ("mask",)),
-    "normalized": Case(hidden(optima_fast.hidden_mse, normalize=True), *STATES, ("mask",), True),
+    "cosine": Case(hidden(optima_fast.hidden_cosine), *STATES, (T, "", T)),
+    "smooth-l1": Case(hidden(optima_fast.hidden_smooth_l1, beta=0.5), *STATES, (T, "", T)),
+    "normalized": Case(hidden(optima_fast.hidden_mse, normalize=True), *STATES, (T, "", T), True),
 }  # fmt: skip
 
 
@@ -90,31 +91,21 @@ class Problem:
     def __init__(self, name: str, dtype: torch.dtype, masked: bool, device: str) -> None:
         self.case = case = CASES[name]
         g = torch.Generator().manual_seed(len(name))
-        self.masks = {
-            m: (torch.rand(B, N, generator=g) > 0.3).to(device) for m in case.mask if masked
-        }
-        if "key_mask" in self.masks:
-            self.masks["key_mask"][0, :] = False  # queries that see no key
+        names = [name for name in dict.fromkeys(case.masks) if name and masked]
+        self.masks = {name: (torch.rand(B, N, generator=g) > 0.3).to(device) for name in names}
+        if K in self.masks:
+            self.masks[K][0, :] = False  # queries that see no key
             if "causal" in name:  # keys that count, and no query that counts sees
-                self.masks["query_mask"][:, -3:] = False
+                self.masks[Q][:, -3:] = False
         shapes = (*case.trained, *case.fixed)
         tensors = [torch.randn(*s, generator=g).to(device, dtype) * 1.5 for s in shapes]
-        for i, x in enumerate(tensors):
-            for mask in self.masks.values():
-                side = list(self.masks.values())[-1 if self.is_key(i, x) else 0]
-                if N in x.shape and mask is side:
-                    at = x.shape.index(N, 1)
-                    shape = [B, *[1] * (at - 1), N, *[1] * (x.ndim - at - 1)]
-                    x.masked_fill_(~mask.view(shape), float("nan"))
-        if masked and "causal" in name:
-            for i in (1, 3):
-                tensors[i][:, :, -3:] = torch.nan
+        for x, side in zip(tensors, case.masks, strict=True):
+            if side in self.masks:
+                tokens = x.movedim(x.shape.index(N, 1), 1)
+                tokens[~self.masks[side]] = torch.nan
+                if side == K and "causal" in name:
+                    tokens[:, -3:] = torch.nan
         self.trained, self.fixed = tensors[: len(case.trained)], tensors[len(case.trained) :]
-
-    def is_key(self, i: int, x: Tensor) -> bool:
-        if len(self.case.trained) == 3:  # an indexer's q, k, w
-            return i in (1, 4)
-        return len(self.case.fixed) == 2 and i in (1, 3)
 
     def __call__(self, backend: str, dtype: torch.dtype | None = None, **more: object) -> list:
         leaves = [x.to(dtype or x.dtype).detach().requires_grad_() for x in self.trained]
@@ -336,7 +327,7 @@ def test_a_probability_that_is_lost_stays_finite(backend):
 def test_log_sums_that_are_given(device, heads, backend):
     """Where nothing counts they may hold anything."""
     p = Problem("kl-each", torch.float32, True, device)
-    valid = p.masks["query_mask"][:, :, None] & p.masks["key_mask"][:, None]
+    valid = p.masks[Q][:, :, None] & p.masks[K][:, None]
     q, k, t_q, t_k = (x.nan_to_num() for x in (*p.trained, *p.fixed))
     lses = []
     for x, y in ((q, k), (t_q, t_k)):
@@ -385,27 +376,40 @@ def test_nothing_of_a_map_s_size_is_kept(device):
 
 # ---------------------------------------------------------------------- bad input
 
-Q, K = torch.zeros(1, 4, 3, 2), torch.zeros(1, 2, 3, 2)
+QS, KS = torch.zeros(1, 4, 3, 2), torch.zeros(1, 2, 3, 2)
 X = torch.zeros(1, 3, 6)
+SAME = (QS, KS, QS, KS)
 
 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: KL(Q, K, Q, K, heads="all"), ValueError, "'mean', 'each' or a number of .*'all'"),
-        (lambda: KL(Q, K, Q, K, heads=0), ValueError, "at least one group, got 0"),
-        (lambda: KL(Q, K, Q, K, heads=True), ValueError, "'mean', 'each' or a number .*True"),
-        (lambda: KL(Q, K, Q, K, heads=3), ValueError, "makes 3 groups, .* got 4 of the student"),
-        (lambda: KL(Q, K, Q[:, :2], K), ValueError, "got 4 of the student and 2 of the teacher"),
         (
-            lambda: KL(torch.zeros(1, 6, 3, 2), K, Q[:, :3], K[:, :1], heads=3),
+            lambda: KL(*SAME, heads="all"),
+            ValueError,
+            "'mean', 'each' or a number of .*'all'",
+        ),
+        (lambda: KL(*SAME, heads=0), ValueError, "at least one group, got 0"),
+        (lambda: KL(*SAME, heads=True), ValueError, "'mean', 'each' or a number .*True"),
+        (
+            lambda: KL(*SAME, heads=3),
+            ValueError,
+            "makes 3 groups, .* got 4 of the student",
+        ),
+        (
+            lambda: KL(QS, KS, QS[:, :2], KS),
+            ValueError,
+            "got 4 of the student and 2 of the teacher",
+        ),
+        (
+            lambda: KL(torch.zeros(1, 6, 3, 2), KS, QS[:, :3], KS[:, :1], heads=3),
             ValueError,
             "makes 3 groups, which must divide the heads of student_k .* got 2",
         ),
-        (lambda: KL(Q, K, Q, K, temperature=0), ValueError, "finite and above 0, got 0"),
-        (lambda: KL(Q, K, Q, K, temperature="1"), TypeError, "temperature must be a float"),
+        (lambda: KL(*SAME, temperature=0), ValueError, "finite and above 0, got 0"),
+        (lambda: KL(*SAME, temperature="1"), TypeError, "temperature must be a float"),
         (
-            lambda: KL(Q, K, Q, K, temperature=2.0, teacher_lse=Q[..., 0]),
+            lambda: KL(*SAME, temperature=2.0, teacher_lse=QS[..., 0]),
             ValueError,
             "teacher_lse is that of scores at temperature 1, got temperature=2.0",
         ),
@@ -418,7 +422,7 @@ X = torch.zeros(1, 3, 6)
         (lambda: optima_fast.relation_kl(X[0], X, relation_heads=2), ValueError, r"got \(3, 6\)"),
         (lambda: optima_fast.gram_mse(X, X[:, :2]), ValueError, "with the same tokens, got"),
         (
-            lambda: optima_fast.indexer_kl(Q, K, Q[..., 0], Q, K),
+            lambda: optima_fast.indexer_kl(QS, KS, QS[..., 0], QS, KS),
             ValueError,
             r"must be \[B, H, Nq, d\], \[B, Nk, d\] and \[B, H, Nq\], got",
         ),
@@ -429,7 +433,7 @@ X = torch.zeros(1, 3, 6)
             "mean squared error only, got cosine",
         ),
         (
-            lambda: optima_fast.indexer_kl(Q, X[..., :2], Q[..., 0], Q, K, backend="triton"),
+            lambda: optima_fast.indexer_kl(QS, X[..., :2], QS[..., 0], QS, KS, backend="triton"),
             ValueError,
             "cannot serve this call: .*there is no kernel of this loss",
         ),

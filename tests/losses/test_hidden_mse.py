@@ -8,6 +8,7 @@ from tolerance import assert_as_good_as_eager
 
 import optima_fast
 from optima_fast.losses import blockwise
+from optima_fast.losses.blockwise import blocks
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -31,7 +32,7 @@ def test_matches_reference(hidden_problem, small_blocks, shape, dtype, masked):
 
 
 def test_default_blocks_match_too(hidden_problem):
-    tokens = blockwise.BLOCK_ELEMENTS // 64 + 5  # two blocks
+    tokens = blocks.BLOCK_ELEMENTS // 64 + 5  # two blocks
     compare(hidden_problem((1, tokens), 64, 32))
 
 

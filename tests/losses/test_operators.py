@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import optima_fast
 from optima_fast.losses import backends, blockwise
+from optima_fast.losses.blockwise import blocks
 
 LOSSES = ["hidden", "scores", "probs"]
 # pairs that do not count get anything in a kernel, and nothing of it is used
@@ -236,7 +237,7 @@ def test_nothing_of_the_size_of_the_maps_is_allocated(attention_problem, target,
             *p.trained, *p.fixed, *masks, None, None, **options,
             need_q=True, need_k=True, dtype=torch.float32,
         )  # fmt: skip
-    assert seen.nbytes <= max(4 * blockwise.BLOCK_ELEMENTS, p.fixed[0].nbytes)
+    assert seen.nbytes <= max(4 * blocks.BLOCK_ELEMENTS, p.fixed[0].nbytes)
     assert seen.nbytes < 4 * B * min(heads) * N * N / 2
     if target == "scores":
         assert seen.nbytes <= 4 * B * N * N
@@ -246,8 +247,8 @@ def test_nothing_of_the_size_of_the_maps_is_allocated(attention_problem, target,
 @pytest.mark.parametrize("rows", [1, 16, 77, 256, 1024, 5000])
 @pytest.mark.parametrize("row_elements", [1, 64, 12 * 77, 16 * 1024, 16 * 2**20])
 def test_block_shape(batch, rows, row_elements):
-    items, block = blockwise.block_shape(batch, rows, row_elements)
-    fewer, same = blockwise.block_shape(batch, rows, row_elements, shared=8)
+    items, block = blocks.block_shape(batch, rows, row_elements)
+    fewer, same = blocks.block_shape(batch, rows, row_elements, shared=8)
     assert same == block
     assert fewer == max(1, items // 8) or fewer * 8 * block * row_elements <= 2**20
     assert 1 <= fewer <= items
@@ -256,11 +257,11 @@ def test_block_shape(batch, rows, row_elements):
     assert items == 1 or block == rows
     least = min(rows, 16)
     # one multiple of 16 rows above what fits, to make the blocks even, never twice of it
-    room = max(blockwise.BLOCK_ELEMENTS, least * row_elements) + 16 * row_elements
+    room = max(blocks.BLOCK_ELEMENTS, least * row_elements) + 16 * row_elements
     assert items * block * row_elements <= room
     whole = math.ceil(rows / block)
-    assert sum(end - start for start, end in blockwise.starts(rows, block)) == rows
-    assert len(list(blockwise.starts(rows, block))) == whole
+    assert sum(end - start for start, end in blocks.starts(rows, block)) == rows
+    assert len(list(blocks.starts(rows, block))) == whole
 
 
 class OnCuda:

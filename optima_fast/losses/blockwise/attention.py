@@ -1,10 +1,6 @@
-"""The losses block by block, on any device: a block's loss and gradients while it is in cache.
+"""Attention maps: a block's rows of them, all keys, all heads.
 
-A block is some batch items and some query rows (tokens, for the hidden states) with all heads.
-Each function takes one layer, unchecked, and returns the loss with the gradients it was asked for,
-of the loss itself (an upstream gradient of 1). Nothing of size B * H * Nq * Nk is ever made.
-
-Attention, with A = mean_h P_h, R = A_student - A_teacher on the n valid pairs, else 0:
+With A = mean_h P_h, R = A_student - A_teacher on the n valid pairs, else 0:
 
     scores  P_h = c Q_h K_h^T = S_h          sum over heads = one product of width H d
             dQ = G K,  dK = G^T Q            G = 2 c R / (n H), heads side by side
@@ -15,166 +11,28 @@ Attention, with A = mean_h P_h, R = A_student - A_teacher on the n valid pairs, 
     kl      the same with G = c R / (n H A_student), n the queries that see a key: the gradient of
             the divergence is -A_teacher / A_student, and 1 more changes no softmax
     kl-each dS_h = c (P_h - P_h of the teacher) / (n H)
-
-Least traffic, forward and backward: the inputs once and the gradients once; the maps stay in cache.
-Every sum has a fixed order, so results are bit-reproducible.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from optima_fast.losses.reference import COSINE_EPS, LEAST_PROBABILITY
-
-# elements of the largest array a block works on, all heads: 4 MB of float32. Of 2**17 .. 2**22 it
-# was within 5 % of the fastest at 256 and 1024 tokens, 12 and 16 heads (AVX-512, 32 MB of L3)
-BLOCK_ELEMENTS = 2**20
+from optima_fast.losses.blockwise.blocks import (
+    Gradients,
+    block_shape,
+    empty_gradient,
+    mean,
+    nothing,
+    starts,
+    view,
+)
+from optima_fast.losses.reference import LEAST_PROBABILITY
 
 LOG2_E = math.log2(math.e)
-
-
-class Gradients(NamedTuple):
-    """What one layer returns: its loss, and the gradient of each tensor that is trained, None where
-    it was not asked for."""
-
-    loss: Tensor
-    of: tuple[Tensor | None, ...]
-
-
-def block_shape(batch: int, rows: int, row_elements: int, *, shared: int = 1) -> tuple[int, int]:
-    """How many batch items and rows make a block: whole items, or rows of one item.
-
-    Items share a block up to one ``shared``-th of what a single item may fill.
-    """
-    room = max(1, BLOCK_ELEMENTS // max(1, row_elements))
-    if room >= rows:
-        return max(1, min(batch, room // shared // max(1, rows))), rows
-    # even blocks, in multiples of 16 rows: a short last one would waste its products
-    blocks = math.ceil(rows / room)
-    return 1, min(rows, math.ceil(rows / blocks / 16) * 16)
-
-
-def starts(total: int, step: int) -> Iterator[tuple[int, int]]:
-    """(start, end) of each block, the last one first."""
-    for start in reversed(range(0, total, max(1, step))):
-        yield start, min(total, start + step)
-
-
-def stored(x: Tensor) -> torch.dtype:
-    """The dtype of an input's unit gradient, which for a large mean would underflow in float16."""
-    return torch.float32 if x.dtype == torch.float16 else x.dtype
-
-
-def empty_gradient(x: Tensor, needed: bool) -> Tensor | None:
-    """Room for a gradient, in the layout of its input where that is dense."""
-    return torch.empty_like(x, dtype=stored(x)) if needed else None
-
-
-def view(buffer: Tensor, *shape: int) -> Tensor:
-    """The first elements of a flat buffer in this shape."""
-    return buffer[: math.prod(shape)].view(shape)
-
-
-def mean(partial: list[Tensor], count: Tensor | float) -> Tensor:
-    """The blocks' sums over the count; the order is fixed."""
-    return torch.stack(partial).sum() / count
-
-
-def nothing(like: Tensor, *gradients: Tensor | None) -> Gradients:
-    """The result where there is no element at all."""
-    zeros = tuple(None if x is None else x.zero_() for x in gradients)
-    return Gradients(like.new_zeros(()), zeros)
-
-
-def hidden_loss(
-    student: Tensor,  # [B, N, d_s]
-    teacher: Tensor,  # [B, N, d_t]
-    weight: Tensor,  # [d_s, d_t]
-    mask: Tensor | None,  # [B, N]
-    *,
-    measure: str,
-    beta: float = 1.0,
-    need_student: bool,
-    need_weight: bool,
-    dtype: torch.dtype,
-) -> Gradients:
-    """Distance of ``student @ weight`` from ``teacher``; gradients of student and weight.
-
-    Where student and weight are bfloat16, the residual is float32's and rounded for the products of
-    the gradients, as in the Triton kernels; every sum is float32's.
-    """
-    (B, N, d_s), d_t = student.shape, weight.shape[1]
-    w = weight.to(dtype)
-    narrow = torch.bfloat16 if student.dtype == weight.dtype == torch.bfloat16 else dtype
-    d_student, d_weight = empty_gradient(student, need_student), empty_gradient(weight, need_weight)
-    if not teacher.numel():
-        return nothing(w, d_student, d_weight)
-    each = 1 if measure == "cosine" else d_t
-    count: Tensor | float = float(B * N * each)
-    if mask is not None:
-        count = (mask.sum() * each).clamp(min=1).to(dtype)
-    back = (w / count).to(narrow).t()
-    dw = w.new_zeros(d_s, d_t) if need_weight else None
-    items, rows = block_shape(B, N, max(d_s, d_t))
-    work = w.new_empty(items * rows * d_t)
-    partial = []
-    for b0, b1 in starts(B, items):
-        for i0, i1 in starts(N, rows):
-            x = student[b0:b1, i0:i1].reshape(-1, d_s)
-            y = teacher[b0:b1, i0:i1].reshape(-1, d_t).to(dtype)
-            out = view(work, len(x), d_t)
-            masked = None if mask is None else ~mask[b0:b1, i0:i1].reshape(-1, 1)
-            if measure == "cosine":
-                total, slope = _cosine(torch.mm(x.to(dtype), w, out=out), y, masked)
-            else:
-                residual = torch.addmm(y, x.to(dtype), w, beta=-1, out=out)
-                if masked is not None:
-                    residual.masked_fill_(masked, 0)
-                total, slope = _square(residual) if measure == "mse" else _smooth(residual, beta)
-            partial.append(total)
-            if masked is not None:
-                x = x.masked_fill(masked, 0)
-            x, slope = x.to(narrow), slope.to(narrow)
-            if d_student is not None:
-                d_student[b0:b1, i0:i1] = (slope @ back).view(b1 - b0, i1 - i0, d_s)
-            if dw is not None and narrow == dtype:
-                dw.addmm_(x.t(), slope)
-            elif dw is not None:
-                dw += x.t() @ slope
-    if d_weight is not None and dw is not None:
-        d_weight.copy_(dw.div_(count))
-    return Gradients(mean(partial, count), (d_student, d_weight))
-
-
-def _square(residual: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum over a block, and its derivative, which may take the residual's place."""
-    total = residual.square().sum()
-    return total, residual.mul_(2)
-
-
-def _smooth(residual: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    total = F.smooth_l1_loss(residual, torch.zeros_like(residual), beta=beta, reduction="sum")
-    return total, residual.div_(beta).clamp_(-1, 1)
-
-
-def _cosine(x: Tensor, y: Tensor, masked: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The same of 1 - cos of the rows of x and y; rows that are masked count nothing."""
-    if masked is not None:
-        x, y = x.masked_fill_(masked, 0), y.masked_fill(masked, 0)
-    length = x.norm(dim=1, keepdim=True)
-    inverse = length.clamp(min=COSINE_EPS).reciprocal()
-    y = y / y.norm(dim=1, keepdim=True).clamp(min=COSINE_EPS)
-    cosine = (x * y).sum(1, keepdim=True) * inverse
-    distance = 1 - cosine if masked is None else (1 - cosine).masked_fill(masked, 0)
-    # below the least length the length is a constant
-    along = (cosine * inverse).masked_fill_(length < COSINE_EPS, 0)
-    return distance.sum(), x.mul_(along * inverse).addcmul_(y, inverse, value=-1)
 
 
 class Pairs(NamedTuple):
@@ -360,6 +218,7 @@ def _softmax(
     most = max(H, teacher.heads)
     each = target == "kl-each"
     number = pairs.number if target == "probs" else pairs.rows(B, Nq, dtype)
+    factor = 2 if target == "probs" else 1  # of the derivative, in the end
     # of one item queries and keys are views, of several copies, which only small maps repay
     items, rows = block_shape(B, Nq, most * Nk, shared=8)
     per_map = (most, most, most, most) if each else (most, most, 1, 1)
@@ -369,10 +228,10 @@ def _softmax(
         C = b1 - b0
         # heads that share a key are apart from one another, so that each product is of views
         qs, qt = (
-            _heads_first(x.q, pairs.queries, b0, b1, dtype, x.share) for x in (student, teacher)
+            heads_first(x.q, pairs.queries, b0, b1, dtype, x.share) for x in (student, teacher)
         )
-        (ks,), (kt,) = (_heads_first(x.k, pairs.keys, b0, b1, dtype, 1) for x in (student, teacher))
-        ls, lt = (_log2_normaliser(x, pairs.queries, b0, b1, dtype) for x in (student, teacher))
+        (ks,), (kt,) = (heads_first(x.k, pairs.keys, b0, b1, dtype, 1) for x in (student, teacher))
+        ls, lt = (log2_normaliser(x, pairs.queries, b0, b1, dtype) for x in (student, teacher))
         hidden = None if key_mask is None else ~key_mask[b0:b1, None, :]
         # [d, Nk], not [Nk, d]: the product that adds to it is a third faster
         dk = ks.new_zeros(G * C, d, Nk) if d_k is not None else None
@@ -389,36 +248,29 @@ def _softmax(
                 (student, qs, ks, ls, work[3]),
             ):
                 scores, probs = (view(x, side.heads, C, m, n) for x in work[:2])
-                factor = side.scale if lse is None else side.scale * LOG2_E
-                flat = scores.view(side.share, -1, m, n)
-                for x, out in zip(q, flat, strict=True):
-                    torch.baddbmm(out, x[:, i0:i1], k[:, j0:j1].mT, beta=0, alpha=factor, out=out)
-                _hide(scores, None if hidden is None else hidden[..., j0:j1], unseen, later)
                 if each:
-                    logs = view(kept, H, C, m, n)
-                    if lse is None:
-                        torch.log_softmax(scores, -1, out=logs)
-                    else:
-                        torch.sub(scores, lse[:, :, i0:i1, None], out=logs).mul_(1 / LOG2_E)
-                    maps.append(logs)
-                    continue
-                if lse is None:
-                    torch.softmax(scores, -1, out=probs)
-                else:
-                    torch.sub(scores, lse[:, :, i0:i1, None], out=probs).exp2_()
-                maps.append(torch.sum(probs, 0, out=view(kept, C, m, n)))
+                    probs = view(kept, H, C, m, n)
+                probabilities(
+                    side.scale, q[:, :, i0:i1], k[:, j0:j1],
+                    None if lse is None else lse[:, :, i0:i1, None],
+                    None if hidden is None else hidden[..., j0:j1], unseen, later,
+                    scores, probs, logs=each,
+                )  # fmt: skip
+                maps.append(probs if each else torch.sum(probs, 0, out=view(kept, C, m, n)))
+            if each and teacher.share != student.share:
+                maps[0] = _reordered(maps[0], teacher.share, student.share)
             if each:
-                if teacher.share != student.share:
-                    maps[0] = _reordered(maps[0], teacher.share, student.share)
-                total, d_scores = _divergence_of_each(maps[0], maps[1], scores, uncounted)
-                d_scores.mul_(student.scale / H / number)
+                total, slope = _divergence_of_each(maps[0], maps[1], scores, uncounted)
             else:
                 compare = _square_of_means if target == "probs" else _divergence_of_means
                 total, slope = compare(maps[0], maps[1], teacher.heads, H, uncounted)
-                slope.mul_(student.scale / H / number)
+            partial.append(total)
+            if d_q is None and dk is None:
+                continue
+            d_scores = slope.mul_(factor * student.scale / H / number)
+            if not each:
                 d_scores = torch.mul(probs, slope, out=scores)
                 d_scores.addcmul_(probs, d_scores.sum(-1, keepdim=True), value=-1)
-            partial.append(total)
             for j, flat in enumerate(d_scores.view(student.share, -1, m, n)):
                 if d_q is not None:
                     product = (flat @ ks[:, j0:j1]).view(G, C, m, d)
@@ -430,8 +282,8 @@ def _softmax(
     return Gradients(mean(partial, number * H if each else number), (d_q, d_k))
 
 
-# What a block adds to the sum, and its derivative by the mean map or the scores: teacher first, of
-# maps summed over their heads, whose memory may be used.
+# What a block adds to the sum, and its derivative, of a square half of it. Both maps may be
+# overwritten.
 
 
 def _square_of_means(
@@ -440,7 +292,7 @@ def _square_of_means(
     residual = student.div_(heads_s).sub_(teacher, alpha=1 / heads_t)
     if uncounted is not None:
         residual.masked_fill_(uncounted, 0)
-    return residual.square().sum(), residual.mul_(2)
+    return residual.square().sum(), residual
 
 
 def _divergence_of_means(
@@ -469,97 +321,34 @@ def _divergence_of_each(
     return total, torch.sub(student, teacher, out=room)
 
 
-def indexer_kl(
-    q: Tensor,  # [B, H, Nq, d]
-    k: Tensor,  # [B, Nk, d]
-    weight: Tensor,  # [B, H, Nq]
-    teacher_q: Tensor,  # [B, H_t, Nq, d_t]
-    teacher_k: Tensor,  # [B, G_t, Nk, d_t]
-    query_mask: Tensor | None,  # [B, Nq]
-    key_mask: Tensor | None,  # [B, Nk]
-    teacher_lse: Tensor | None,  # [B, H_t, Nq]
+def probabilities(
+    scale: float,
+    q: Tensor,  # [share, G * C, m, d]
+    k: Tensor,  # [G * C, n, d]
+    lse: Tensor | None,  # [H, C, m, 1], base 2
+    hidden: Tensor | None,
+    unseen: Tensor | None,
+    later: int | None,
+    scores: Tensor,  # [H, C, m, n] room
+    out: Tensor,  # [H, C, m, n]
     *,
-    teacher_scale: float,
-    causal: bool,
-    need_q: bool,
-    need_k: bool,
-    need_weight: bool,
-    dtype: torch.dtype,
-) -> Gradients:
-    """Divergence of softmax(sum_h w_h relu(q_h k)) from the teacher's mean map, P.
-
-    With I the sum and n the queries that see a key: dI = (softmax(I) - P) / n,
-    dw_h = rowsum(dI * relu(S_h)), dS_h = w_h dI where S_h > 0, dq_h = dS_h k, dk = the sum over h
-    of dS_h^T q_h.
-    """
-    (B, H, Nq, d), Nk = q.shape, k.shape[1]
-    needs = ((q, need_q), (k, need_k), (weight, need_weight))
-    d_q, d_k, d_w = (empty_gradient(x, needed) for x, needed in needs)
-    if not B * Nq * Nk:
-        return nothing(q.new_empty(0, dtype=dtype), d_q, d_k, d_w)
-    teacher = Side(teacher_q, teacher_k, teacher_scale, teacher_lse)
-    pairs = valid_pairs(query_mask, key_mask, causal, 0, (B, Nq, Nk), dtype)
-    number = pairs.rows(B, Nq, dtype)
-    most = max(H, teacher.heads)
-    _, rows = block_shape(B, Nq, most * Nk)
-    work = [q.new_empty(rows * Nk * h, dtype=dtype) for h in (most, most, 1, 1)]
-    partial = []
-    for b in reversed(range(B)):
-        (qs,) = _heads_first(q, pairs.queries, b, b + 1, dtype, 1)
-        (ks,) = _heads_first(k[:, None], pairs.keys, b, b + 1, dtype, 1)
-        qt = _heads_first(teacher.q, pairs.queries, b, b + 1, dtype, teacher.share)
-        (kt,) = _heads_first(teacher.k, pairs.keys, b, b + 1, dtype, 1)
-        lt = _log2_normaliser(teacher, pairs.queries, b, b + 1, dtype)
-        w = weight[b].to(dtype)
-        if pairs.queries is not None:
-            w = torch.where(pairs.queries[b], w, 0)
-        hidden = None if key_mask is None else ~key_mask[b : b + 1, None, :]
-        dk = ks.new_zeros(Nk, d) if d_k is not None else None
-        for i0, i1 in starts(Nq, rows):
-            j1 = i1 if causal else Nk
-            m, n = i1 - i0, j1
-            later = i0 if causal else None
-            seen = None if hidden is None else hidden[..., :j1]
-            scores, probs = (view(x, teacher.heads, 1, m, n) for x in work[:2])
-            factor = teacher.scale if lt is None else teacher.scale * LOG2_E
-            for x, out in zip(qt, scores.view(teacher.share, -1, m, n), strict=True):
-                torch.baddbmm(out, x[:, i0:i1], kt[:, :j1].mT, beta=0, alpha=factor, out=out)
-            _hide(scores, seen, None, later)
-            if lt is None:
-                torch.softmax(scores, -1, out=probs)
-            else:
-                torch.sub(scores, lt[:, :, i0:i1, None], out=probs).exp2_()
-            target = torch.sum(probs, 0, out=view(work[2], 1, m, n))[0].div_(teacher.heads)
-            products, slopes = (view(x, H, m, n) for x in work[:2])
-            torch.matmul(qs[:, i0:i1], ks[0, :j1].mT, out=products)
-            products.relu_()
-            index = torch.einsum("hmn,hm->mn", products, w[:, i0:i1])
-            _hide(index[None, None], seen, None, later)
-            logs = torch.log_softmax(index, -1, out=view(work[3], m, n))
-            terms = torch.xlogy(target, target).sub_(target * logs)
-            d_index = logs.exp_().sub_(target)
-            if pairs.queries is not None:
-                uncounted = ~pairs.queries[b, i0:i1, None]
-                terms.masked_fill_(uncounted, 0)
-                d_index.masked_fill_(uncounted, 0)
-            partial.append(terms.sum())
-            d_index.div_(number)
-            if d_w is not None:
-                d_w[b, :, i0:i1] = torch.einsum("hmn,mn->hm", products, d_index)
-            if d_q is None and dk is None:
-                continue
-            torch.mul(products.sign_(), d_index, out=slopes)
-            if d_q is not None:
-                d_q[b, :, i0:i1] = (slopes @ ks[0, :j1]) * w[:, i0:i1, None]
-            if dk is not None:
-                weighted = qs[:, i0:i1] * w[:, i0:i1, None]
-                dk[:j1].addmm_(slopes.flatten(0, 1).t(), weighted.flatten(0, 1))
-        if d_k is not None and dk is not None:
-            d_k[b] = dk
-    return Gradients(mean(partial, number), (d_q, d_k, d_w))
+    logs: bool = False,
+) -> None:
+    """Fill ``out`` with a block of each head's map, or its logarithms; for what is hidden see
+    ``hide``."""
+    factor = scale if lse is None else scale * LOG2_E
+    for x, room in zip(q, scores.view(len(q), -1, *scores.shape[2:]), strict=True):
+        torch.baddbmm(room, x, k.mT, beta=0, alpha=factor, out=room)
+    hide(scores, hidden, unseen, later)
+    if lse is None:
+        (torch.log_softmax if logs else torch.softmax)(scores, -1, out=out)
+    elif logs:
+        torch.sub(scores, lse, out=out).mul_(1 / LOG2_E)
+    else:
+        torch.sub(scores, lse, out=out).exp2_()
 
 
-def _hide(scores: Tensor, hidden: Tensor | None, unseen: Tensor | None, start: int | None) -> None:
+def hide(scores: Tensor, hidden: Tensor | None, unseen: Tensor | None, start: int | None) -> None:
     """Masked keys, those unseen, and keys after their query, to the lowest finite score.
 
     Finite, so that a query without any key has a softmax to be discarded, not nan.
@@ -575,7 +364,7 @@ def _hide(scores: Tensor, hidden: Tensor | None, unseen: Tensor | None, start: i
         scores[..., start:].masked_fill_(later, low)
 
 
-def _heads_first(
+def heads_first(
     x: Tensor, keep: Tensor | None, b0: int, b1: int, dtype: torch.dtype, share: int
 ) -> Tensor:
     """[share, G * C, N, d] of C batch items, zero where nothing counts; of one float32 item a view.
@@ -613,10 +402,10 @@ def _heads_last(
     return x if keep is None else torch.where(keep[b0:b1, :, None], x, 0)
 
 
-def _log2_normaliser(
+def log2_normaliser(
     side: Side, keep: Tensor | None, b0: int, b1: int, dtype: torch.dtype
 ) -> Tensor | None:
-    """[H, C, Nq] base-2 log-sum-exp, heads as in ``_heads_first``, 0 for queries that do not count
+    """[H, C, Nq] base-2 log-sum-exp, heads as in ``heads_first``, 0 for queries that do not count
     (theirs may be infinite)."""
     if side.lse is None:
         return None
