@@ -71,6 +71,8 @@ def least_work(name: str, case: Case, settings: Settings, device_name: str) -> R
     if contender.attends:
         return {"flop": None, "bytes": None, "floor_ms": None}
     layers = work(case, lse=contender.lse, backward=settings.backward, itemsize=itemsize)
+    if layers is None:
+        return {"flop": None, "bytes": None, "floor_ms": None}
     rates = card(device_name) if itemsize == 2 and settings.device == "cuda" else None
     return {
         "flop": sum(x.flop for x in layers),

@@ -14,24 +14,46 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from measuring import DTYPES, Rows, conditions, lost, one_line, relative_error
 
 # isort: split
 import torch
+from cases import LOSSES
 from torch import Tensor
 
 import optima_fast
 
-# of attention: (batch, queries, keys, heads, widths, causal); of hidden: (batch, tokens, d_s, d_t)
+
+class Maps(NamedTuple):
+    """A layer of attention; heads and widths are (student, teacher)."""
+
+    batch: int
+    queries: int
+    keys: int
+    heads: tuple[int, int]
+    widths: tuple[int, int]
+    causal: bool = False
+    share: int = 1  # heads of queries that take one of keys
+    window: int | None = None
+
+
 ATTENTION = {
-    "tile": ((2, 64, 64, (4, 4), (64, 64), False),),
-    "odd": ((2, 77, 77, (3, 4), (64, 64), True), (3, 50, 33, (2, 1), (32, 64), False)),
-    "large": ((2, 300, 261, (2, 3), (64, 64), False), (1, 257, 257, (3, 2), (64, 128), True)),
-    "narrow": ((2, 19, 40, (2, 5), (16, 20), False),),
+    "tile": (Maps(2, 64, 64, (4, 4), (64, 64)),),
+    "odd": (Maps(2, 77, 77, (3, 4), (64, 64), True), Maps(3, 50, 33, (2, 1), (32, 64))),
+    "large": (Maps(2, 300, 261, (2, 3), (64, 64)), Maps(1, 257, 257, (3, 2), (64, 128), True)),
+    "narrow": (Maps(2, 19, 40, (2, 5), (16, 20)),),
+    "shared": (
+        Maps(2, 300, 261, (4, 6), (64, 64), share=2),
+        Maps(2, 77, 77, (4, 2), (64, 64), True, share=2),
+    ),
+    "window": (
+        Maps(2, 300, 300, (2, 3), (64, 64), True, window=70),
+        Maps(1, 257, 257, (4, 2), (64, 64), share=2, window=33),
+    ),
 }
-HIDDEN = {
+HIDDEN = {  # (batch, tokens, d_s, d_t)
     "tile": ((2, 64, 128, 128),),
     "odd": ((2, 77, 65, 130), (1, 5, 300, 40), (3, 129, 48, 96)),
     "large": ((4, 300, 768, 1024),),
@@ -47,9 +69,11 @@ def bound(dtype: torch.dtype) -> float:
 def cells() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     for name in HIDDEN:
         yield "hidden", name, HIDDEN[name]
-    for target in ("scores", "probs"):
+    for target in ("scores", "probs", "kl-mean"):
         for name in ATTENTION:
             yield target, name, ATTENTION[name]
+    for name, layers in ATTENTION.items():  # a divergence of each head has as many in both models
+        yield "kl", name, tuple(x._replace(heads=x.heads[:1] * 2) for x in layers)
 
 
 class Problem:
@@ -68,7 +92,8 @@ class Problem:
             for name in layers[0][1]
         }
         if target != "hidden":
-            self.options.update(target=target, causal=[shape[5] for shape in shapes])
+            self.options["causal"] = [shape.causal for shape in shapes]
+            self.options["window"] = [shape.window for shape in shapes]
 
     def _normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.g)
@@ -82,9 +107,12 @@ class Problem:
         return [student, self._normal(d_s, d_t) * d_s**-0.5, teacher], {"mask": mask}
 
     def _attention(self, shape: Any, masked: bool) -> tuple[list[Tensor], dict[str, Tensor | None]]:
-        batch, n_q, n_k, heads, widths, _ = shape
-        sizes = [(n, h, d) for h, d in zip(heads, widths, strict=True) for n in (n_q, n_k)]
-        tensors = [self._normal(batch, n, h, d) for n, h, d in sizes]
+        batch, n_q, n_k = shape[:3]
+        tensors = [
+            self._normal(batch, n, h, d)
+            for heads, d in zip(shape.heads, shape.widths, strict=True)
+            for n, h in ((n_q, heads), (n_k, heads // shape.share))
+        ]
         masks: dict[str, Tensor | None] = {"query_mask": None, "key_mask": None}
         if masked:
             for offset, (name, n) in enumerate((("query_mask", n_q), ("key_mask", n_k))):
@@ -106,7 +134,7 @@ class Problem:
         if self.target == "hidden":
             losses = optima_fast.hidden_mse(leaves[0], fixed[0], leaves[1], **options)
         else:
-            losses = optima_fast.attention_mse(*leaves, *fixed, **options)
+            losses = LOSSES[self.target].call(*leaves, *fixed, **options)
         if not grad:
             return [losses]
         upstream = torch.arange(1, len(losses) + 1, device=losses.device, dtype=losses.dtype)

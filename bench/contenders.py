@@ -28,18 +28,18 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from cases import Case, Layer
+from cases import FAMILY, LOSSES, RELATION_HEADS, TARGETS, Case, Layer
+from cases import loss as our_loss
 from torch import Tensor
-
-import optima_fast
 
 Layers = list[list[Tensor]]
 Loss = Callable[[Layers], Tensor | Sequence[Tensor]]  # of each layer
+One = Callable[..., Tensor]  # of a layer and its tensors
 
 
 def eager_hidden(student: Tensor, weight: Tensor, teacher: Tensor) -> Tensor:
@@ -65,15 +65,73 @@ def textbrewer_hidden(student: Tensor, weight: Tensor, teacher: Tensor) -> Tenso
     return mean / teacher.shape[-1]
 
 
+def later(n: int, like: Tensor) -> Tensor:
+    return torch.ones((n, n), dtype=torch.bool, device=like.device).triu(1)
+
+
 def eager_map(q: Tensor, k: Tensor, target: str, causal: bool) -> Tensor:
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     if target == "probs":
         if causal:
-            later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-            scores = scores.masked_fill(later, float("-inf"))
+            scores = scores.masked_fill(later(q.shape[2], q), float("-inf"))
         scores = scores.softmax(-1)
     mean: Tensor = scores.mean(1)
     return mean
+
+
+def rows_divergence(student: Tensor, teacher: Tensor, causal: bool) -> Tensor:
+    """KL(teacher || student), the mean over rows; of logarithms and of probabilities."""
+    if not causal:
+        terms = F.kl_div(student, teacher, reduction="sum")
+    else:
+        terms = F.kl_div(student, teacher, reduction="none")
+        terms = terms.masked_fill(later(teacher.shape[-1], teacher), 0).sum()
+    return terms / (teacher.numel() / teacher.shape[-1])
+
+
+def eager_kl(layer: Layer, q: Tensor, k: Tensor, teacher_q: Tensor, teacher_k: Tensor) -> Tensor:
+    student, teacher = (
+        x @ y.transpose(-1, -2) * x.shape[-1] ** -0.5 for x, y in ((q, k), (teacher_q, teacher_k))
+    )
+    if layer.causal:
+        hidden = later(layer.queries, q)
+        student, teacher = (x.masked_fill(hidden, float("-inf")) for x in (student, teacher))
+    return rows_divergence(student.log_softmax(-1), teacher.softmax(-1), layer.causal)
+
+
+def eager_kl_mean(
+    layer: Layer, q: Tensor, k: Tensor, teacher_q: Tensor, teacher_k: Tensor
+) -> Tensor:
+    student = eager_map(q, k, "probs", layer.causal).clamp_min(1e-30).log()
+    teacher = eager_map(teacher_q, teacher_k, "probs", layer.causal)
+    return rows_divergence(student, teacher, layer.causal)
+
+
+def eager_relations(layer: Layer, student: Tensor, teacher: Tensor) -> Tensor:
+    x, y = (z.unflatten(2, (RELATION_HEADS, -1)).transpose(1, 2) for z in (student, teacher))  # type: ignore[no-untyped-call]
+    return eager_kl(layer, x, x, y, y)
+
+
+def eager_gram(layer: Layer, student: Tensor, teacher: Tensor) -> Tensor:
+    x, y = (F.normalize(z, dim=-1) for z in (student, teacher))
+    return F.mse_loss(x @ x.mT, y @ y.mT)
+
+
+def eager_indexer(
+    layer: Layer, q: Tensor, k: Tensor, w: Tensor, teacher_q: Tensor, teacher_k: Tensor
+) -> Tensor:
+    index = ((q @ k[:, None].mT).relu() * w[..., None]).sum(1)
+    index = index.masked_fill(later(layer.queries, q), float("-inf"))
+    target = eager_map(teacher_q, teacher_k, "probs", layer.causal)
+    return rows_divergence(index.log_softmax(-1), target, layer.causal)
+
+
+def eager_cosine(layer: Layer, student: Tensor, weight: Tensor, teacher: Tensor) -> Tensor:
+    return 1 - F.cosine_similarity(student @ weight, teacher, dim=-1).mean()
+
+
+def eager_smooth_l1(layer: Layer, student: Tensor, weight: Tensor, teacher: Tensor) -> Tensor:
+    return F.smooth_l1_loss(student @ weight, teacher)
 
 
 def gemm_map(q: Tensor, k: Tensor, target: str, causal: bool) -> Tensor:
@@ -141,46 +199,49 @@ def tinybert_attention(layer: Layer, target: str, tensors: Sequence[Tensor]) -> 
     return F.mse_loss(maps[0], maps[1])
 
 
-def _loop(case: Case, hidden: Callable[..., Tensor], one: Callable[..., Tensor]) -> Loss:
+def _loop(case: Case, one: Mapping[str, One]) -> Loss:
     """A layer after the other, as every one of these libraries does."""
 
     def loss(layers: Layers) -> list[Tensor]:
-        if case.target == "hidden":
-            return [hidden(*tensors) for tensors in layers]
         pairs = zip(case.layers, layers, strict=True)
-        return [one(layer, case.target, tensors) for layer, tensors in pairs]
+        return [one[case.target](layer, *tensors) for layer, tensors in pairs]
 
     return loss
 
 
-def _eager(case: Case) -> Loss:
-    return _loop(case, eager_hidden, lambda *args: attention(eager_map, *args))
+def _paper(hidden: Callable[..., Tensor], both: Callable[..., Tensor]) -> dict[str, One]:
+    """Of the losses of the paper: hidden states, and both targets of attention."""
+    of_attention: dict[str, One] = {
+        target: lambda layer, *tensors, target=target: both(layer, target, tensors)
+        for target in ("scores", "probs")
+    }
+    return {"hidden": lambda layer, *tensors: hidden(*tensors), **of_attention}
 
 
-def _gemm(case: Case) -> Loss:
-    return _loop(case, eager_hidden, lambda *args: attention(gemm_map, *args))
-
-
-def _autocast(case: Case) -> Loss:
-    return _loop(case, autocast_hidden, lambda *args: autocast_attention(eager_map, *args))
+EAGER = _paper(eager_hidden, functools.partial(attention, eager_map)) | {
+    "kl": eager_kl,
+    "kl-mean": eager_kl_mean,
+    "relations": eager_relations,
+    "gram": eager_gram,
+    "indexer": eager_indexer,
+    "cosine": eager_cosine,
+    "smooth-l1": eager_smooth_l1,
+}
+GEMM = _paper(eager_hidden, functools.partial(attention, gemm_map))
+AUTOCAST = _paper(autocast_hidden, functools.partial(autocast_attention, eager_map))
+AUTOMODEL = _paper(automodel_hidden, tinybert_attention)
+TEXTBREWER = _paper(textbrewer_hidden, textbrewer_attention)
+TINYBERT = _paper(autocast_hidden, tinybert_attention)
 
 
 def _compiled(case: Case, **options: Any) -> Loss:
-    compiled: Loss = torch.compile(_eager(case), dynamic=False, **options)
+    compiled: Loss = torch.compile(_loop(case, EAGER), dynamic=False, **options)
     return compiled
 
 
 def _ours(case: Case, backend: str, **options: Any) -> Loss:
-    causal = [layer.causal for layer in case.layers]
-
     def loss(layers: Layers) -> Tensor:
-        columns = [list(x) for x in zip(*layers, strict=True)]
-        if case.target == "hidden":
-            students, weights, teachers = columns
-            return optima_fast.hidden_mse(students, teachers, weights, backend=backend, **options)
-        return optima_fast.attention_mse(
-            *columns, target=case.target, causal=causal, backend=backend, **options
-        )
+        return our_loss(case, list(zip(*layers, strict=True)), backend=backend, **options)
 
     return loss
 
@@ -266,7 +327,7 @@ class Contender(NamedTuple):
     """How it is made from (case, its inputs), for which losses, and what it needs."""
 
     make: Callable[[Case, Layers], Loss]
-    targets: Sequence[str] = ("hidden", "scores", "probs")
+    targets: Sequence[str] = TARGETS
     lse: bool = False
     autocast: bool = False
     compiler: bool = False
@@ -275,26 +336,26 @@ class Contender(NamedTuple):
     lacks: Callable[[str], str] = lambda device: ""  # why it cannot run on this device
 
 
+EVERY = (*TARGETS, *FAMILY)
+IN_TRITON = tuple(x for x in EVERY if x not in ("indexer", "cosine", "smooth-l1"))
 CONTENDERS: dict[str, Contender] = {
-    "eager": Contender(lambda case, _: _eager(case)),
-    "gemm": Contender(lambda case, _: _gemm(case), ("scores",)),
-    "autocast": Contender(lambda case, _: _autocast(case), autocast=True),
-    "automodel": Contender(
-        lambda case, _: _loop(case, automodel_hidden, tinybert_attention), ("hidden",)
-    ),
-    "textbrewer": Contender(lambda case, _: _loop(case, textbrewer_hidden, textbrewer_attention)),
-    "tinybert": Contender(
-        lambda case, _: _loop(case, autocast_hidden, tinybert_attention), ("scores", "probs")
-    ),
-    "compile": Contender(lambda case, _: _compiled(case), compiler=True),
+    "eager": Contender(lambda case, _: _loop(case, EAGER), EVERY),
+    "gemm": Contender(lambda case, _: _loop(case, GEMM), ("scores",)),
+    "autocast": Contender(lambda case, _: _loop(case, AUTOCAST), autocast=True),
+    "automodel": Contender(lambda case, _: _loop(case, AUTOMODEL), ("hidden",)),
+    "textbrewer": Contender(lambda case, _: _loop(case, TEXTBREWER)),
+    "tinybert": Contender(lambda case, _: _loop(case, TINYBERT), ("scores", "probs")),
+    "compile": Contender(lambda case, _: _compiled(case), EVERY, compiler=True),
     "compile-max": Contender(
         lambda case, _: _compiled(case, mode="max-autotune-no-cudagraphs"), compiler=True
     ),
-    "blockwise": Contender(lambda case, _: _ours(case, "blockwise"), ours=True),
-    "triton": Contender(lambda case, _: _ours(case, "triton"), ours=True, lacks=no_triton),
+    "blockwise": Contender(lambda case, _: _ours(case, "blockwise"), EVERY, ours=True),
+    "triton": Contender(
+        lambda case, _: _ours(case, "triton"), IN_TRITON, ours=True, lacks=no_triton
+    ),
     "triton-lse": Contender(_triton_lse, ("probs",), lse=True, ours=True, lacks=no_triton),
     "triton-recompute": Contender(
-        lambda case, _: _ours(case, "triton", recompute=True), ("scores", "probs"),
+        lambda case, _: _ours(case, "triton", recompute=True), ("scores", "probs", "kl-mean"),
         ours=True, lacks=no_triton,
     ),
     "sdpa": Contender(
@@ -323,11 +384,11 @@ def prepared(name: str, layers: Layers) -> Layers:
 def step(
     name: str, case: Case, layers: Layers, *, backward: bool = True
 ) -> Callable[[], list[Tensor]]:
-    """One step: the losses, and both gradients of each layer unless it is without backward."""
+    """One step: the losses, and the gradients of each layer unless it is without backward."""
     contender = CONTENDERS[name]
     loss = contender.make(case, layers)
     tensors = prepared(name, layers)
-    trained = [x for each in tensors for x in each[:2]]
+    trained = [x for each in tensors for x in each[: LOSSES[case.target].trained]]
     device = trained[0].device.type
     low = trained[0].dtype if trained[0].dtype != torch.float32 else torch.bfloat16
 

@@ -17,6 +17,13 @@ SMALL = {
     "hidden": Case("h", "hidden", (Layer(2, 10, 0, HEADS, 4), Layer(3, 7, 0, HEADS, 8))),
     "scores": Case("s", "scores", (Layer(2, 10, 6, HEADS, 4), Layer(3, 7, 7, HEADS, 8, True))),
     "probs": Case("p", "probs", (Layer(2, 10, 6, HEADS, 4), Layer(3, 7, 7, HEADS, 8, True))),
+    "kl": Case("k", "kl", (Layer(2, 10, 6, (3, 3), 4), Layer(3, 7, 7, (2, 2), 8, True))),
+    "kl-mean": Case("m", "kl-mean", (Layer(2, 10, 6, HEADS, 4), Layer(3, 7, 7, HEADS, 8, True))),
+    "relations": Case("r", "relations", (Layer(2, 9, 0, (6, 12), 8),)),
+    "gram": Case("g", "gram", (Layer(3, 10, 0, HEADS, 4),)),
+    "indexer": Case("i", "indexer", (Layer(2, 9, 9, HEADS, 4, True),)),
+    "cosine": Case("c", "cosine", (Layer(2, 10, 0, HEADS, 4),)),
+    "smooth-l1": Case("l", "smooth-l1", (Layer(2, 10, 0, HEADS, 4),)),
 }
 PAIRS = [
     (name, target)
@@ -32,7 +39,8 @@ def test_contenders_compute_the_loss_and_its_gradients(name, target):
     layers = cases.inputs(case, torch.float32, "cpu")
     exact = cases.exact(case, layers)
     found = contenders.step(name, case, layers)()
-    assert len(found) == 1 + 2 * len(case.layers)
+    assert len(found) == 1 + cases.LOSSES[target].trained * len(case.layers)
+    assert all(x.any() for x in found[1:])
     rounding = torch.bfloat16 if name == "autocast" else torch.float32
     assert measuring.relative_error(found, exact) < measuring.allowed_error(rounding)
     (alone,) = contenders.step(name, case, layers, backward=False)()
@@ -62,7 +70,7 @@ def test_log_sum_exp_that_is_given_is_the_softmax_normaliser():
     torch.testing.assert_close(contenders.normaliser(q, k, True), scores.logsumexp(-1))
 
 
-@pytest.mark.parametrize("target", cases.TARGETS)
+@pytest.mark.parametrize("target", cases.LOSSES)
 def test_exact_results_do_not_depend_on_the_chunks(target):
     case = SMALL[target]
     layers = cases.inputs(case, torch.float32, "cpu")
@@ -81,6 +89,8 @@ FLOORS = [  # milliseconds a layer on an H200, computed by hand from the rates i
     (Layer(32, 1024, 1024), "scores", {}, 0.283),
     (Layer(32, 1024, 1024), "scores", {"backward": False}, 0.152),
     (Layer(32, 1024, 1024), "probs", {"backward": False}, 0.507),
+    (Layer(32, 1024, 1024, (12, 12)), "kl", {}, 0.868),
+    (Layer(256, 77, 77, (12, 12), causal=True), "kl", {}, 0.042),
 ]
 
 
@@ -177,6 +187,7 @@ def test_what_a_step_must_do_at_least(monkeypatch):
     assert row["floor_ms"] == pytest.approx(1e3 * row["bytes"] / 4.3e12)
     assert arena.least_work("eager", case, half, "NVIDIA A100")["floor_ms"] is None
     assert set(arena.least_work("sdpa", case, half, "NVIDIA H200").values()) == {None}
+    assert set(arena.least_work("eager", SMALL["gram"], half, "NVIDIA H200").values()) == {None}
 
 
 def test_without_the_anchor_there_is_no_ratio():
@@ -194,7 +205,9 @@ def test_loss_alone():
 
 def test_a_wrong_contender_is_not_timed(monkeypatch):
     wrong = contenders.Contender(
-        lambda case, _: lambda layers: [1.01 * x for x in contenders._eager(case)(layers)]
+        lambda case, _: (
+            lambda layers: [1.01 * x for x in contenders._loop(case, contenders.EAGER)(layers)]
+        )
     )
     monkeypatch.setitem(contenders.CONTENDERS, "wrong", wrong)
     found, samples = compare(SMALL["hidden"], "eager", "wrong")

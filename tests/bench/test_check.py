@@ -20,10 +20,15 @@ def test_sanity_check_passes_and_reports(tmp_path):
     assert all(r["error"] < 1e-2 for r in rows)
 
 
-@pytest.mark.parametrize("target", ["hidden", "scores", "probs"])
-def test_sanity_problems_are_masked_and_finite(target):
+CELLS = {(target, name): shapes for target, name, shapes in check.cells()}
+CHOSEN = [*((t, "odd") for t in ("hidden", "scores", "probs", "kl", "kl-mean")),
+          ("kl", "shared"), ("probs", "window")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("target", "name"), CHOSEN)
+def test_sanity_problems_are_masked_and_finite(target, name):
     """Masked tokens hold nan, and the definition's losses and gradients do not show it."""
-    shapes = (check.HIDDEN if target == "hidden" else check.ATTENTION)["odd"]
+    shapes = CELLS[target, name]
     problem = check.Problem(target, shapes, torch.float32, "cpu")
     assert any(x.isnan().any() for column in problem.trained for x in column)
     found = problem("reference", double=True)
