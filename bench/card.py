@@ -326,7 +326,7 @@ CASE_BY_CASE: dict[str, Callable[[Case, argparse.Namespace, Rows, Timer], None]]
 
 
 def chosen(args: argparse.Namespace) -> list[Case]:
-    cases = [case for case in SUITES[args.suite] if args.case in case.name]
+    cases = [case for suite in args.suite for case in SUITES[suite] if args.case in case.name]
     return [shrunk(case) for case in cases] if args.quick else cases
 
 
@@ -338,7 +338,7 @@ def pair(text: str) -> tuple[int, int]:
 def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("part", choices=("ceilings", "compile", *CASE_BY_CASE))
-    parser.add_argument("--suite", choices=SUITES, default="six")
+    parser.add_argument("--suite", nargs="+", choices=SUITES, default=("six",))
     parser.add_argument("--case", default="", help="cases whose name contains this")
     parser.add_argument("--providers", nargs="+", choices=contenders.CONTENDERS, default=PROVIDERS)
     parser.add_argument("--reach", type=int, choices=(0, 1, 2), default=0,

@@ -74,7 +74,8 @@ def card(*words: str) -> Callable[[argparse.Namespace, Path, float], list[Job]]:
     """A part of bench/card.py; it begins nothing new shortly before its time is over."""
 
     def jobs(args: argparse.Namespace, folder: Path, seconds: float) -> list[Job]:
-        quick = ["--quick", "--case", "hidden32k"] if args.quick else []
+        few = "kl-image1024" if "others-card" in words and "six" not in words else "hidden32k"
+        quick = ["--quick", "--case", few] if args.quick else []
         command = script(args, "card.py", *words, "--budget", str(max(5, seconds - 12)), *quick)
         return [Job(words[0], command)]
 
@@ -101,7 +102,11 @@ def check(args: argparse.Namespace, folder: Path, seconds: float) -> list[Job]:
     kind = "bfloat16" if args.device == "cuda" else "float32"
     cells = [
         *(f"hidden-{x}" for x in ("tile", "odd", "large")),
-        *(f"{t}-{x}" for t in ("scores", "probs") for x in ("tile", "odd", "large", "narrow")),
+        *(
+            f"{t}-{x}"
+            for t in ("scores", "probs", "kl", "kl-mean")
+            for x in ("tile", "odd", "large", "narrow", "shared", "window")
+        ),
     ]
     return [
         Job(cell, script(args, "check.py", "--case", cell, "--dtype", kind))
@@ -188,6 +193,12 @@ def training(args: argparse.Namespace, folder: Path, seconds: float) -> list[Job
     return [Job("vqa", [sys.executable, "-m", "optima_fast.train", *flags], False)]
 
 
+def steps(args: argparse.Namespace, folder: Path, seconds: float) -> list[Job]:
+    """Whole steps of CoCa, eager and compiled."""
+    words = ["--quick"] if args.quick else ["--compiled", "288"]
+    return [Job("step", script(args, "bench_step.py", *words))]
+
+
 WHY_EMPTY: dict[str, Callable[[], str]] = {
     "tests": lambda: "pytest is not installed",
     "races": lambda: "there is no compute-sanitizer here (or no CUDA device)",
@@ -196,28 +207,39 @@ WHY_EMPTY: dict[str, Callable[[], str]] = {
 # seconds are what a part may count on, those of a call together its limit
 CALLS: dict[str, dict[str, Part]] = {
     "1": {
-        "ceilings": Part(20, card("ceilings")),
-        "compile": Part(75, compilers("--providers", "triton", "compile", "--candidates")),
-        "check": Part(35, check),
-        "races": Part(35, races, race_figures),
-        "kernels": Part(35, card("kernels")),
-        "candidates": Part(55, card("candidates")),
-        "six": Part(70, card("losses", "--providers", *MAIN)),
+        "ceilings": Part(15, card("ceilings")),
+        "compile": Part(
+            80,
+            compilers(
+                "--suite", *("six", "others-card"), "--providers", *("triton", "compile"),
+                "--candidates",
+            ),
+        ),
+        "check": Part(45, check),
+        "races": Part(20, races, race_figures),
+        "kernels": Part(30, card("kernels", "--suite", "six", "others-card")),
+        "candidates": Part(75, card("candidates", "--suite", "others-card", "six")),
+        "six": Part(60, card("losses", "--providers", *MAIN)),
     },
     "2": {
         "compile-all": Part(
-            55,
-            compilers("--suite", "headline", "--providers", "triton", "triton-lse", "compile"),
+            60,
+            compilers(
+                "--suite", *("headline", "others-card"),
+                "--providers", *("triton", "triton-lse", "compile"),
+            ),
         ),
-        "headline": Part(110, card("losses", "--suite", "headline", "--providers", *MORE_OF_MAIN)),
-        "tests": Part(60, tests, test_figures),
-        "training": Part(40, training),
-        "attention": Part(25, card("losses", "--case", "probs", "--providers", *ATTENTION)),
-        "loops": Part(35, card("losses", "--providers", *LOOPS)),
+        "headline": Part(85, card("losses", "--suite", "headline", "--providers", *MORE_OF_MAIN)),
+        "others": Part(50, card("losses", "--suite", "others-card", "--providers", *MAIN)),
+        "step": Part(60, steps),
+        "tests": Part(50, tests, test_figures),
+        "training": Part(20, training),
     },
-}
+}  # fmt: skip
 # on demand
 MORE: dict[str, Part] = {
+    "attention": Part(25, card("losses", "--case", "probs", "--providers", *ATTENTION)),
+    "loops": Part(35, card("losses", "--providers", *LOOPS)),
     "loss-only": Part(60, card("losses", "--loss-only", "--providers", *MAIN[:3])),
     "growth": Part(120, card("losses", "--suite", "growth", "--providers", *MAIN[:3])),
     "crossover": Part(

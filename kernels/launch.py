@@ -175,7 +175,44 @@ CANDIDATES: dict[str, dict[tuple[int, ...], tuple[LaunchConfig, ...]]] = {
     },
     "PROBS_RESIDUAL": {(9, 2, 64): (LaunchConfig(64, 64, 128, 4, 3),)},
     "PROBS_DQ": {(9, 2, 64): (LaunchConfig(64, 64, 128, 4, 3, maxnreg=168),)},
-    "PROBS_ONE_BLOCK": {(9, 2, 64): (LaunchConfig(64, 64, 128, 4, 3, maxnreg=128),)},
+    "PROBS_ONE_BLOCK": {
+        (9, 2, 64): (
+            LaunchConfig(64, 64, 128, 4, 3, maxnreg=128),
+            LaunchConfig(64, 64, 128, 4, 2, maxnreg=128),
+            LaunchConfig(64, 32, 128, 4, 3, maxnreg=128),
+            LaunchConfig(64, 128, 128, 8, 2),
+        ),
+    },
+    "DIVERGENCE": {
+        (9, 2, 64): (
+            LaunchConfig(64, 64, 128, 4, 3, maxnreg=128),
+            LaunchConfig(64, 64, 128, 4, 2),
+            LaunchConfig(64, 32, 128, 4, 3),
+            LaunchConfig(64, 128, 128, 8, 2),
+            LaunchConfig(128, 64, 128, 8, 3, maxnreg=128),
+            LaunchConfig(128, 64, 128, 8, 2, maxnreg=128),
+        ),
+    },
+    "DIVERGENCE_DQ": {
+        (9, 2, 64): (
+            LaunchConfig(64, 32, 128, 4, 3, maxnreg=128),
+            LaunchConfig(64, 32, 128, 4, 2),
+            LaunchConfig(64, 64, 128, 4, 2),
+            LaunchConfig(64, 64, 128, 4, 3, maxnreg=168),
+            LaunchConfig(128, 32, 128, 8, 3),
+            LaunchConfig(128, 64, 128, 8, 2),
+        ),
+    },
+    "DIVERGENCE_DK": {
+        (9, 2, 64): (
+            LaunchConfig(64, 64, 128, 4, 3, maxnreg=168),
+            LaunchConfig(64, 64, 128, 4, 2),
+            LaunchConfig(32, 64, 128, 4, 3),
+            LaunchConfig(64, 32, 128, 4, 3),
+            LaunchConfig(64, 128, 128, 8, 2),
+            LaunchConfig(128, 64, 128, 8, 2),
+        ),
+    },
 }
 
 

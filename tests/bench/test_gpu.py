@@ -31,7 +31,10 @@ def test_the_first_call_and_what_is_new_in_the_second_end_to_end(tmp_path):
     """As `make gpu` makes them, where PyTorch has no GPU and no git is asked."""
     environment = {**os.environ, "OPTIMA_FAST_COMMIT": "abc123", "PYTHONPATH": str(ROOT)}
     environment["OMP_NUM_THREADS"] = "1"
-    calls = {"1": ["--call", "1"], "2": ["--part", "attention", "tests", "training"]}
+    calls = {
+        "1": ["--call", "1"],
+        "2": ["--part", "attention", "others", "step", "tests", "training"],
+    }
     running = {
         call: subprocess.Popen(
             [sys.executable, "bench/gpu.py", "--device", "cpu", "--quick", *flags,
@@ -116,9 +119,9 @@ def test_the_time_that_a_part_leaves_goes_to_the_next(args, tmp_path, monkeypatc
     monkeypatch.setattr(gpu, "run_part", run_part)
     monkeypatch.setattr(gpu.time, "monotonic", lambda: 0.0)
     flags = ["--device", "cpu", "--results", str(tmp_path)]
-    assert gpu.main([*flags, "--part", "kernels", "candidates", "--seconds", "100"]) == 0
+    assert gpu.main([*flags, "--part", "kernels", "candidates", "--seconds", "200"]) == 0
     parts = gpu.PARTS
-    assert given == {"kernels": 100 - parts["candidates"].seconds, "candidates": 100}
+    assert given == {"kernels": 200 - parts["candidates"].seconds, "candidates": 200}
     assert gpu.main([*flags, "--part", "kernels", "candidates", "--seconds", "4"]) == 0
     (file,) = tmp_path.glob("*.json")
     left_out = json.loads(file.read_text())["parts"]["kernels"]
