@@ -73,6 +73,14 @@ class Weights(NamedTuple):
 
 
 @triton.jit
+def _load_turned(ptr, stride, inside, WIDTH: tl.constexpr, D: tl.constexpr):
+    """[WIDTH, N] of a head: what is transposed within a loop is copied in each of its rounds."""
+    e, n = tl.arange(0, WIDTH), tl.arange(0, inside.shape[0])
+    mask = (e < D)[:, None] & inside[None, :]
+    return tl.load(ptr + e[:, None] + n[None, :] * stride, mask=mask, other=0.0)
+
+
+@triton.jit
 def _index(
     model, weights, layer, item, row, col, heads, rows, cols,
     WHOLE: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr,
@@ -84,12 +92,15 @@ def _index(
     k_ptr = place(pick(model.k, layer), model.k_stride, item, 0, col)
     w_ptr = place(pick(weights.w, layer), weights.stride, item, 0, row)
     w_ptr += tl.arange(0, rows.shape[0]) * tl.cast(weights.stride[2], tl.int64)
-    k = load_rows(k_ptr, stride_k, cols, 0, WIDTH, D, WHOLE)
+    k = _load_turned(k_ptr, stride_k, cols, WIDTH, D)
     acc = tl.zeros((rows.shape[0], cols.shape[0]), ACC)
     for _ in tl.range(0, heads):
         q = load_rows(q_ptr, stride_q, rows, 0, WIDTH, D, WHOLE)
         w = tl.load(w_ptr, mask=rows, other=0.0).to(ACC) * LOG2E
-        s = products(q, k, q_ptr, k_ptr, stride_q, stride_k, rows, cols, WIDTH, CHUNK, D, ACC)
+        if CHUNK >= WIDTH:
+            s = tl.dot(q, k, input_precision="ieee", out_dtype=ACC)
+        else:
+            s = products(q, q, q_ptr, k_ptr, stride_q, stride_k, rows, cols, WIDTH, CHUNK, D, ACC)
         acc += w[:, None] * tl.maximum(s, 0.0, propagate_nan=tl.PropagateNan.ALL)
         q_ptr += model.q_stride[1]
         w_ptr += weights.stride[1]
@@ -296,7 +307,9 @@ def _index_dq_kernel(
     w_ptr = place(pick(weights.w, layer), weights.stride, item, head, row)
     dw_ptr = place(pick(dw.w, layer), dw.stride, item, head, row)
     w = tl.load(w_ptr + m * tl.cast(weights.stride[2], tl.int64), mask=rows, other=0.0).to(ACC)
-    # sum_j R relu(q k_j) is q times the sum of R k_j where q k_j > 0
+    # sum_j R relu(q k_j) is q times the sum of R k_j where q k_j > 0. Read again, q takes no
+    # registers meanwhile
+    q = load_rows(q_ptr, stride_q, rows, 0, WIDTH, D, False)
     sums = tl.sum(u * q.to(ACC), axis=1).to(dw_ptr.dtype.element_ty)
     tl.store(dw_ptr + m * tl.cast(dw.stride[2], tl.int64), sums, mask=inside)
     dq_ptr = place(pick(dq_ptrs, layer), dq_stride, item, head, row)
