@@ -86,7 +86,7 @@ def _index(
     WHOLE: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the index, in powers of two; pairs that do not count get anything."""
+    """A tile of the index; pairs that do not count get anything."""
     stride_q, stride_k = model.q_stride[2], model.k_stride[2]
     q_ptr = place(pick(model.q, layer), model.q_stride, item, 0, row)
     k_ptr = place(pick(model.k, layer), model.k_stride, item, 0, col)
@@ -96,7 +96,7 @@ def _index(
     acc = tl.zeros((rows.shape[0], cols.shape[0]), ACC)
     for _ in tl.range(0, heads):
         q = load_rows(q_ptr, stride_q, rows, 0, WIDTH, D, WHOLE)
-        w = tl.load(w_ptr, mask=rows, other=0.0).to(ACC) * LOG2E
+        w = tl.load(w_ptr, mask=rows, other=0.0).to(ACC)
         if CHUNK >= WIDTH:
             s = tl.dot(q, k, input_precision="ieee", out_dtype=ACC)
         else:
@@ -145,11 +145,12 @@ def _index_lse_kernel(
         index = tl.where(valid_pairs(rows, cols, row, col, CAUSAL), index, -float("inf"))
     top = tl.max(index, axis=1)
     safe = tl.where(top == -float("inf"), 0.0, top)  # inf - inf is nan
-    total = tl.sum(tl.exp2(index - safe[:, None]), axis=1)
+    total = tl.sum(tl.exp2((index - safe[:, None]) * LOG2E), axis=1)
     # tiles of a batch of queries lie beside one another for the kernel that merges them
     at = layer.to(tl.int64) * (tl.num_programs(0) // down) + (tile // across // down) * across
     at = (at + tile % across) * queries + row
-    lse = tl.where(total == 0, -float("inf"), safe + tl.log2(tl.where(total == 0, 1.0, total)))
+    lse = safe + tl.log2(tl.where(total == 0, 1.0, total)) * LN2
+    lse = tl.where(total == 0, -float("inf"), lse)
     tl.store(part_ptr + at + m, lse, mask=m < queries - row)
 
 
@@ -178,9 +179,11 @@ def _index_merge_kernel(
         part = tl.load(part_ptr + at, mask=mask, other=-float("inf"))
         higher = tl.maximum(top, tl.max(part, axis=1))
         safe = tl.where(higher == -float("inf"), 0.0, higher)
-        total = total * tl.exp2(top - safe) + tl.sum(tl.exp2(part - safe[:, None]), axis=1)
+        parts = tl.sum(tl.exp2((part - safe[:, None]) * LOG2E), axis=1)
+        total = total * tl.exp2((top - safe) * LOG2E) + parts
         top = higher
-    lse = tl.where(total == 0, -float("inf"), top + tl.log2(tl.where(total == 0, 1.0, total)))
+    lse = top + tl.log2(tl.where(total == 0, 1.0, total)) * LN2
+    lse = tl.where(total == 0, -float("inf"), lse)
     tl.store(pick(lse_ptrs, layer) + item * queries + row + m, lse, mask=rows)
 
 
@@ -232,7 +235,7 @@ def _index_residual_kernel(
     )
     lse_ptr = pick(lse_ptrs, layer) + item.to(tl.int64) * queries + row
     logs = index - tl.load(lse_ptr + tl.arange(0, BLOCK_M), mask=rows, other=0.0)[:, None]
-    chosen = tl.exp2(logs)
+    chosen = tl.exp2(logs * LOG2E)
     if MASKED or CAUSAL or not WHOLE:
         if MASKED:
             rows = counted(pick(masks.query, layer), item, row, queries, True, BLOCK_M)
@@ -242,9 +245,9 @@ def _index_residual_kernel(
         p, logs = tl.where(valid, p, 0.0), tl.where(valid, logs, 0.0)
         chosen = tl.where(valid, chosen, 0.0)
     # where a probability is lost its logarithm is none; that of nan is
-    terms = p * (tl.log2(tl.where(p == 0, 1.0, p)) - logs)
+    terms = p * (tl.log2(tl.where(p == 0, 1.0, p)) * LN2 - logs)
     at = layer.to(tl.int64) * tl.num_programs(0) + tile
-    tl.store(sum_ptr + at, tl.sum(terms) * LN2)
+    tl.store(sum_ptr + at, tl.sum(terms))
     if STORE:
         r_ptr = pick(r_ptrs, layer) + item.to(tl.int64) * queries * stride_r
         store_residual(r_ptr, chosen - p, stride_r, row, col, queries, SHIFT)
@@ -420,8 +423,8 @@ def indexer_forward(
 
     Returns:
         losses ``[L]``; residuals, L x ``[B, Nq, residual_width(Nk)]`` in the dtype of q, zero where
-        nothing counts, times ``2**SHIFTS[dtype][1]`` for float16; the index's log-sum-exps in
-        powers of two, L x ``[B, Nq]``; scales ``[L]`` (1 / n, n at least 1). All but residuals are
+        nothing counts, times ``2**SHIFTS[dtype][1]`` for float16; the index's natural
+        log-sum-exps, L x ``[B, Nq]``; scales ``[L]`` (1 / n, n at least 1). All but residuals are
         float32 or float64. The two lists are empty if no gradient is wanted.
     """
     model = _model(q, k)
