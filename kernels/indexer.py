@@ -58,6 +58,7 @@ from .attention_tiles import (
     width,
 )
 from .core import accumulator, device_refusals, dtype_refusals
+from .launch import LaunchConfig
 from .layers import cdiv, groups, in_order, of_layers, pick, pointers, settle
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -270,6 +271,7 @@ def _index_dq_kernel(
     dq_stride,  # of B, H and Nq
     MASKED: tl.constexpr,
     CAUSAL: tl.constexpr,
+    WHOLE: tl.constexpr,  # every tile is read whole
     SETTLE: tl.constexpr,
     SHIFT: tl.constexpr,
     D: tl.constexpr,
@@ -285,7 +287,7 @@ def _index_dq_kernel(
     head, row, item = tile % heads, tile // heads % down, tile // heads // down
     row = (down - 1 - row) * BLOCK_M
     m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    inside = m < queries - row
+    inside = m < (BLOCK_M if WHOLE else queries - row)
     rows = counted(pick(masks.query, layer), item, row, queries, MASKED, BLOCK_M)
     end = keys_seen(rows, row, keys, CAUSAL)
     _, rows = log_sums(pick(lse_ptrs, layer) + item.to(tl.int64) * queries + row, rows, 0, MASKED)
@@ -294,14 +296,15 @@ def _index_dq_kernel(
     k_base = place(pick(model.k, layer), model.k_stride, item, 0, 0)
     r_ptr = pick(r_ptrs, layer) + item.to(tl.int64) * queries * stride_r
     key_mask = pick(masks.key, layer)
-    q = load_rows(q_ptr, stride_q, rows, 0, WIDTH, D, False)
+    q = load_rows(q_ptr, stride_q, rows, 0, WIDTH, D, WHOLE)
     u = tl.zeros((BLOCK_M, WIDTH), ACC)
     for col in tl.range(0, end, BLOCK_N):
         # a key that no query of the block sees reads as 0: it may hold nan, and 0 * nan is nan
         cols = counted(key_mask, item, col, keys, MASKED, BLOCK_N) & (n < end - col)
         k_ptr = k_base + tl.cast(col, tl.int64) * stride_k
-        k = load_rows(k_ptr, stride_k, cols, 0, WIDTH, D, False)
-        r = load_residual(r_ptr, stride_r, row, col, inside, n < stride_r - col)
+        k = load_rows(k_ptr, stride_k, cols, 0, WIDTH, D, WHOLE)
+        in_cols = n < (BLOCK_N if WHOLE else stride_r - col)
+        r = load_residual(r_ptr, stride_r, row, col, inside, in_cols)
         s = products(q, k, q_ptr, k_ptr, stride_q, stride_k, rows, cols, WIDTH, BLOCK_K, D, ACC)
         # the residual is 0 where a pair does not count
         ds = tl.where(s > 0, r, 0.0).to(k.dtype)
@@ -335,6 +338,7 @@ def _index_dk_kernel(
     chunk,  # queries, a multiple of BLOCK_M
     MASKED: tl.constexpr,
     CAUSAL: tl.constexpr,
+    WHOLE: tl.constexpr,  # every tile is read whole
     SETTLE: tl.constexpr,
     SHIFT: tl.constexpr,
     D: tl.constexpr,
@@ -349,7 +353,7 @@ def _index_dk_kernel(
     col, start = tile % across * BLOCK_N, tile // across % chunks * chunk
     item = tile // across // chunks
     m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    inside, in_cols = n < keys - col, n < stride_r - col
+    inside, in_cols = n < keys - col, n < (BLOCK_N if WHOLE else stride_r - col)
     cols = counted(pick(masks.key, layer), item, col, keys, MASKED, BLOCK_N)
     stride_q, stride_k = model.q_stride[2], model.k_stride[2]
     k_ptr = place(pick(model.k, layer), model.k_stride, item, 0, col)
@@ -366,11 +370,12 @@ def _index_dk_kernel(
         rows = counted(query_mask, item, row, queries, MASKED, BLOCK_M)
         _, rows = log_sums(lse_ptr + row, rows, 0, MASKED)
         # the other way round, as its product takes it: once for all heads
-        r = tl.trans(load_residual(r_ptr, stride_r, row, col, m < queries - row, in_cols))
+        in_rows = m < (BLOCK_M if WHOLE else queries - row)
+        r = tl.trans(load_residual(r_ptr, stride_r, row, col, in_rows, in_cols))
         q_ptr = place(pick(model.q, layer), model.q_stride, item, 0, row)
         w_ptr = place(pick(weights.w, layer), weights.stride, item, 0, row) + m * stride_w
         for _ in tl.range(0, heads):
-            q = load_rows(q_ptr, stride_q, rows, 0, WIDTH, D, False)
+            q = load_rows(q_ptr, stride_q, rows, 0, WIDTH, D, WHOLE)
             w = tl.load(w_ptr, mask=rows, other=0.0).to(ACC)
             s = products(k, q, k_ptr, q_ptr, stride_k, stride_q, cols, rows, WIDTH, BLOCK_K, D, ACC)
             ds = tl.where(s > 0, r * w[None, :], 0.0).to(q.dtype)
@@ -563,7 +568,7 @@ def _queries_gradients(
                 *_arguments(model, pairs, weight, lses, residuals, layers),
                 pointers(d_q, layers), Weights(pointers(d_w, layers), form[4]),
                 of_layers(factor, layers), H, queries, keys, residual_width(keys), form[3],
-                **_constants(x, pairs, layers[0]), **launch.options(chosen),
+                **_constants(x, keys, pairs, layers[0], chosen), **launch.options(chosen),
             )  # fmt: skip
 
 
@@ -590,7 +595,7 @@ def _keys_gradients(
             _index_dk_kernel[(across * chunks, len(layers))](
                 *_arguments(model, pairs, weight, lses, residuals, layers),
                 parts, of_layers(factor, layers), H, queries, keys, residual_width(keys), chunk,
-                **_constants(x, pairs, layers[0]), **launch.options(chosen),
+                **_constants(x, keys, pairs, layers[0], chosen), **launch.options(chosen),
             )  # fmt: skip
         for i, total in zip(layers, parts.sum(2), strict=True):
             d_k[i].copy_(total)
@@ -619,10 +624,16 @@ def _arguments(
     )
 
 
-def _constants(x: Tensor, pairs: Counted, layer: int) -> dict[str, object]:
+def _constants(
+    x: Tensor, keys: int, pairs: Counted, layer: int, chosen: LaunchConfig
+) -> dict[str, object]:
     masked, causal, _ = pairs.form(layer)
+    queries = x.shape[2]
+    # keys after the last query are seen by none
+    whole = not (masked or queries % chosen.block_m or keys % chosen.block_n)
     return {
-        "MASKED": masked, "CAUSAL": causal, "SETTLE": launch.settles(x), "SHIFT": shifts(x)[1],
+        "MASKED": masked, "CAUSAL": causal, "WHOLE": whole and not (causal and keys > queries),
+        "SETTLE": launch.settles(x), "SHIFT": shifts(x)[1],
         "D": x.shape[3], "WIDTH": width(x), "ACC": accumulator(x)[1],
     }  # fmt: skip
 
