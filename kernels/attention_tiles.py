@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import launch
 from .launch import LaunchConfig
-from .layers import pointers, power_of_2, stride
+from .layers import pick, pointers, power_of_2, stride
 
 LOG2E = tl.constexpr(1.4426950408889634)
 MAX_STRIDE = 2**24  # a tile has at most 2**7 rows
@@ -172,6 +172,34 @@ def log_sums(ptr, rows, SHIFT, MASKED: tl.constexpr):
         rows &= lse > -float("inf")
         lse = tl.where(rows, lse, 0.0)
     return lse - SHIFT, rows
+
+
+@triton.jit
+def add_map(
+    acc,  # [M, N]
+    sign: tl.constexpr,
+    model, lse_ptr, heads, scale, layer, item, row, col, queries, rows, cols,
+    WHOLE: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """acc + sign times a tile of the heads' mean map; pairs that do not count get anything."""
+    stride_q, stride_k = model.q_stride[2], model.k_stride[2]
+    q_ptr = place(pick(model.q, layer), model.q_stride, item, 0, row)
+    k_ptr = place(pick(model.k, layer), model.k_stride, item, 0, col)
+    lse_ptr += item.to(tl.int64) * heads * queries + row + tl.arange(0, rows.shape[0])
+    c = positive(scale, ACC)
+    # 1 / H in the exponent costs nothing an element
+    log_heads = tl.log2(tl.cast(tl.maximum(heads, 1), ACC))
+    for head in tl.range(0, heads):
+        q = load_rows(q_ptr, stride_q, rows, 0, WIDTH, D, WHOLE)
+        k = load_rows(k_ptr, stride_k, cols, 0, WIDTH, D, WHOLE)
+        lse = tl.load(lse_ptr, mask=rows, other=0.0) + log_heads
+        s = products(q, k, q_ptr, k_ptr, stride_q, stride_k, rows, cols, WIDTH, CHUNK, D, ACC)
+        acc += sign * tl.exp2(s * c - lse[:, None])
+        q_ptr += model.q_stride[1]
+        k_ptr += next_key(head, model.share, model.k_stride[1])
+        lse_ptr += queries
+    return acc
 
 
 @triton.jit

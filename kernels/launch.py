@@ -166,6 +166,40 @@ DIVERGENCE_DK = PROBS_DK | {
     (9, 2, 128): LaunchConfig(64, 32, 128, 4, 3),
 }
 
+# The index of a lightning indexer, whose heads share their keys. Chosen by registers and spills.
+INDEX_LSE = {
+    (8, 2, 64): LaunchConfig(64, 64, 128, 4, 3),
+    (8, 2, 128): LaunchConfig(64, 64, 128, 4, 2),
+    (9, 2, 64): LaunchConfig(64, 128, 128, 4, 3),
+    (9, 2, 128): LaunchConfig(64, 128, 128, 4, 3),
+    (8, 4, 64): LaunchConfig(64, 32, 16, 4, 2),
+    (8, 4, 128): LaunchConfig(64, 32, 16, 4, 2),
+}
+INDEX_RESIDUAL = {
+    (8, 2, 64): LaunchConfig(64, 64, 128, 4, 3),
+    (8, 2, 128): LaunchConfig(64, 64, 128, 4, 2),
+    (9, 2, 64): LaunchConfig(64, 64, 128, 4, 3),
+    (9, 2, 128): LaunchConfig(64, 64, 128, 4, 3),
+    (8, 4, 64): LaunchConfig(64, 32, 16, 4, 2),
+    (8, 4, 128): LaunchConfig(64, 32, 16, 4, 2),
+}
+INDEX_DQ = {
+    (8, 2, 64): LaunchConfig(64, 64, 128, 4, 3),
+    (8, 2, 128): LaunchConfig(64, 64, 128, 4, 2),
+    (9, 2, 64): LaunchConfig(64, 64, 128, 4, 3),
+    (9, 2, 128): LaunchConfig(64, 64, 128, 4, 3),
+    (8, 4, 64): LaunchConfig(32, 32, 16, 4, 1),
+    (8, 4, 128): LaunchConfig(32, 32, 16, 8, 1),
+}
+INDEX_DK = {
+    (8, 2, 64): LaunchConfig(64, 64, 128, 4, 3),
+    (8, 2, 128): LaunchConfig(32, 64, 128, 4, 2),
+    (9, 2, 64): LaunchConfig(64, 128, 128, 8, 3),
+    (9, 2, 128): LaunchConfig(64, 128, 128, 8, 3),
+    (8, 4, 64): LaunchConfig(32, 32, 16, 4, 1),
+    (8, 4, 128): LaunchConfig(32, 32, 16, 4, 1),
+}
+
 CANDIDATES: dict[str, dict[tuple[int, ...], tuple[LaunchConfig, ...]]] = {
     "PRODUCT": {
         (9, 2): (

@@ -19,6 +19,7 @@ from .attention_tiles import (
     LOG2E,
     Counted,
     Model,
+    add_map,
     config,
     counted,
     first_seen,
@@ -27,7 +28,6 @@ from .attention_tiles import (
     load_residual,
     load_rows,
     log_sums,
-    next_key,
     place,
     positive,
     products,
@@ -123,34 +123,6 @@ def _lse_kernel(
     tl.store(lse_ptr + m, lse, mask=m < queries - row)
 
 
-@triton.jit
-def _add_map(
-    acc,  # [M, N]
-    sign: tl.constexpr,
-    model, lse_ptr, heads, scale, layer, item, row, col, queries, rows, cols,
-    WHOLE: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr,
-    ACC: tl.constexpr,
-):  # fmt: skip
-    """acc + sign times a tile of the heads' mean map; pairs that do not count get anything."""
-    stride_q, stride_k = model.q_stride[2], model.k_stride[2]
-    q_ptr = place(pick(model.q, layer), model.q_stride, item, 0, row)
-    k_ptr = place(pick(model.k, layer), model.k_stride, item, 0, col)
-    lse_ptr += item.to(tl.int64) * heads * queries + row + tl.arange(0, rows.shape[0])
-    c = positive(scale, ACC)
-    # 1 / H in the exponent costs nothing an element
-    log_heads = tl.log2(tl.cast(tl.maximum(heads, 1), ACC))
-    for head in tl.range(0, heads):
-        q = load_rows(q_ptr, stride_q, rows, 0, WIDTH, D, WHOLE)
-        k = load_rows(k_ptr, stride_k, cols, 0, WIDTH, D, WHOLE)
-        lse = tl.load(lse_ptr, mask=rows, other=0.0) + log_heads
-        s = products(q, k, q_ptr, k_ptr, stride_q, stride_k, rows, cols, WIDTH, CHUNK, D, ACC)
-        acc += sign * tl.exp2(s * c - lse[:, None])
-        q_ptr += model.q_stride[1]
-        k_ptr += next_key(head, model.share, model.k_stride[1])
-        lse_ptr += queries
-    return acc
-
-
 @triton.jit(do_not_specialize=[
     "student_heads", "student_scale", "teacher_heads", "teacher_scale", "queries", "keys",
 ])  # fmt: skip
@@ -196,14 +168,14 @@ def _residual_kernel(
         live = in_reach(row, col, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
         student_heads, teacher_heads = student_heads * live, teacher_heads * live
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-    acc = _add_map(
+    acc = add_map(
         acc, 1.0, student, pick(student_lse, layer), student_heads, student_scale, layer, item,
         row, col, queries, rows, cols, WHOLE, STUDENT_WIDTH, BLOCK_K, STUDENT_D, ACC,
     )  # fmt: skip
     other = acc
     if KL:
         other = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-    other = _add_map(
+    other = add_map(
         other, 1.0 if KL else -1.0, teacher, pick(teacher_lse, layer), teacher_heads,
         teacher_scale, layer, item, row, col, queries, rows, cols, WHOLE,
         TEACHER_WIDTH, BLOCK_K, TEACHER_D, ACC,

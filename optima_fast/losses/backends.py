@@ -443,6 +443,42 @@ def _attention_refusals(x: AttentionInputs) -> list[str]:
     return reasons
 
 
+def _triton_indexer(x: IndexerInputs) -> tuple[Tensor, list[Tensor]]:
+    from optima_fast.kernels import indexer as kernel
+
+    losses, residuals, lses, scales = kernel.indexer_forward(
+        *x[:8], causal=x.causal, teacher_scale=x.teacher_scale, need_residual=any(x.needed)
+    )
+    return losses, [*residuals, *lses, scales] if residuals else []
+
+
+def _triton_indexer_saved(x: IndexerInputs) -> list[Tensor]:
+    from optima_fast.kernels import indexer as kernel
+
+    scales = _scales_like(x)
+    residuals = [kernel.empty_residual(q, k) for q, k in zip(x.q, x.k, strict=True)]
+    return [*residuals, *(scales.new_empty(q.shape[0], q.shape[2]) for q in x.q), scales]
+
+
+def _triton_indexer_backward(grad: Tensor, saved: list[Tensor], x: IndexerInputs) -> Gradients:
+    from optima_fast.kernels import indexer as kernel
+
+    layers = len(x.q)
+    gradients = kernel.indexer_backward(
+        grad, x.q, x.k, x.weight, x.query_mask, x.key_mask,
+        saved[:layers], saved[layers:-1], saved[-1],
+        causal=x.causal, need_q=x.need_q, need_k=x.need_k, need_weight=x.need_weight,
+    )  # fmt: skip
+    return [g for kind in gradients for g in kind]
+
+
+def _indexer_refusals(x: IndexerInputs) -> list[str]:
+    from optima_fast.kernels import indexer as kernel
+
+    reasons: list[str] = kernel.not_served(*x[:5])
+    return reasons
+
+
 def _on_tensor_cores(x: Inputs) -> bool:
     """Products of 16-bit numbers. Those of float32, IEEE's, are cuBLAS's alone to win."""
     return all(t.dtype in (torch.float16, torch.bfloat16) for t in x.tensors)
@@ -451,6 +487,11 @@ def _on_tensor_cores(x: Inputs) -> bool:
 def _attention_wins(x: AttentionInputs) -> bool:
     """A softmax is bound by exponentials and by the maps that others write, in any dtype."""
     return x.target != "scores" or _on_tensor_cores(x)
+
+
+def _indexer_wins(x: IndexerInputs) -> bool:
+    """A weight of float32 leaves the products as they are."""
+    return _on_tensor_cores(x._replace(weight=[]))
 
 
 def _teacher(x: AttentionInputs) -> set[str]:
@@ -480,4 +521,14 @@ ATTENTION = {
         _teacher,
     ),
 }
-INDEXER = {"blockwise": Backend(_blockwise_indexer, _unit_like, None, lambda x: [])}
+INDEXER = {
+    "blockwise": Backend(_blockwise_indexer, _unit_like, None, lambda x: []),
+    "triton": Backend(
+        _triton_indexer,
+        _triton_indexer_saved,
+        _triton_indexer_backward,
+        _indexer_refusals,
+        _indexer_wins,
+        lambda x: {"teacher_q", "teacher_k", "teacher_lse"},
+    ),
+}

@@ -189,12 +189,38 @@ def attention_kl(dtype: torch.dtype, masked: bool, gradient: bool, quick: bool) 
         )
 
 
+def indexer(dtype: torch.dtype, masked: bool, gradient: bool, quick: bool) -> None:
+    from optima_fast.kernels import indexer as k
+
+    n = 320
+    for width in (64,) if quick else (64, 128):
+        q, t_q, t_k = (
+            [torch.zeros(2, n, heads, width, dtype=dtype).transpose(1, 2)] * LAYERS
+            for heads in (16, 12, 4)
+        )
+        keys = [torch.zeros(2, n, width, dtype=dtype)] * LAYERS
+        w = [torch.zeros(2, n, 16, dtype=dtype).transpose(1, 2)] * LAYERS
+        masks = [[torch.ones(2, n, dtype=torch.bool) if masked else None] * LAYERS] * 2
+        flags = {"causal": [masked] * LAYERS}
+        _, r, lses, scales = k.indexer_forward(
+            q, keys, w, t_q, t_k, *masks, [None] * LAYERS, **flags,
+            teacher_scale=[0.125] * LAYERS, need_residual=gradient,
+        )  # fmt: skip
+        if gradient:
+            need = [True] * LAYERS
+            k.indexer_backward(
+                scales, q, keys, w, *masks, r, lses, scales, **flags,
+                need_q=need, need_k=need, need_weight=need,
+            )  # fmt: skip
+
+
 # an operator's launchers called on aligned data of each kind that a table tells apart
 EXAMPLES: dict[str, Callable[[torch.dtype, bool, bool, bool], None]] = {
     "hidden_mse": hidden_mse,
     "attention_scores": attention_scores,
     "attention_probs": attention_probs,
     "attention_kl": attention_kl,
+    "indexer": indexer,
 }
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 # instructions of the main loop at most, for bfloat16 on sm_90 where nothing is masked: what a
