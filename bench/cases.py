@@ -328,6 +328,8 @@ OTHERS_ON_A_CARD = [
     Case("gram-4x1024-4096", "gram", (Layer(4, 1024, 0, (16, 64)),)),
     Case("indexer-1x4096", "indexer", (Layer(1, 4096, 4096, (64, 16), 128, causal=True),)),
     Case("indexer-4x1024", "indexer", (Layer(4, 1024, 1024, (16, 12), causal=True),)),
+    Case("cosine-32k", "cosine", (Layer(32, 1024, 0),)),
+    Case("smooth-l1-32k", "smooth-l1", (Layer(32, 1024, 0),)),
 ]
 
 

@@ -153,7 +153,7 @@ PROBS_ROWS_BACKWARD = {
     (9, 2, 64, 64): LaunchConfig(64, 64, 0, 4, 3),
     (9, 2, 64, 128): LaunchConfig(64, 64, 0, 4, 2),
 }
-# A divergence has a tile of both maps at once. Chosen by registers and spills.
+# A divergence has a tile of both maps at once.
 DIVERGENCE = PROBS_RESIDUAL | {
     (9, 2, 64): LaunchConfig(64, 64, 128, 4, 3),
     (9, 2, 128): LaunchConfig(64, 64, 128, 4, 2),
@@ -162,7 +162,7 @@ DIVERGENCE = PROBS_RESIDUAL | {
 }
 DIVERGENCE_DQ = PROBS_DQ | {(9, 2, 64): LaunchConfig(64, 32, 128, 4, 3)}
 DIVERGENCE_DK = PROBS_DK | {
-    (9, 2, 64): LaunchConfig(64, 64, 128, 4, 3),
+    (9, 2, 64): LaunchConfig(64, 64, 128, 4, 3, maxnreg=168),
     (9, 2, 128): LaunchConfig(64, 32, 128, 4, 3),
 }
 
@@ -239,7 +239,7 @@ CANDIDATES: dict[str, dict[tuple[int, ...], tuple[LaunchConfig, ...]]] = {
     },
     "DIVERGENCE_DK": {
         (9, 2, 64): (
-            LaunchConfig(64, 64, 128, 4, 3, maxnreg=168),
+            LaunchConfig(64, 64, 128, 4, 3),
             LaunchConfig(64, 64, 128, 4, 2),
             LaunchConfig(32, 64, 128, 4, 3),
             LaunchConfig(64, 32, 128, 4, 3),

@@ -42,9 +42,9 @@ def attention_mse(
     and the loss is 0 with gradient 0 when there is none. The softmax is over the valid keys; a
     query without any contributes 0. Tokens in no valid pair may hold nan or inf. Gradients go to
     ``student_q`` and ``student_k``, never to the teacher. Products and sums are kept in float32
-    (float64 if an input is float64), under autocast too; a gradient comes in its input's dtype. No
-    ``[B, H, Nq, Nk]`` tensor is made, except with
-    ``backend="reference"``, which alone is differentiable twice.
+    (float64 if an input is float64); under autocast queries and keys are rounded to its dtype
+    first, as ``torch.matmul`` does. A gradient comes in its input's dtype. No ``[B, H, Nq, Nk]``
+    tensor is made, except with ``backend="reference"``, which alone is differentiable twice.
 
     OPTIMA, Eq. 4; ``"scores"`` is TinyBERT's attention loss on the head average, and TinyBERT's own
     with ``heads="each"``.
@@ -199,9 +199,10 @@ def _attention(
     """One value a layer of any of the targets that ``reference.attention_loss`` defines."""
     checks.option("backend", backend, backends.NAMES)
     checks.flags("recompute", recompute, 1)
-    inputs = checks.floating_layers(
+    given = checks.floating_layers(
         student_q=tensors[0], student_k=tensors[1], teacher_q=tensors[2], teacher_k=tensors[3]
     )
+    inputs = [checks.multiplied(x) for x in given]
     queries, keys, teacher_queries, teacher_keys = inputs
     causals = checks.flags("causal", causal, len(queries))
     windows = checks.windows(window, len(queries))

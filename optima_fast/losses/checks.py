@@ -57,6 +57,15 @@ def floating_layers(*, optional: str = "", **arguments: Any) -> list[list[Any]]:
     return lists
 
 
+def multiplied(layers: list[Tensor]) -> list[Tensor]:
+    """Under autocast in its dtype, as ``torch.matmul`` takes them; float64 stays."""
+    device = layers[0].device.type if layers else "cpu"
+    if not torch.is_autocast_enabled(device):
+        return layers
+    low = torch.get_autocast_dtype(device)
+    return [x if x.dtype == torch.float64 else x.to(low) for x in layers]
+
+
 def floating(name: str, x: object) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor or a list of tensors, got {type(x).__name__}")

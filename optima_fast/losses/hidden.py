@@ -27,8 +27,9 @@ def hidden_mse(
 
     with :math:`n` counted tokens; 0 with gradient 0 when there is none. A masked token may hold nan
     or inf. Gradients go to ``student`` and ``weight``, never to ``teacher``. Products and sums are
-    kept in float32 (float64 if an input is float64), under autocast too; a gradient comes in its
-    input's dtype. Differentiable once, except with ``backend="reference"``.
+    kept in float32 (float64 if an input is float64); under autocast what is projected is rounded to
+    its dtype first, as ``torch.matmul`` does. A gradient comes in its input's dtype. Differentiable
+    once, except with ``backend="reference"``.
 
     With ``normalize`` divided by the mean square of the teacher's counted states, so that layers
     of different size weigh alike.
@@ -156,7 +157,11 @@ def _hidden(
     shapes = [tuple(s.shape[:-1]) for s in students]
     masks = checks.masks("mask", mask, shapes, students[0].device)
     every = range(len(students))
-    fused = [] if backend == "reference" else [i for i in every if weights[i] is not None]
+    projected = [i for i in every if weights[i] is not None]
+    for x in (students, weights):
+        for i, low in zip(projected, checks.multiplied([x[i] for i in projected]), strict=True):
+            x[i] = low
+    fused = [] if backend == "reference" else projected
     dtype = reference.accumulator(*students, *teachers, *(w for w in weights if w is not None))
     losses = {
         i: reference.hidden_loss(

@@ -67,6 +67,8 @@ def indexer_kl(
         indexer_q=indexer_q, indexer_k=indexer_k, indexer_weight=indexer_weight,
         teacher_q=teacher_q, teacher_k=teacher_k,
     )  # fmt: skip
+    # weights are of heads, elementwise
+    inputs = [x if i == 2 else checks.multiplied(x) for i, x in enumerate(inputs)]
     queries, keys, weights, teacher_queries, teacher_keys = inputs
     causals = checks.flags("causal", causal, len(queries))
     for q, k, w, t_q, t_k, flag in zip(*inputs, causals, strict=True):

@@ -143,7 +143,9 @@ def gram_mse(
     masks = checks.masks("mask", mask, shapes, students[0].device)
     dtype = reference.accumulator(*students, *teachers)
     s, t = (
-        [_features(x, m, normalize, dtype) for x, m in zip(layers, masks, strict=True)]
+        checks.multiplied(
+            [_features(x, m, normalize, dtype) for x, m in zip(layers, masks, strict=True)]
+        )
         for layers in (students, [x.detach() for x in teachers])
     )
     # each pair once, by causality: a token and itself are added once too often where all are twice

@@ -9,9 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# elements of the largest array a block works on, all heads: 4 MB of float32. Of 2**17 .. 2**22 it
-# was within 5 % of the fastest at 256 and 1024 tokens, 12 and 16 heads (AVX-512, 32 MB of L3)
+# Elements of the largest array a block works on, all heads. 4 MB of float32: of 2**17 .. 2**22 it
+# was within 5 % of the fastest at 256 and 1024 tokens, 12 and 16 heads (AVX-512, 32 MB of L3). A
+# GPU has no such cache, and each block costs it a dozen launches: 64 MB.
 BLOCK_ELEMENTS = 2**20
+BLOCK_ELEMENTS_OF_A_GPU = 2**24
 
 
 class Gradients(NamedTuple):
@@ -22,12 +24,15 @@ class Gradients(NamedTuple):
     of: tuple[Tensor | None, ...]
 
 
-def block_shape(batch: int, rows: int, row_elements: int, *, shared: int = 1) -> tuple[int, int]:
+def block_shape(
+    batch: int, rows: int, row_elements: int, *, shared: int = 1, gpu: bool = False
+) -> tuple[int, int]:
     """How many batch items and rows make a block: whole items, or rows of one item.
 
     Items share a block up to one ``shared``-th of what a single item may fill.
     """
-    room = max(1, BLOCK_ELEMENTS // max(1, row_elements))
+    elements = BLOCK_ELEMENTS_OF_A_GPU if gpu else BLOCK_ELEMENTS
+    room = max(1, elements // max(1, row_elements))
     if room >= rows:
         return max(1, min(batch, room // shared // max(1, rows))), rows
     # even blocks, in multiples of 16 rows: a short last one would waste its products

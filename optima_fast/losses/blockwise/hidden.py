@@ -48,7 +48,7 @@ def hidden_loss(
     factor = 2 if measure == "mse" else 1  # of the derivative, in the end
     back = (w * (factor / count)).to(narrow).t()
     dw = w.new_zeros(d_s, d_t) if need_weight else None
-    items, rows = block_shape(B, N, max(d_s, d_t))
+    items, rows = block_shape(B, N, max(d_s, d_t), gpu=student.is_cuda)
     work = w.new_empty(items * rows * d_t)
     partial = []
     for b0, b1 in starts(B, items):
