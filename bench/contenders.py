@@ -337,7 +337,7 @@ class Contender(NamedTuple):
 
 
 EVERY = (*TARGETS, *FAMILY)
-IN_TRITON = tuple(x for x in EVERY if x not in ("cosine", "smooth-l1"))
+IN_TRITON = tuple(x for x in EVERY if x != "cosine")
 CONTENDERS: dict[str, Contender] = {
     "eager": Contender(lambda case, _: _loop(case, EAGER), EVERY),
     "gemm": Contender(lambda case, _: _loop(case, GEMM), ("scores",)),

@@ -1,9 +1,12 @@
-"""Mean squared error of projected hidden states, for many layers, those of one form in one launch.
+"""Squared error, or smooth L1, of projected hidden states: layers of one form in one launch.
 
     E = M (Hs W - Ht)               Hs: [T, d_s], W: [d_s, d_t], Ht: [T, d_t]; M: which tokens count
     loss = sum E^2 / n              n = (tokens that count) * d_t; no token counts: 0
     dHs = (2 g / n) E W^T           g: upstream gradient of the layer's loss
     dW  = (2 g / n) Hs^T E
+
+Smooth L1 with beta: the mean of E^2 / (2 beta) where |E| < beta, of |E| - beta / 2 elsewhere; half
+its derivative, clamp(E / beta, -1, 1) / 2, then takes the place of E, and all else is the same.
 
 A token that does not count may hold nan or inf: its row of E and of dHs is exactly 0, and its row
 of Hs never enters dW. E is stored in the students' dtype, and only when a gradient is wanted.
@@ -44,14 +47,25 @@ from .layers import cdiv, groups, in_order, of_layers, pick, pointers, total
 MAX_STRIDE = 2**24  # a tile has at most 2**7 rows
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit
+def _measured(e, beta, SMOOTH: tl.constexpr):
+    """What a residual adds to the loss, and half of its derivative."""
+    terms = e * e
+    if SMOOTH:
+        size = tl.abs(e)
+        terms = tl.where(size < beta, terms / (2 * beta), size - beta / 2)
+        e = tl.minimum(tl.maximum(e / beta, -1.0), 1.0) / 2
+    return terms, e
+
+
+@triton.jit(do_not_specialize=["tokens", "beta"])
 def _hidden_forward_kernel(
     s_ptrs,  # [T, D_S] students, as all pointers one a layer
     t_ptrs,  # [T, D_T] teachers
     w_ptrs,  # [D_S, D_T] projections, in the students' dtype
     m_ptrs,  # [T] bool, True where a token counts; unused unless MASKED
     e_ptrs,  # [T, D_T] out, contiguous; unused without STORE
-    sum_ptr,  # [L, tiles] out: sum of E^2 over the tile
+    sum_ptr,  # [L, tiles] out: sum of the measure of E over the tile
     count_ptr,  # [L, tiles] int32 out: tokens that count, once per row of tiles; only if MASKED
     stride_s,
     stride_t,
@@ -59,6 +73,8 @@ def _hidden_forward_kernel(
     tokens,
     d_s,
     d_t,
+    beta,  # of smooth L1
+    SMOOTH: tl.constexpr,
     MASKED: tl.constexpr,
     WHOLE: tl.constexpr,  # sizes are multiples of the tile's
     STORE: tl.constexpr,
@@ -93,7 +109,8 @@ def _hidden_forward_kernel(
         e = tl.where(rows[:, None], e, 0.0)  # 0 * nan in W is nan
         counted = tl.sum(rows.to(tl.int32), axis=0)
         tl.store(count_ptr + at, tl.where(column == 0, counted, 0))
-    tl.store(sum_ptr + at, tl.sum(e * e))
+    terms, e = _measured(e, beta, SMOOTH)
+    tl.store(sum_ptr + at, tl.sum(terms))
     if STORE:
         e_ptr = pick(e_ptrs, layer)
         e_tile = e_ptr + row * d_t + col + m[:, None] * d_t + n[None, :]
@@ -104,7 +121,7 @@ def _hidden_forward_kernel(
             tl.store(e_tile, e, mask=in_rows[:, None] & cols[None, :])
 
 
-@triton.jit(do_not_specialize=["layers", "tokens"])
+@triton.jit(do_not_specialize=["layers", "tokens", "beta"])
 def _hidden_forward_tma_kernel(
     s_ptrs,  # as above: 2 bytes an element, rows at multiples of 16 bytes
     t_ptrs,
@@ -120,6 +137,8 @@ def _hidden_forward_tma_kernel(
     tokens,
     d_s,
     d_t,
+    beta,
+    SMOOTH: tl.constexpr,
     MASKED: tl.constexpr,
     STORE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -163,16 +182,17 @@ def _hidden_forward_tma_kernel(
                     rows = tl.load(m_ptr, mask=m < tokens - row, other=0) != 0
                     counted = tl.sum(rows.to(tl.int32), axis=0)
                     tl.store(count_ptr + at, tl.where(col == 0, counted, 0))
-                square = tl.zeros((), dtype=ACC)
+                measure = tl.zeros((), dtype=ACC)
                 part = parts(acc, SPLIT)
                 for i in tl.static_range(SPLIT):
                     error = part[i] - t.load([row, col + i * WIDTH]).to(ACC)
                     if MASKED:
                         error = tl.where(rows[:, None], error, 0.0)
-                    square += tl.sum(error * error)
+                    terms, error = _measured(error, beta, SMOOTH)
+                    measure += tl.sum(terms)
                     if STORE:
                         e.store([row, col + i * WIDTH], error.to(e.dtype))
-                tl.store(sum_ptr + at, square)
+                tl.store(sum_ptr + at, measure)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -282,6 +302,7 @@ def hidden_mse_forward(
     weights: Sequence[Tensor],
     masks: Sequence[Tensor | None],
     *,
+    beta: float | None = None,
     need_residual: bool,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """Losses of L layers, and what their backward needs.
@@ -291,6 +312,7 @@ def hidden_mse_forward(
         teachers: L x ``[T, d_t]`` of one dtype.
         weights: L x ``[d_s, d_t]``, rounded to the students' dtype.
         masks: L x ``[T]`` bool, True where a token counts, or None where each does.
+        beta: of smooth L1, above 0; None: the squared error.
         need_residual: whether a gradient will be wanted.
 
     Returns:
@@ -309,7 +331,7 @@ def hidden_mse_forward(
     with torch.cuda.device_of(s[0]):
         launches = groups(forms)
         for _, part in launches:
-            found = _residuals(part, s, t, w, masks, e, need_residual)
+            found = _residuals(part, s, t, w, masks, e, beta, need_residual)
             losses.update(zip(part, found[0], strict=True))
             scales.update(zip(part, found[1], strict=True))
     if len(launches) > 1:
@@ -324,6 +346,7 @@ def _residuals(
     w: Sequence[Tensor],
     masks: Sequence[Tensor | None],
     e: Sequence[Tensor],
+    beta: float | None,
     store: bool,
 ) -> tuple[Tensor, Tensor]:
     """Losses and scales of layers of one form; fills their residuals if asked to."""
@@ -344,16 +367,16 @@ def _residuals(
             sums, sums if counts is None else counts,
             x.stride(0), t[first].stride(0), w[first].stride(0),
         )  # fmt: skip
-        flags = {"MASKED": masked, "STORE": store, "ACC": acc, **launch.options(config)}
+        flags = {"MASKED": masked, "STORE": store, "ACC": acc, "SMOOTH": beta is not None}
+        flags |= launch.options(config)
+        sizes = (tokens, d_s, d_t, beta or 1.0)
         if config.programs:
             allow_scratch()
             grid = launch.persistent(config, tiles * len(part), x)
-            _hidden_forward_tma_kernel[grid](*every, len(part), tokens, d_s, d_t, **flags)
+            _hidden_forward_tma_kernel[grid](*every, len(part), *sizes, **flags)
         else:
             whole = not (tokens % m or d_t % n or d_s % config.block_k)
-            _hidden_forward_kernel[(tiles, len(part))](
-                *every, tokens, d_s, d_t, WHOLE=whole, **flags
-            )
+            _hidden_forward_kernel[(tiles, len(part))](*every, *sizes, WHOLE=whole, **flags)
     return total(sums, counts, d_t if masked else tokens * d_t)
 
 

@@ -117,8 +117,8 @@ def hidden_smooth_l1(
 
     The mean over counted tokens and :math:`d_t` of :math:`x^2 / (2 \beta)` where
     :math:`|x| < \beta` and :math:`|x| - \beta / 2` elsewhere, :math:`x = h^s W - h^t`: less drawn
-    by a few large features than the squared error. Arguments, gradients, dtypes and errors are
-    those of :func:`hidden_mse`. Backends ``blockwise`` and ``reference``.
+    by a few large features than the squared error. Arguments, gradients, dtypes, backends and
+    errors are those of :func:`hidden_mse`.
 
     Args:
         beta: where the square ends, above 0.
