@@ -457,7 +457,7 @@ def _triton_indexer_saved(x: IndexerInputs) -> list[Tensor]:
 
     scales = _scales_like(x)
     residuals = [kernel.empty_residual(q, k) for q, k in zip(x.q, x.k, strict=True)]
-    return [*residuals, *(scales.new_empty(q.shape[0], q.shape[2]) for q in x.q), scales]
+    return [*residuals, *(kernel.empty_log_sums(q, scales.dtype) for q in x.q), scales]
 
 
 def _triton_indexer_backward(grad: Tensor, saved: list[Tensor], x: IndexerInputs) -> Gradients:
