@@ -153,30 +153,20 @@ def resolve(backends: dict[str, Backend], backend: str, inputs: Inputs) -> Backe
             )
     if backend != "auto":
         return backends[backend]
-    triton = backends.get("triton")
     takes_it = (
-        triton is not None
-        and inputs.tensors[0].is_cuda
+        inputs.tensors[0].is_cuda
         and not _triton_refusals(backends, inputs)
-        and triton.wins(inputs)
+        and backends["triton"].wins(inputs)
     )
     return backends["triton" if takes_it else "blockwise"]
 
 
 def _triton_refusals(backends: dict[str, Backend], inputs: Inputs) -> list[str]:
-    triton = backends.get("triton")
-    installed = importlib.util.find_spec("triton") is not None
-    if triton is not None and installed:
-        return triton.refusals(inputs)
-    reasons = []
+    if importlib.util.find_spec("triton") is not None:
+        return backends["triton"].refusals(inputs)
     device = inputs.tensors[0].device
-    if device.type != "cuda":
-        reasons.append(f"it needs tensors on a CUDA device, got {device}")
-    if not installed:
-        reasons.append("triton is not installed")
-    if triton is None:
-        reasons.append("there is no kernel of this loss")
-    return reasons
+    reasons = [] if device.type == "cuda" else [f"it needs tensors on a CUDA device, got {device}"]
+    return [*reasons, "triton is not installed"]
 
 
 # ---------------------------------------------------------------------- blockwise
