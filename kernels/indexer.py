@@ -113,7 +113,7 @@ def _index_lse_kernel(
     model,  # Heads
     masks,  # Masks
     weights,  # Weights
-    part_ptr,  # [L, B, across, Nq] out: of each tile's keys
+    part_ptr,  # [L, B, across, 2, Nq] out: of each tile's keys
     heads,
     queries,
     keys,
@@ -147,18 +147,16 @@ def _index_lse_kernel(
     top = tl.max(index, axis=1)
     safe = tl.where(top == -float("inf"), 0.0, top)  # inf - inf is nan
     total = tl.sum(tl.exp2((index - safe[:, None]) * LOG2E), axis=1)
-    # tiles of a batch of queries lie beside one another for the kernel that merges them
-    at = layer.to(tl.int64) * (tl.num_programs(0) // down) + (tile // across // down) * across
-    at = (at + tile % across) * queries + row
-    lse = safe + tl.log2(tl.where(total == 0, 1.0, total)) * LN2
-    lse = tl.where(total == 0, -float("inf"), lse)
-    tl.store(part_ptr + at + m, lse, mask=m < queries - row)
+    at = layer.to(tl.int64) * (tl.num_programs(0) // down) + item * across + tile % across
+    part_ptr += at * 2 * queries + row
+    tl.store(part_ptr + m, top, mask=m < queries - row)
+    tl.store(part_ptr + queries + m, total, mask=m < queries - row)
 
 
 @triton.jit(do_not_specialize=["across", "queries"])
 def _index_merge_kernel(
-    part_ptr,  # [L, B, across, Nq]
-    lse_ptrs,  # [B, Nq] out
+    part_ptr,  # [L, B, across, 2, Nq]
+    lse_ptrs,  # [B, 2, Nq] out: the greatest, and the logarithm of the sum relative to it
     across,
     queries,
     BLOCK_M: tl.constexpr,
@@ -171,21 +169,22 @@ def _index_merge_kernel(
     items = (tl.num_programs(0) // blocks).to(tl.int64)
     m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     rows = m < queries - row
-    part_ptr += (layer * items + item) * across * queries + row
+    part_ptr += (layer * items + item) * across * 2 * queries + row
     top = tl.full((BLOCK_M,), -float("inf"), ACC)
     total = tl.zeros((BLOCK_M,), ACC)
     for first in tl.range(0, across, BLOCK_N):
-        at = (first + n).to(tl.int64)[None, :] * queries + m[:, None]
+        at = (first + n).to(tl.int64)[None, :] * 2 * queries + m[:, None]
         mask = rows[:, None] & (n < across - first)[None, :]
-        part = tl.load(part_ptr + at, mask=mask, other=-float("inf"))
-        higher = tl.maximum(top, tl.max(part, axis=1))
+        tops = tl.load(part_ptr + at, mask=mask, other=-float("inf"))
+        totals = tl.load(part_ptr + queries + at, mask=mask, other=0.0)
+        higher = tl.maximum(top, tl.max(tops, axis=1))
         safe = tl.where(higher == -float("inf"), 0.0, higher)
-        parts = tl.sum(tl.exp2((part - safe[:, None]) * LOG2E), axis=1)
-        total = total * tl.exp2((top - safe) * LOG2E) + parts
+        totals *= tl.exp2((tops - safe[:, None]) * LOG2E)
+        total = total * tl.exp2((top - safe) * LOG2E) + tl.sum(totals, axis=1)
         top = higher
-    lse = top + tl.log2(tl.where(total == 0, 1.0, total)) * LN2
-    lse = tl.where(total == 0, -float("inf"), lse)
-    tl.store(pick(lse_ptrs, layer) + item * queries + row + m, lse, mask=rows)
+    lse_ptr = pick(lse_ptrs, layer) + item * 2 * queries + row + m
+    tl.store(lse_ptr, top, mask=rows)
+    tl.store(lse_ptr + queries, tl.log2(tl.where(total == 0, 1.0, total)) * LN2, mask=rows)
 
 
 @triton.jit(do_not_specialize=["heads", "teacher_heads", "teacher_scale", "queries", "keys"])
@@ -194,7 +193,7 @@ def _index_residual_kernel(
     teacher,
     masks,  # Masks
     weights,  # Weights
-    lse_ptrs,  # [B, Nq]
+    lse_ptrs,  # [B, 2, Nq]
     teacher_lse,  # [B, H_t, Nq]
     r_ptrs,  # [B, Nq, stride_r] out; unused without STORE
     sum_ptr,  # [L, tiles] out: the tile's part of the divergence
@@ -234,8 +233,11 @@ def _index_residual_kernel(
     index = _index(
         model, weights, layer, item, row, col, heads, rows, cols, WHOLE, WIDTH, BLOCK_K, D, ACC
     )
-    lse_ptr = pick(lse_ptrs, layer) + item.to(tl.int64) * queries + row
-    logs = index - tl.load(lse_ptr + tl.arange(0, BLOCK_M), mask=rows, other=0.0)[:, None]
+    lse_ptr = pick(lse_ptrs, layer) + item.to(tl.int64) * 2 * queries + row
+    lse_ptr += tl.arange(0, BLOCK_M)
+    # one after the other: an index may be large, and its log-sum-exp would be rounded as that is
+    logs = index - tl.load(lse_ptr, mask=rows, other=0.0)[:, None]
+    logs -= tl.load(lse_ptr + queries, mask=rows, other=0.0)[:, None]
     chosen = tl.exp2(logs * LOG2E)
     if MASKED or CAUSAL or not WHOLE:
         if MASKED:
@@ -259,7 +261,7 @@ def _index_dq_kernel(
     model,  # Heads
     masks,  # Masks
     weights,  # Weights
-    lse_ptrs,  # [B, Nq]
+    lse_ptrs,  # [B, 2, Nq]
     r_ptrs,  # [B, Nq, stride_r]
     dq_ptrs,  # [B, H, Nq, D] out
     dw,  # Weights out
@@ -290,7 +292,8 @@ def _index_dq_kernel(
     inside = m < (BLOCK_M if WHOLE else queries - row)
     rows = counted(pick(masks.query, layer), item, row, queries, MASKED, BLOCK_M)
     end = keys_seen(rows, row, keys, CAUSAL)
-    _, rows = log_sums(pick(lse_ptrs, layer) + item.to(tl.int64) * queries + row, rows, 0, MASKED)
+    lse_ptr = pick(lse_ptrs, layer) + item.to(tl.int64) * 2 * queries
+    _, rows = log_sums(lse_ptr + row, rows, 0, MASKED)
     stride_q, stride_k = model.q_stride[2], model.k_stride[2]
     q_ptr = place(pick(model.q, layer), model.q_stride, item, head, row)
     k_base = place(pick(model.k, layer), model.k_stride, item, 0, 0)
@@ -327,7 +330,7 @@ def _index_dk_kernel(
     model,  # Heads
     masks,  # Masks
     weights,  # Weights
-    lse_ptrs,  # [B, Nq]
+    lse_ptrs,  # [B, 2, Nq]
     r_ptrs,  # [B, Nq, stride_r]
     part_ptr,  # [L, B, chunks, Nk, D] out: of each chunk of queries
     factor_ptr,  # [L]: g / n
@@ -359,7 +362,7 @@ def _index_dk_kernel(
     k_ptr = place(pick(model.k, layer), model.k_stride, item, 0, col)
     k = load_rows(k_ptr, stride_k, cols, 0, WIDTH, D, False)
     r_ptr = pick(r_ptrs, layer) + item.to(tl.int64) * queries * stride_r
-    lse_ptr = pick(lse_ptrs, layer) + item.to(tl.int64) * queries
+    lse_ptr = pick(lse_ptrs, layer) + item.to(tl.int64) * 2 * queries
     query_mask = pick(masks.query, layer)
     stride_w = tl.cast(weights.stride[2], tl.int64)
     low = start
@@ -428,15 +431,16 @@ def indexer_forward(
 
     Returns:
         losses ``[L]``; residuals, L x ``[B, Nq, residual_width(Nk)]`` in the dtype of q, zero where
-        nothing counts, times ``2**SHIFTS[dtype][1]`` for float16; the index's natural
-        log-sum-exps, L x ``[B, Nq]``; scales ``[L]`` (1 / n, n at least 1). All but residuals are
-        float32 or float64. The two lists are empty if no gradient is wanted.
+        nothing counts, times ``2**SHIFTS[dtype][1]`` for float16; each index's greatest and the
+        logarithm of its exponentials' sum relative to it, L x ``[B, 2, Nq]``; scales ``[L]``, 1 / n
+        with n at least 1. All but residuals are float32 or float64. The two lists are empty if no
+        gradient is wanted.
     """
     model = _model(q, k)
     teacher = Model.of(teacher_q, teacher_k, teacher_scale).positive()
     pairs = Counted.of(query_masks, key_masks, causal, None)
     L, (dtype, acc) = len(q), accumulator(q[0])
-    lses = [x.new_full((x.shape[0], x.shape[2]), -torch.inf, dtype=dtype) for x in q]
+    lses = [empty_log_sums(x, dtype) for x in q]
     residuals = [empty_residual(*x) for x in zip(q, k, strict=True)] if need_residual else [*q]
     losses: dict[int, Tensor] = {}
     scales: dict[int, Tensor] = {}
@@ -458,7 +462,7 @@ def indexer_forward(
             }  # fmt: skip
             chosen = config(launch.INDEX_LSE, width(x), x).fitted(queries)
             across = cdiv(keys, chosen.block_n)
-            parts = x.new_empty(len(layers), B, across, queries, dtype=dtype)
+            parts = x.new_empty(len(layers), B, across, 2, queries, dtype=dtype)
             if parts.numel():
                 _index_lse_kernel[(B * cdiv(queries, chosen.block_m) * across, len(layers))](
                     model.arguments(layers), *taken, parts, H, queries, keys,
@@ -641,3 +645,8 @@ def _constants(
 def empty_residual(q: Tensor, k: Tensor) -> Tensor:
     """Room for a layer's residual."""
     return q.new_empty(q.shape[0], q.shape[2], residual_width(k.shape[1]))
+
+
+def empty_log_sums(q: Tensor, dtype: torch.dtype) -> Tensor:
+    """Room for the log-sum-exp of a layer's index, in two parts."""
+    return q.new_empty(q.shape[0], 2, q.shape[2], dtype=dtype)

@@ -172,23 +172,23 @@ INDEX_LSE = {
     (8, 2, 128): LaunchConfig(64, 64, 128, 4, 2),
     (9, 2, 64): LaunchConfig(64, 128, 128, 4, 3),
     (9, 2, 128): LaunchConfig(64, 128, 128, 4, 3),
-    (8, 4, 64): LaunchConfig(64, 32, 16, 4, 2),
-    (8, 4, 128): LaunchConfig(64, 32, 16, 4, 2),
+    (8, 4, 64): LaunchConfig(32, 32, 16, 4, 2),
+    (8, 4, 128): LaunchConfig(32, 32, 16, 4, 2),
 }
 INDEX_RESIDUAL = {
     (8, 2, 64): LaunchConfig(64, 64, 128, 4, 3),
     (8, 2, 128): LaunchConfig(64, 64, 128, 4, 2),
     (9, 2, 64): LaunchConfig(64, 64, 128, 4, 3),
     (9, 2, 128): LaunchConfig(64, 64, 128, 4, 3),
-    (8, 4, 64): LaunchConfig(64, 32, 16, 4, 2),
-    (8, 4, 128): LaunchConfig(64, 32, 16, 4, 2),
+    (8, 4, 64): LaunchConfig(32, 32, 16, 4, 2),
+    (8, 4, 128): LaunchConfig(32, 32, 16, 4, 2),
 }
 INDEX_DQ = {
     (8, 2, 64): LaunchConfig(64, 64, 128, 4, 3),
     (8, 2, 128): LaunchConfig(64, 64, 128, 4, 2),
     (9, 2, 64): LaunchConfig(64, 64, 128, 4, 3),
     (9, 2, 128): LaunchConfig(64, 64, 128, 4, 3),
-    (8, 4, 64): LaunchConfig(32, 32, 16, 4, 1),
+    (8, 4, 64): LaunchConfig(32, 32, 16, 8, 1),
     (8, 4, 128): LaunchConfig(32, 32, 16, 8, 1),
 }
 INDEX_DK = {
@@ -196,8 +196,8 @@ INDEX_DK = {
     (8, 2, 128): LaunchConfig(32, 64, 128, 4, 2),
     (9, 2, 64): LaunchConfig(64, 128, 128, 8, 3),
     (9, 2, 128): LaunchConfig(64, 128, 128, 8, 3),
-    (8, 4, 64): LaunchConfig(32, 32, 16, 4, 1),
-    (8, 4, 128): LaunchConfig(32, 32, 16, 4, 1),
+    (8, 4, 64): LaunchConfig(32, 32, 16, 8, 1),
+    (8, 4, 128): LaunchConfig(32, 32, 16, 8, 1),
 }
 
 CANDIDATES: dict[str, dict[tuple[int, ...], tuple[LaunchConfig, ...]]] = {

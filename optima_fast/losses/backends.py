@@ -153,30 +153,20 @@ def resolve(backends: dict[str, Backend], backend: str, inputs: Inputs) -> Backe
             )
     if backend != "auto":
         return backends[backend]
-    triton = backends.get("triton")
     takes_it = (
-        triton is not None
-        and inputs.tensors[0].is_cuda
+        inputs.tensors[0].is_cuda
         and not _triton_refusals(backends, inputs)
-        and triton.wins(inputs)
+        and backends["triton"].wins(inputs)
     )
     return backends["triton" if takes_it else "blockwise"]
 
 
 def _triton_refusals(backends: dict[str, Backend], inputs: Inputs) -> list[str]:
-    triton = backends.get("triton")
-    installed = importlib.util.find_spec("triton") is not None
-    if triton is not None and installed:
-        return triton.refusals(inputs)
-    reasons = []
+    if importlib.util.find_spec("triton") is not None:
+        return backends["triton"].refusals(inputs)
     device = inputs.tensors[0].device
-    if device.type != "cuda":
-        reasons.append(f"it needs tensors on a CUDA device, got {device}")
-    if not installed:
-        reasons.append("triton is not installed")
-    if triton is None:
-        reasons.append("there is no kernel of this loss")
-    return reasons
+    reasons = [] if device.type == "cuda" else [f"it needs tensors on a CUDA device, got {device}"]
+    return [*reasons, "triton is not installed"]
 
 
 # ---------------------------------------------------------------------- blockwise
@@ -458,7 +448,7 @@ def _triton_indexer_saved(x: IndexerInputs) -> list[Tensor]:
 
     scales = _scales_like(x)
     residuals = [kernel.empty_residual(q, k) for q, k in zip(x.q, x.k, strict=True)]
-    return [*residuals, *(scales.new_empty(q.shape[0], q.shape[2]) for q in x.q), scales]
+    return [*residuals, *(kernel.empty_log_sums(q, scales.dtype) for q in x.q), scales]
 
 
 def _triton_indexer_backward(grad: Tensor, saved: list[Tensor], x: IndexerInputs) -> Gradients:

@@ -33,7 +33,8 @@ def indexer_kl(
 
     in nats, over the :math:`n` queries that count and see a key that counts; :math:`\bar P` is the
     mean over heads of the frozen attention's probabilities. Gradients go to the indexer's q, k and
-    w. No ``[Nq, Nk]`` tensor is kept: a block of queries is worked on at a time.
+    w. Backend ``blockwise`` works on a block of queries at a time and keeps no ``[Nq, Nk]`` tensor;
+    ``triton`` keeps one, softmax - P, in the dtype of q and where a gradient is wanted.
 
     Args:
         indexer_q: ``[B, H, Nq, d]``, or a sequence of L such: the indexer's queries.
@@ -42,8 +43,7 @@ def indexer_kl(
         teacher_q: ``[B, H_t, Nq, d_t]``, as many: queries of the attention that is imitated.
         teacher_k: ``[B, G_t, Nk, d_t]``, as many; G_t divides H_t.
         causal: a query sees no later key; needs Nq = Nk.
-        query_mask: and the other arguments, as for :func:`optima_fast.attention_kl`. Backends
-            ``blockwise`` and ``reference``.
+        query_mask: and the other arguments, as for :func:`optima_fast.attention_kl`.
 
     Returns:
         ``[L]`` float32 (float64 if an input is float64).

@@ -109,6 +109,36 @@ def attention_problem(device: str) -> Callable[..., Problem]:
 
 
 @pytest.fixture
+def indexer_problem(device: str) -> Callable[..., Problem]:
+    def make(
+        batch: int = 2,
+        tokens: int = 9,
+        heads: tuple[int, int] = (3, 4),
+        widths: tuple[int, int] = (4, 6),
+        dtype: torch.dtype = torch.float32,
+        masked: bool = False,
+    ) -> Problem:
+        g = torch.Generator().manual_seed(0)
+        draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+        (h, h_t), (d, d_t) = heads, widths
+        shapes = ((h, d), (d,), (h,), (h_t, d_t), (h_t // 2, d_t))
+        # as a model makes them, [B, N, H, d] in memory
+        tensors = [1.5 * draw(batch, tokens, *shape) for shape in shapes]
+        tensors[2] *= d**-0.5
+        tensors = [
+            x.to(device, dtype) if i == 1 else x.to(device, dtype).transpose(1, 2)
+            for i, x in enumerate(tensors)
+        ]
+        options = {}
+        if masked:
+            for name in ("query_mask", "key_mask"):
+                options[name] = (torch.rand(batch, tokens, generator=g) > 0.3).to(device)
+        return Problem(optima_fast.indexer_kl, tensors[:3], tensors[3:], **options)
+
+    return make
+
+
+@pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Blocks of so many elements, that small problems have several and a ragged last one."""
     return lambda elements: monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", elements)

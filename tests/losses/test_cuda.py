@@ -12,14 +12,16 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-LOSSES = ["hidden", "scores", "probs"]
+LOSSES = ["hidden", "scores", "probs", "indexer"]
 
 
 @pytest.fixture
-def problem(hidden_problem, attention_problem):
+def problem(hidden_problem, attention_problem, indexer_problem):
     def make(loss, tokens=200, dtype=torch.bfloat16):
         if loss == "hidden":
             return hidden_problem((2, tokens), 64, 96, dtype, masked=True)
+        if loss == "indexer":
+            return indexer_problem(2, tokens, (3, 4), (32, 64), dtype, masked=True)
         return attention_problem(
             2, tokens, heads=(3, 4), widths=(32, 64), dtype=dtype, masked="qk", target=loss,
             causal=True,
@@ -41,19 +43,21 @@ def step(p, backend="auto", **options):
 def test_as_good_as_eager(problem, loss, tokens, dtype):
     p = problem(loss, tokens, dtype)
     results = zip(p("triton", 2.0), p("reference", 2.0), p.double()("reference", 2.0), strict=True)
-    for name, compared in zip(("loss", "first", "second"), results, strict=True):
+    for i, compared in enumerate(results):
         # what eager's arithmetic does not have, in eps of float32. Tensor cores cut their sums off:
         # up to 1 a step of 16, 9 steps here, twice that in a square. ex2.approx errs by 2, its
         # argument, below 2**5, by half an eps of its own size
-        wide = compared[0].dtype == torch.float32 and (loss == "probs" or dtype != torch.float32)
+        softmax = loss in ("probs", "indexer")
+        wide = compared[0].dtype == torch.float32 and (softmax or dtype != torch.float32)
         size = (9 if wide else 1) * compared[2].abs().max().item()
-        assert_as_good_as_eager(name, *compared, scale=size)
+        assert_as_good_as_eager(f"result {i}", *compared, scale=size)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_auto_is_triton(problem, loss, monkeypatch):
     p = problem(loss)
-    table = backends.HIDDEN if loss == "hidden" else backends.ATTENTION
+    tables = {"hidden": backends.HIDDEN, "indexer": backends.INDEXER}
+    table = tables.get(loss, backends.ATTENTION)
     monkeypatch.delitem(table, "blockwise")
     assert p("auto")[0].isfinite().all()
 

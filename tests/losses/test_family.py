@@ -49,6 +49,9 @@ Q, K, T = "query_mask", "key_mask", "mask"
 MAPS = (Q, K, Q, K)
 GROUPED = (heads(4, 8), heads(1, 8)), (heads(4, 6), heads(2, 6))
 FEWER = (heads(2, 8), heads(2, 8)), (heads(4, 6), heads(4, 6))
+INDEXER = (
+    (heads(3, 8), (B, N, 8), (B, 3, N)), (heads(4, 6), heads(2, 6)), (Q, K, Q, Q, K),
+)  # fmt: skip
 STATES = ((B, N, 5), (5, 7)), ((B, N, 7),)
 CASES = {
     "kl-each": Case(attention(KL), *GROUPED, MAPS, True),
@@ -77,7 +80,13 @@ CASES = {
     ),
     "indexer": Case(
         lambda q, k, w, *t, **more: optima_fast.indexer_kl(q, k, w, *t, **more),
-        (heads(3, 8), (B, N, 8), (B, 3, N)), (heads(4, 6), heads(2, 6)), (Q, K, Q, Q, K),
+        *INDEXER, True,
+    ),
+    "indexer of all": Case(
+        lambda q, k, w, *t, **more: optima_fast.indexer_kl(
+            [q, q], [k, k * 0.5], [w, w], *([x, x] for x in t), causal=False, **more
+        ),
+        *INDEXER, True,
     ),
     "cosine": Case(hidden(optima_fast.hidden_cosine), *STATES, (T, "", T)),
     "smooth-l1": Case(hidden(optima_fast.hidden_smooth_l1, beta=0.5), *STATES, (T, "", T)),
@@ -196,7 +205,8 @@ def test_opcheck_attention(device, target, backend):
     )  # fmt: skip
 
 
-def test_opcheck_indexer(device):
+@pytest.mark.parametrize("backend", ["blockwise", "triton"])
+def test_opcheck_indexer(device, backend):
     p = Problem("indexer", torch.float32, True, device)
     masks = [[m] for m in p.masks.values()]
     torch.library.opcheck(
@@ -204,7 +214,7 @@ def test_opcheck_indexer(device):
         (
             *([x.nan_to_num().requires_grad_(i != 2)] for i, x in enumerate(p.trained)),
             *([x.nan_to_num()] for x in p.fixed), *masks, [None], [0.5], [True],
-            [True], [True], [False], "blockwise", False,
+            [True], [True], [False], backend, False,
         ),
     )  # fmt: skip
 
@@ -433,9 +443,11 @@ SAME = (QS, KS, QS, KS)
             "mean squared error only, got cosine",
         ),
         (
-            lambda: optima_fast.indexer_kl(QS, X[..., :2], QS[..., 0], QS, KS, backend="triton"),
+            lambda: optima_fast.indexer_kl(
+                QS, X[..., :2].half(), QS[..., 0], QS, KS, backend="triton"
+            ),
             ValueError,
-            "cannot serve this call: .*there is no kernel of this loss",
+            "cannot serve this call: .*indexers' queries and keys must have one dtype",
         ),
     ],
 )

@@ -36,11 +36,13 @@ OPTIONS = {
 
 
 def by_triton(table: dict[str, backends.Backend], kind: str | None) -> bool:
-    if "triton" not in table:
-        return False
     x = torch.zeros(1, 1, 4, 4, dtype=torch.float16)
     if table is backends.HIDDEN:
         inputs = backends.HiddenInputs([x[0]], [x[0]], [x[0, 0]], [None], kind, 1.0, [True], [True])
+    elif table is backends.INDEXER:
+        inputs = backends.IndexerInputs(
+            [x], [x[0]], [x[0]], [x], [x], *([None],) * 3, [1.0], [False], *([True],) * 3
+        )
     else:
         inputs = backends.AttentionInputs(
             *([x],) * 4, *([None],) * 4, [1.0], [1.0], kind, [False], [0], [True], [True]
