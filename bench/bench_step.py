@@ -109,9 +109,10 @@ class Bench:
         small, large = configurations(side, args.quick)
         self.device, size = args.device, args.batch
         self.low = torch.bfloat16 if self.device == "cuda" else None
-        self.student, self.teacher = (
-            build(config, "classification", ANSWERS).to(self.device) for config in (small, large)
-        )
+        with torch.device(self.device):  # to draw the weights of a large model on a CPU takes long
+            self.student, self.teacher = (
+                build(config, "classification", ANSWERS) for config in (small, large)
+            )
         if self.low is not None:
             self.teacher.to(self.low)
         image = (size, small.image_channels, small.image_size, small.image_size)
@@ -217,7 +218,7 @@ def measure(
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--sides", type=int, nargs="+", default=[288, 576], help="of the image")
+    parser.add_argument("--sides", type=int, nargs="*", default=[288, 576], help="of the image")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--compiled", type=int, nargs="*", default=[], metavar="SIDE",

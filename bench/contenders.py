@@ -11,7 +11,7 @@ our number so that they can be checked: mean over heads, mean over what counts.
     textbrewer   a loop; masks multiplied in; attention: float32 maps, summed over the heads
     tinybert     a loop; attention: scores of every head, very negative ones set to 0, mse_loss
     compile      torch.compile of eager; compile-max with mode="max-autotune-no-cudagraphs"
-    blockwise, triton   ours, by backend
+    blockwise, triton   ours, by backend; auto where Triton has no kernel
     triton-lse   probs only: both models' log-sum-exp are given
     triton-recompute  the residual is not kept but computed again in backward
 
@@ -353,6 +353,7 @@ CONTENDERS: dict[str, Contender] = {
     "triton": Contender(
         lambda case, _: _ours(case, "triton"), IN_TRITON, ours=True, lacks=no_triton
     ),
+    "auto": Contender(lambda case, _: _ours(case, "auto"), ("cosine",), ours=True),
     "triton-lse": Contender(_triton_lse, ("probs",), lse=True, ours=True, lacks=no_triton),
     "triton-recompute": Contender(
         lambda case, _: _ours(case, "triton", recompute=True), ("scores", "probs", "kl-mean"),

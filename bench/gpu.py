@@ -63,7 +63,7 @@ class Part(NamedTuple):
 
     seconds: float
     jobs: Callable[[argparse.Namespace, Path, float], list[Job]]
-    figures: Callable[[str], Row] | None = None  # of a job's output
+    figures: Callable[[str], Row] | None = None  # of the output of a job without rows
 
 
 def script(args: argparse.Namespace, name: str, *words: str) -> list[str]:
@@ -193,10 +193,25 @@ def training(args: argparse.Namespace, folder: Path, seconds: float) -> list[Job
     return [Job("vqa", [sys.executable, "-m", "optima_fast.train", *flags], False)]
 
 
+STEP = ("--compiled", "288", "--ways", *("logits", "scores", "probs", "usual"))
+
+
 def steps(args: argparse.Namespace, folder: Path, seconds: float) -> list[Job]:
     """Whole steps of CoCa, eager and compiled."""
-    words = ["--quick"] if args.quick else ["--compiled", "288"]
+    words = ["--quick"] if args.quick else STEP
     return [Job("step", script(args, "bench_step.py", *words))]
+
+
+def without_a_clock(args: argparse.Namespace, folder: Path, seconds: float) -> list[Job]:
+    """Side by side what times nothing: the compilers, those of a step's models too, and the tests."""
+    suites = ("--suite", "headline", "others-card")
+    jobs = compilers(*suites, "--providers", "triton", "triton-lse", "compile")(
+        args, folder, seconds
+    )
+    if not args.quick:
+        words = ("--sides", *STEP, "--seconds", "0")
+        jobs.append(Job("compile-step", script(args, "bench_step.py", *words)))
+    return [*jobs, *tests(args, folder, seconds)]
 
 
 WHY_EMPTY: dict[str, Callable[[], str]] = {
@@ -222,22 +237,16 @@ CALLS: dict[str, dict[str, Part]] = {
         "six": Part(60, card("losses", "--providers", *MAIN)),
     },
     "2": {
-        "compile-all": Part(
-            60,
-            compilers(
-                "--suite", *("headline", "others-card"),
-                "--providers", *("triton", "triton-lse", "compile"),
-            ),
-        ),
-        "headline": Part(85, card("losses", "--suite", "headline", "--providers", *MORE_OF_MAIN)),
-        "others": Part(50, card("losses", "--suite", "others-card", "--providers", *MAIN)),
-        "step": Part(60, steps),
-        "tests": Part(50, tests, test_figures),
+        "compile-and-test": Part(100, without_a_clock, test_figures),
+        "headline": Part(75, card("losses", "--suite", "headline", "--providers", *MORE_OF_MAIN)),
+        "others": Part(50, card("losses", "--suite", "others-card", "--providers", "auto", *MAIN)),
+        "step": Part(75, steps),
         "training": Part(20, training),
     },
 }  # fmt: skip
 # on demand
 MORE: dict[str, Part] = {
+    "tests": Part(60, tests, test_figures),
     "attention": Part(25, card("losses", "--case", "probs", "--providers", *ATTENTION)),
     "loops": Part(35, card("losses", "--providers", *LOOPS)),
     "loss-only": Part(60, card("losses", "--loss-only", "--providers", *MAIN[:3])),
@@ -354,7 +363,7 @@ class Running:
             row["restarts"] = self.restarts
         if self.job.rows:
             row["rows"] = self.rows()
-        if figures is not None:
+        if figures is not None and not self.job.rows:
             row.update(figures(output))
         if row["code"] != 0 or not self.job.rows:
             row["log"] = output[-LOG_TAIL:]

@@ -166,7 +166,7 @@ DIVERGENCE_DK = PROBS_DK | {
     (9, 2, 128): LaunchConfig(64, 32, 128, 4, 3),
 }
 
-# The index of a lightning indexer, whose heads share their keys. Chosen by registers and spills.
+# The index of a lightning indexer, whose heads share their keys.
 INDEX_LSE = {
     (8, 2, 64): LaunchConfig(64, 64, 128, 4, 3),
     (8, 2, 128): LaunchConfig(64, 64, 128, 4, 2),
@@ -179,7 +179,7 @@ INDEX_RESIDUAL = {
     (8, 2, 64): LaunchConfig(64, 64, 128, 4, 3),
     (8, 2, 128): LaunchConfig(64, 64, 128, 4, 2),
     (9, 2, 64): LaunchConfig(64, 64, 128, 4, 3),
-    (9, 2, 128): LaunchConfig(64, 64, 128, 4, 3),
+    (9, 2, 128): LaunchConfig(64, 128, 128, 4, 2),
     (8, 4, 64): LaunchConfig(32, 32, 16, 4, 2),
     (8, 4, 128): LaunchConfig(32, 32, 16, 4, 2),
 }
@@ -194,8 +194,8 @@ INDEX_DQ = {
 INDEX_DK = {
     (8, 2, 64): LaunchConfig(64, 64, 128, 4, 3),
     (8, 2, 128): LaunchConfig(32, 64, 128, 4, 2),
-    (9, 2, 64): LaunchConfig(64, 128, 128, 8, 3),
-    (9, 2, 128): LaunchConfig(64, 128, 128, 8, 3),
+    (9, 2, 64): LaunchConfig(64, 64, 128, 4, 3),
+    (9, 2, 128): LaunchConfig(64, 64, 128, 4, 3),
     (8, 4, 64): LaunchConfig(32, 32, 16, 8, 1),
     (8, 4, 128): LaunchConfig(32, 32, 16, 8, 1),
 }
@@ -215,6 +215,14 @@ CANDIDATES: dict[str, dict[tuple[int, ...], tuple[LaunchConfig, ...]]] = {
             LaunchConfig(64, 64, 128, 4, 2, maxnreg=128),
             LaunchConfig(64, 32, 128, 4, 3, maxnreg=128),
             LaunchConfig(64, 128, 128, 8, 2),
+        ),
+    },
+    "INDEX_DK": {
+        (9, 2, 128): (
+            LaunchConfig(64, 128, 128, 8, 3),
+            LaunchConfig(128, 64, 128, 8, 2),
+            LaunchConfig(64, 64, 128, 8, 3),
+            LaunchConfig(64, 64, 128, 4, 3, maxnreg=168),
         ),
     },
     "DIVERGENCE": {

@@ -470,19 +470,19 @@ def _indexer_refusals(x: IndexerInputs) -> list[str]:
     return reasons
 
 
-def _on_tensor_cores(x: Inputs) -> bool:
+def _on_tensor_cores(tensors: list[Tensor]) -> bool:
     """Products of 16-bit numbers. Those of float32, IEEE's, are cuBLAS's alone to win."""
-    return all(t.dtype in (torch.float16, torch.bfloat16) for t in x.tensors)
+    return all(t.dtype in (torch.float16, torch.bfloat16) for t in tensors)
 
 
 def _attention_wins(x: AttentionInputs) -> bool:
     """A softmax is bound by exponentials and by the maps that others write, in any dtype."""
-    return x.target != "scores" or _on_tensor_cores(x)
+    return x.target != "scores" or _on_tensor_cores(x.tensors)
 
 
 def _indexer_wins(x: IndexerInputs) -> bool:
     """A weight of float32 leaves the products as they are."""
-    return _on_tensor_cores(x._replace(weight=[]))
+    return _on_tensor_cores(x._replace(weight=[]).tensors)
 
 
 def _teacher(x: AttentionInputs) -> set[str]:
@@ -497,7 +497,7 @@ HIDDEN = {
         _triton_hidden_saved,
         _triton_hidden_backward,
         _hidden_refusals,
-        _on_tensor_cores,
+        lambda x: _on_tensor_cores(x.trained),
         lambda x: {"teacher"},
     ),
 }

@@ -33,7 +33,7 @@ def test_the_first_call_and_what_is_new_in_the_second_end_to_end(tmp_path):
     environment["OMP_NUM_THREADS"] = "1"
     calls = {
         "1": ["--call", "1"],
-        "2": ["--part", "attention", "others", "step", "tests", "training"],
+        "2": ["--part", "compile-and-test", "attention", "others", "step", "training"],
     }
     running = {
         call: subprocess.Popen(
@@ -72,7 +72,7 @@ def test_the_first_call_and_what_is_new_in_the_second_end_to_end(tmp_path):
     assert rows("check")[0]["error"] < 1e-4
     assert rows("candidates")[0]["times"]
     assert rows("kernels")[0]["kernels"]
-    assert found["tests"]["jobs"]["pytest"]["passed"] > 10
+    assert found["compile-and-test"]["jobs"]["pytest"]["passed"] > 10
     assert "peak MB: triton" in said["1"]
 
 

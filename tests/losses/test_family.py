@@ -440,7 +440,7 @@ SAME = (QS, KS, QS, KS)
         (
             lambda: optima_fast.hidden_cosine(X, X, torch.zeros(6, 6), backend="triton"),
             ValueError,
-            "mean squared error only, got cosine",
+            "squared and smooth L1 errors, got cosine",
         ),
         (
             lambda: optima_fast.indexer_kl(

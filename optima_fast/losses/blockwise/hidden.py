@@ -36,8 +36,10 @@ def hidden_loss(
     the gradients, as in the Triton kernels; every sum is float32's.
     """
     (B, N, d_s), d_t = student.shape, weight.shape[1]
-    w = weight.to(dtype)
     narrow = torch.bfloat16 if student.dtype == weight.dtype == torch.bfloat16 else dtype
+    # tensor cores multiply 16-bit numbers exactly and can return float32
+    exactly = narrow != dtype and student.is_cuda and hasattr(torch.ops.aten.mm, "dtype")
+    w = weight.to(dtype)
     d_student, d_weight = empty_gradient(student, need_student), empty_gradient(weight, need_weight)
     if not teacher.numel():
         return nothing(w, d_student, d_weight)
@@ -58,7 +60,12 @@ def hidden_loss(
             out = view(work, len(x), d_t)
             masked = None if mask is None else ~mask[b0:b1, i0:i1].reshape(-1, 1)
             if measure == "cosine":
-                total, slope = _cosine(torch.mm(x.to(dtype), w, out=out), y, masked)
+                product = (
+                    torch.mm(x, weight, out_dtype=dtype)
+                    if exactly
+                    else torch.mm(x.to(dtype), w, out=out)
+                )
+                total, slope = _cosine(product, y, masked)
             else:
                 residual = torch.addmm(y, x.to(dtype), w, beta=-1, out=out)
                 if masked is not None:
@@ -76,7 +83,7 @@ def hidden_loss(
             if dw is not None and narrow == dtype:
                 dw.addmm_(x.t(), slope)
             elif dw is not None:
-                dw += x.t() @ slope
+                dw += torch.mm(x.t(), slope, out_dtype=dtype) if exactly else x.t() @ slope
     if d_weight is not None and dw is not None:
         d_weight.copy_(dw.mul_(factor / count))
     return Gradients(mean(partial, count), (d_student, d_weight))
