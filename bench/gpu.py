@@ -203,7 +203,7 @@ def steps(args: argparse.Namespace, folder: Path, seconds: float) -> list[Job]:
 
 
 def without_a_clock(args: argparse.Namespace, folder: Path, seconds: float) -> list[Job]:
-    """Side by side what times nothing: the compilers, those of a step's models too, and the tests."""
+    """Side by side what times nothing: compilers, those of a step too, and the tests."""
     suites = ("--suite", "headline", "others-card")
     jobs = compilers(*suites, "--providers", "triton", "triton-lse", "compile")(
         args, folder, seconds
