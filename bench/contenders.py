@@ -81,12 +81,9 @@ def eager_map(q: Tensor, k: Tensor, target: str, causal: bool) -> Tensor:
 
 def rows_divergence(student: Tensor, teacher: Tensor, causal: bool) -> Tensor:
     """KL(teacher || student), the mean over rows; of logarithms and of probabilities."""
-    if not causal:
-        terms = F.kl_div(student, teacher, reduction="sum")
-    else:
-        terms = F.kl_div(student, teacher, reduction="none")
-        terms = terms.masked_fill(later(teacher.shape[-1], teacher), 0).sum()
-    return terms / (teacher.numel() / teacher.shape[-1])
+    if causal:  # 0 times -inf is nan
+        student = student.masked_fill(later(teacher.shape[-1], teacher), 0)
+    return F.kl_div(student, teacher, reduction="sum") / (teacher.numel() / teacher.shape[-1])
 
 
 def eager_kl(layer: Layer, q: Tensor, k: Tensor, teacher_q: Tensor, teacher_k: Tensor) -> Tensor:

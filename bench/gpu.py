@@ -365,7 +365,7 @@ class Running:
             row["rows"] = self.rows()
         if figures is not None and not self.job.rows:
             row.update(figures(output))
-        if row["code"] != 0 or not self.job.rows:
+        if row["code"] != 0:
             row["log"] = output[-LOG_TAIL:]
         return row
 

@@ -49,7 +49,8 @@ class ImageEncoder(nn.Module):
         if images.ndim != 4 or images.shape[1:] != self.image_shape:
             expected = ", ".join(map(str, self.image_shape))
             raise ValueError(f"images must be [I, {expected}], got {list(images.shape)}")
-        x = self.patches(images).flatten(2).transpose(1, 2)
+        # features side by side: else every later sum, norm and loss works on strided memory
+        x = self.patches(images).flatten(2).transpose(1, 2).contiguous()
         if self.class_token is not None:
             x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], dim=1)
         x = x + self.positions
