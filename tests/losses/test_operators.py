@@ -259,15 +259,18 @@ def test_nothing_of_the_size_of_the_maps_is_allocated(attention_problem, target,
 @pytest.mark.parametrize("batch", [1, 5, 300])
 @pytest.mark.parametrize("rows", [1, 16, 77, 256, 1024, 5000])
 @pytest.mark.parametrize("row_elements", [1, 64, 12 * 77, 16 * 1024, 16 * 2**20])
-def test_block_shape(batch, rows, row_elements):
-    items, block = blocks.block_shape(batch, rows, row_elements)
-    fewer, same = blocks.block_shape(batch, rows, row_elements, shared=8)
+@pytest.mark.parametrize("causal", [False, True])
+def test_block_shape(batch, rows, row_elements, causal):
+    items, block = blocks.block_shape(batch, rows, row_elements, causal=causal)
+    fewer, same = blocks.block_shape(batch, rows, row_elements, shared=8, causal=causal)
     assert same == block
     assert fewer == max(1, items // 8) or fewer * 8 * block * row_elements <= 2**20
     assert 1 <= fewer <= items
     assert 1 <= items <= batch
     assert 1 <= block <= rows
-    assert items == 1 or block == rows
+    assert items == 1 or block == rows or causal
+    if causal:  # four blocks, or three of a multiple of 16 rows
+        assert block == 16 or math.ceil(rows / block) >= 3 or rows <= 16
     least = min(rows, 16)
     # one multiple of 16 rows above what fits, to make the blocks even, never twice of it
     room = max(blocks.BLOCK_ELEMENTS, least * row_elements) + 16 * row_elements

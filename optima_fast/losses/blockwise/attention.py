@@ -170,7 +170,7 @@ def _scores(
     B, H, Nq, d = student.q.shape
     G, Nk = student.k.shape[1:3]
     scale = student.scale / H
-    items, rows = block_shape(B, Nq, Nk, gpu=student.q.is_cuda)
+    items, rows = block_shape(B, Nq, Nk, causal=pairs.causal, gpu=student.q.is_cuda)
     work = student.q.new_empty(items * rows * Nk, dtype=dtype)
     partial = []
     for b0, b1 in starts(B, items):
@@ -220,7 +220,9 @@ def _softmax(
     number = pairs.number if target == "probs" else pairs.rows(B, Nq, dtype)
     factor = 2 if target == "probs" else 1  # of the derivative, in the end
     # of one item queries and keys are views, of several copies, which only small maps repay
-    items, rows = block_shape(B, Nq, most * Nk, shared=8, gpu=student.q.is_cuda)
+    items, rows = block_shape(
+        B, Nq, most * Nk, shared=8, causal=pairs.causal, gpu=student.q.is_cuda
+    )
     per_map = (most, most, most, most) if each else (most, most, 1, 1)
     work = [student.q.new_empty(items * rows * Nk * h, dtype=dtype) for h in per_map]
     partial = []

@@ -56,7 +56,7 @@ def indexer_kl(
     pairs = valid_pairs(query_mask, key_mask, causal, 0, (B, Nq, Nk), dtype)
     number = pairs.rows(B, Nq, dtype)
     most = max(H, teacher.heads)
-    _, rows = block_shape(B, Nq, most * Nk, gpu=q.is_cuda)
+    _, rows = block_shape(B, Nq, most * Nk, causal=causal, gpu=q.is_cuda)
     work = [q.new_empty(rows * Nk * h, dtype=dtype) for h in (most, most, 1, 1)]
     partial = []
     for b in reversed(range(B)):
