@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from torch import Tensor
 from optima_fast.losses import checks, reference
 from optima_fast.losses.attention import attention_kl, attention_mse
 from optima_fast.losses.checks import Layers, OptionalLayers
+
+WHOLE = 512  # tokens up to which a Gram matrix is computed whole
 
 
 def relation_kl(
@@ -102,9 +105,9 @@ def gram_mse(
         (x^s_i \cdot x^s_j - x^t_i \cdot x^t_j)^2
 
     with :math:`n` pairs of counted tokens of one item, and features x that are scaled to length 1
-    first: the products are cosines. The matrices are symmetric, so that each pair is computed once
-    and both gradients of a pair with it. Masks, gradients and dtypes are those of
-    :func:`attention_mse`.
+    first: the products are cosines. The matrices are symmetric: of up to 512 tokens one product
+    gives the whole gradient, of more each pair is computed once. Masks, gradients and dtypes are
+    those of :func:`attention_mse`.
 
     Args:
         student: ``[B, N, d_s]``, or a sequence of L such.
@@ -148,16 +151,23 @@ def gram_mse(
         )
         for layers in (students, [x.detach() for x in teachers])
     )
+    options: dict[str, Any] = {
+        "target": "scores", "query_mask": masks, "key_mask": masks,
+        "student_scale": 1.0, "teacher_scale": 1.0, "backend": backend, "recompute": recompute,
+    }  # fmt: skip
+    x, y = [z[:, None] for z in s], [z[:, None] for z in t]
+    if backend == "reference":
+        return attention_mse(x, x, y, y, **options)
+    if max(z.shape[1] for z in s) <= WHOLE:
+        # the matrix is symmetric: half of its gradient comes by the rows, half by the columns
+        value = attention_mse(x, [z.detach() for z in x], y, y, **options)
+        return 2 * value - value.detach()
     # each pair once, by causality: a token and itself are added once too often where all are twice
-    lower = attention_mse(
-        *([x[:, None] for x in layers] for layers in (s, s, t, t)),
-        target="scores", causal=True, query_mask=masks, key_mask=masks,
-        student_scale=1.0, teacher_scale=1.0, backend=backend, recompute=recompute,
-    )  # fmt: skip
+    lower = attention_mse(x, x, y, y, causal=True, **options)
     losses = []
-    for value, x, y, m in zip(lower.unbind(), s, t, masks, strict=True):
-        lengths = x.to(dtype).square().sum(2) - y.to(dtype).square().sum(2)
-        counted = torch.full_like(x[:, 0, 0], x.shape[1], dtype=dtype) if m is None else m.sum(1)
+    for value, x_, y_, m in zip(lower.unbind(), s, t, masks, strict=True):
+        lengths = x_.to(dtype).square().sum(2) - y_.to(dtype).square().sum(2)
+        counted = torch.full_like(x_[:, 0, 0], x_.shape[1], dtype=dtype) if m is None else m.sum(1)
         pairs = (counted * (counted + 1) / 2).sum()
         total = 2 * pairs * value - lengths.square().sum()
         losses.append(total / counted.square().sum().clamp(min=1))

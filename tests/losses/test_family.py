@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import optima_fast
+from optima_fast.losses import relations
 
 B, N = 2, 21
 
@@ -277,15 +278,20 @@ def test_relations_of_minilm(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("normalize", [False, True])
-def test_gram_matrices(backend, masked, normalize):
+@pytest.mark.parametrize("whole", [0, 512])
+def test_gram_matrices(monkeypatch, backend, masked, normalize, whole):
+    monkeypatch.setattr(relations, "WHOLE", whole)
     student, teacher = draw(2, 7, 5), draw(2, 7, 9, seed=1)
     student[0, 2] = 0  # of no direction
+    student.requires_grad_()
     mask = draw(2, 7, seed=2) > -0.5 if masked else None
     s, t = (F.normalize(x, dim=-1) if normalize else x for x in (student, teacher))
     squares = (s @ s.mT - t @ t.mT).square()
     expected = squares.mean() if mask is None else squares[mask[:, None] & mask[:, :, None]].mean()
     actual = optima_fast.gram_mse(student, teacher, mask=mask, normalize=normalize, backend=backend)
     torch.testing.assert_close(actual, expected[None])
+    gradients = (torch.autograd.grad(x.sum(), student)[0] for x in (actual, expected))
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
