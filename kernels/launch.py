@@ -172,6 +172,8 @@ INDEX_LSE = {
     (8, 2, 128): LaunchConfig(64, 64, 128, 4, 2),
     (9, 2, 64): LaunchConfig(64, 128, 128, 4, 3),
     (9, 2, 128): LaunchConfig(64, 128, 128, 4, 3),
+    (10, 2, 64): LaunchConfig(128, 64, 128, 8, 2),
+    (10, 2, 128): LaunchConfig(128, 64, 128, 8, 2),
     (8, 4, 64): LaunchConfig(32, 32, 16, 4, 2),
     (8, 4, 128): LaunchConfig(32, 32, 16, 4, 2),
 }
@@ -185,14 +187,16 @@ INDEX_RESIDUAL = {
 }
 INDEX_DQ = {
     (8, 2, 64): LaunchConfig(64, 64, 128, 4, 3),
-    (8, 2, 128): LaunchConfig(64, 64, 128, 4, 2),
+    (8, 2, 128): LaunchConfig(64, 32, 128, 4, 3),
     (9, 2, 64): LaunchConfig(64, 64, 128, 4, 3),
     (9, 2, 128): LaunchConfig(64, 64, 128, 4, 3),
+    (10, 2, 64): LaunchConfig(128, 64, 128, 8, 2),
+    (10, 2, 128): LaunchConfig(128, 64, 128, 8, 2),
     (8, 4, 64): LaunchConfig(32, 32, 16, 8, 1),
     (8, 4, 128): LaunchConfig(32, 32, 16, 8, 1),
 }
 INDEX_DK = {
-    (8, 2, 64): LaunchConfig(64, 64, 128, 4, 3),
+    (8, 2, 64): LaunchConfig(32, 64, 128, 4, 3),
     (8, 2, 128): LaunchConfig(32, 64, 128, 4, 2),
     (9, 2, 64): LaunchConfig(64, 64, 128, 4, 3),
     (9, 2, 128): LaunchConfig(64, 64, 128, 4, 3),

@@ -96,6 +96,9 @@ MAY_SPILL: dict[tuple[str, int, str], tuple[int, str]] = {
     ("dq", 100, "32x32x16 w8 s1"): (16, FLOAT32),
     ("kl_dk", 90, "64x32x128 w4 s3"): (24, AROUND_PRODUCTS),
     ("kl_dq", 90, "32x32x16 w8 s1"): (32, FLOAT32),
+    ("index_dq", 90, "64x64x128 w4 s3"): (8, AROUND_PRODUCTS),
+    ("index_dq", 100, "32x32x16 w8 s1"): (24, FLOAT32),
+    ("index_dk", 100, "32x32x16 w8 s1"): (24, FLOAT32),
 }
 
 LAYERS = 3  # padded to four

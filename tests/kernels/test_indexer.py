@@ -82,6 +82,7 @@ EDGES = [
     Shape(2, 2, 5, 3, 20, 3, 9),
     Shape(1, 2, 20, 4, 40, 17, 33, share=2),
     Shape(2, 3, 24, 1, 16, 33, 33, causal=True),
+    Shape(1, 2, 16, 2, 16, 32, 32),
     Shape(1, 2, 70, 2, 8, 50, 50, causal=True),
 ]
 # with nothing masked: tiles that are whole, and causality with more of the one than of the other
@@ -309,6 +310,13 @@ def test_queries_that_see_nothing_may_hold_nan(dtype: torch.dtype, device: str) 
     layers.key_masks[0] = torch.zeros_like(layers.key_masks[0])
     for found in fused(layers):
         assert not found[0].any()
+
+
+def test_keys_after_the_last_query_may_hold_nan(device: str) -> None:
+    """Nothing is masked, and sizes are multiples of tiles."""
+    layers = make([Shape(1, 2, 16, 2, 16, 48, 64, causal=True)], torch.float32, device)
+    layers.k[0][:, 48:] = layers.teacher_k[0][:, :, 48:] = NAN
+    assert not check(layers).d_k[0][:, 48:].any()
 
 
 @pytest.mark.parametrize("name", ["q", "k", "weight", "teacher_q"])

@@ -300,11 +300,18 @@ def attention_inputs(target, *tensors):
     )
 
 
+def indexer_inputs(*tensors):
+    nothing = [[None]] * 3
+    return backends.IndexerInputs(
+        *([x] for x in tensors), *nothing, [1.0], [False], [True], [True], [True]
+    )
+
+
 @pytest.mark.parametrize(
     ("dtypes", "taken"),
     [
-        ((torch.float16,) * 4, {"hidden", "scores", "probs"}),
-        ((torch.bfloat16, torch.float16) * 2, {"hidden", "scores", "probs"}),
+        ((torch.float16,) * 4, {"hidden", "scores", "probs", "indexer"}),
+        ((torch.bfloat16, torch.float16) * 2, {"hidden", "scores", "probs", "indexer"}),
         ((torch.float32,) * 4, {"probs"}),
         ((torch.bfloat16, torch.bfloat16, torch.float32, torch.float32), {"probs"}),
     ],
@@ -315,9 +322,10 @@ def test_auto_is_triton_on_cuda_but_for_products_of_float32(monkeypatch, dtypes,
         "hidden": (backends.HIDDEN, hidden_inputs(a, c, c)),
         "scores": (backends.ATTENTION, attention_inputs("scores", a, b, c, d)),
         "probs": (backends.ATTENTION, attention_inputs("probs", a, b, c, d)),
+        "indexer": (backends.INDEXER, indexer_inputs(a, b, OnCuda(torch.float32), c, d)),
     }
     for refused in ([], ["only on Tuesdays"]):
-        for table in (backends.HIDDEN, backends.ATTENTION):
+        for table in (backends.HIDDEN, backends.ATTENTION, backends.INDEXER):
             serves = table["triton"]._replace(refusals=lambda inputs, r=refused: r)
             monkeypatch.setitem(table, "triton", serves)
         for name, (table, inputs) in calls.items():
