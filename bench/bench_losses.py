@@ -19,11 +19,9 @@ from typing import Any
 import arena
 import pytest
 import torch
-from cases import SUITES, shrunk
+from cases import SUITES, named, shrunk
 from contenders import CONTENDERS
 from measuring import Rows, Timer
-
-CASES = {case.name: case for suite in SUITES.values() for case in suite}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -59,7 +57,8 @@ def measure(case: str, timer: Timer, request: pytest.FixtureRequest) -> Callable
             backward=not option.loss_only,
         )
         device = torch.cuda.get_device_name() if timer.cuda else "cpu"
-        chosen = shrunk(CASES[case]) if option.quick else CASES[case]
+        chosen = named(option.suite, case)
+        chosen = shrunk(chosen) if option.quick else chosen
         return arena.compare(chosen, names, settings, timer, Rows(None, {"device": device}))
 
     return run

@@ -362,6 +362,11 @@ SUITES = {
 }
 
 
+def named(suite: str, name: str) -> Case:
+    """The case of a suite; another's of this name may have other sizes."""
+    return next(case for case in SUITES[suite] if case.name == name)
+
+
 def shrunk(case: Case) -> Case:
     """The same case at a size that the interpreter of kernels can run: two layers, a few tokens."""
     layers = tuple(

@@ -136,6 +136,11 @@ def test_suites_have_the_shapes_that_matter():
     assert {8, 16, 32, 64, 128, 256} <= batches
 
 
+def test_a_name_is_looked_up_in_its_suite():
+    batches = [cases.named(x, "image1024-probs").layers[0].batch for x in ("cpu", "headline")]
+    assert batches == [2, 32]
+
+
 def settings(**changes):
     return arena.Settings("cpu", "float32", 0.0, 2)._replace(**changes)
 
