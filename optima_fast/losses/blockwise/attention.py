@@ -221,7 +221,7 @@ def _softmax(
     factor = 2 if target == "probs" else 1  # of the derivative, in the end
     # of one item queries and keys are views, of several copies, which only small maps repay
     items, rows = block_shape(
-        B, Nq, most * Nk, shared=8, causal=pairs.causal, gpu=student.q.is_cuda
+        B, Nq, most * Nk, shared=4, causal=pairs.causal, gpu=student.q.is_cuda
     )
     per_map = (most, most, most, most) if each else (most, most, 1, 1)
     work = [student.q.new_empty(items * rows * Nk * h, dtype=dtype) for h in per_map]

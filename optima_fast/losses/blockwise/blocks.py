@@ -14,8 +14,8 @@ from torch import Tensor
 # GPU has no such cache, and each block costs it a dozen launches: 64 MB.
 BLOCK_ELEMENTS = 2**20
 BLOCK_ELEMENTS_OF_A_GPU = 2**24
-# of 2, 3 and 4 within 5 % of each other at 77, 256 and 1024 tokens; 1 takes up to twice as long
-CAUSAL_BLOCKS = 4
+# 2, 3 and 4 are within 10 % of each other at 77, 256 and 1024 tokens; 1 takes up to twice as long
+CAUSAL_BLOCKS = 3
 
 
 class Gradients(NamedTuple):
