@@ -228,15 +228,15 @@ class Model(NamedTuple):
     @classmethod
     def of(cls, q: Sequence[Tensor], k: Sequence[Tensor], scale: Sequence[float]) -> Model:
         """Reads heads in place where their rows are dense, and copies them elsewhere."""
-        dense = ([x if is_dense(x) else x.contiguous() for x in y] for y in (q, k))
-        return cls(*dense, scale)
+        queries, keys = ([x if is_dense(x) else x.contiguous() for x in y] for y in (q, k))
+        return cls(queries, keys, scale)
 
     def positive(self) -> Model:
         """The same maps with no scale below 0, as the forward kernels need them."""
         q = [-x if s < 0 else x for x, s in zip(self.q, self.scale, strict=True)]
         return Model(q, self.k, [abs(s) for s in self.scale])
 
-    def form(self, layer: int) -> tuple[object, ...]:
+    def form(self, layer: int) -> tuple[Any, ...]:
         """What layers of one launch share."""
         q, k = self.q[layer], self.k[layer]
         return q.shape, k.shape[1:3], self.scale[layer], strides(q), strides(k)
@@ -290,15 +290,14 @@ class Counted(NamedTuple):
         """What a launch passes: where only queries or only keys are masked, all others count."""
         if not self.form(layers[0])[0]:
             return Masks(*[pointers([like], [0])] * 2)
-        items = len(like)
         both = (
             [
-                like.new_ones(items, n, dtype=torch.bool) if masks[i] is None else masks[i]
-                for i in layers
+                like.new_ones(len(like), n, dtype=torch.bool) if mask is None else mask.contiguous()
+                for mask in (masks[i] for i in layers)
             ]
             for n, masks in ((queries, self.query_masks), (keys, self.key_masks))
         )
-        return Masks(*(pointers([m.contiguous() for m in x], range(len(x))) for x in both))
+        return Masks(*(pointers(x, range(len(x))) for x in both))
 
     def queries_that_see(self, layer: int, q: Tensor, keys: int) -> Tensor:
         """How many queries of a layer count and see a key that counts; 1 at least."""
@@ -332,7 +331,8 @@ def strides(x: Tensor) -> tuple[int, int, int]:
 
 def in_powers_of_two(lse: Tensor, dtype: torch.dtype) -> Tensor:
     """A natural log-sum-exp as the kernels keep it: each change of base would cost accuracy."""
-    return (lse.to(dtype) * LOG2E.value).contiguous()
+    log2_e: float = LOG2E.value
+    return (lse.to(dtype) * log2_e).contiguous()
 
 
 def width(x: Tensor) -> int:

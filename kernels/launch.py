@@ -37,12 +37,14 @@ class LaunchConfig(NamedTuple):
         return self
 
 
+Table = dict[tuple[int, ...], LaunchConfig]
+
 # Keys: (compute capability's major number, bytes an element). From 8.x entries, which load plainly,
 # come those of data that TMA cannot address.
 
 # Projected hidden states, forward and backward. From 64 rows on, Triton 3.6 takes float32 to
 # sm_100's tensor cores although IEEE products are asked for.
-PRODUCT = {
+PRODUCT: Table = {
     (8, 2): LaunchConfig(128, 128, 32, 4, 4),
     (9, 2): LaunchConfig(128, 128, 64, 4, 3, programs=2, split=2),
     (10, 2): LaunchConfig(128, 128, 64, 8, 3, maxnreg=128),
@@ -51,7 +53,7 @@ PRODUCT = {
 }
 
 # Keys: the two above and the greatest number of queries or keys, up to 64 or more.
-SCORES_FORWARD = {
+SCORES_FORWARD: Table = {
     (8, 2, 64): LaunchConfig(64, 64, 32, 4, 4),
     (8, 2, 128): LaunchConfig(128, 64, 32, 4, 4),
     (9, 2, 64): LaunchConfig(64, 64, 64, 4, 3),
@@ -65,7 +67,7 @@ SCORES_FORWARD = {
 }
 # Keys: the two above and the width of a head, or of all where they lie side by side, up to 64 or
 # more.
-SCORES_BACKWARD = {
+SCORES_BACKWARD: Table = {
     (8, 2, 64): LaunchConfig(128, 64, 32, 4, 4),
     (8, 2, 128): LaunchConfig(128, 64, 32, 4, 4),
     (9, 2, 64): LaunchConfig(128, 64, 64, 4, 3),
@@ -82,7 +84,7 @@ SCORES_BACKWARD = {
 # model, columns that a head is padded to, 64 at most or 128). block_k: of a head at a time where it
 # is narrower; without tensor cores whole heads take too many registers. maxnreg lets one program
 # more fit on a multiprocessor.
-PROBS_LSE = {
+PROBS_LSE: Table = {
     (8, 2, 64): LaunchConfig(128, 64, 128, 8, 2, maxnreg=128),
     (8, 2, 128): LaunchConfig(64, 64, 128, 4, 2),
     (9, 2, 64): LaunchConfig(64, 64, 128, 4, 3),
@@ -94,7 +96,7 @@ PROBS_LSE = {
     (10, 4, 64): LaunchConfig(32, 32, 16, 4, 2),
     (10, 4, 128): LaunchConfig(32, 32, 16, 4, 2),
 }
-PROBS_RESIDUAL = {
+PROBS_RESIDUAL: Table = {
     (8, 2, 64): LaunchConfig(64, 64, 128, 4, 3),
     (8, 2, 128): LaunchConfig(64, 64, 128, 4, 2, maxnreg=255),
     (9, 2, 64): LaunchConfig(64, 128, 128, 4, 3, maxnreg=168),
@@ -106,7 +108,7 @@ PROBS_RESIDUAL = {
     (10, 4, 64): LaunchConfig(32, 32, 16, 4, 2),
     (10, 4, 128): LaunchConfig(32, 32, 16, 4, 2),
 }
-PROBS_DQ = {
+PROBS_DQ: Table = {
     (8, 2, 64): LaunchConfig(64, 32, 128, 4, 2),
     (8, 2, 128): LaunchConfig(32, 64, 128, 4, 2),
     (9, 2, 64): LaunchConfig(64, 32, 128, 4, 3, maxnreg=128),
@@ -116,7 +118,7 @@ PROBS_DQ = {
     (8, 4, 64): LaunchConfig(32, 32, 16, 8, 1),
     (8, 4, 128): LaunchConfig(32, 32, 16, 8, 1),
 }
-PROBS_DK = {
+PROBS_DK: Table = {
     (8, 2, 64): LaunchConfig(64, 64, 128, 4, 2),
     (8, 2, 128): LaunchConfig(32, 64, 128, 4, 2),
     (9, 2, 64): LaunchConfig(64, 64, 128, 4, 3, maxnreg=168),
@@ -127,7 +129,7 @@ PROBS_DK = {
     (8, 4, 128): LaunchConfig(32, 32, 16, 4, 1),
 }
 # dQ and dK together, for queries of one block.
-PROBS_ONE_BLOCK = {
+PROBS_ONE_BLOCK: Table = {
     (8, 2, 64): LaunchConfig(64, 64, 128, 4, 2),
     (8, 2, 128): LaunchConfig(32, 64, 128, 4, 2),
     (9, 2, 64): LaunchConfig(64, 64, 128, 4, 3),
@@ -137,7 +139,7 @@ PROBS_ONE_BLOCK = {
 }
 # Rows of maps in registers, of 16 bits. Keys: (capability's major number, 2, keys of a tile,
 # columns of a head).
-PROBS_ROWS_FORWARD = {
+PROBS_ROWS_FORWARD: Table = {
     (8, 2, 64, 64): LaunchConfig(32, 64, 0, 4, 2),
     (8, 2, 64, 128): LaunchConfig(32, 64, 0, 4, 1),
     (8, 2, 128, 64): LaunchConfig(32, 128, 0, 4, 2),
@@ -147,27 +149,27 @@ PROBS_ROWS_FORWARD = {
     (9, 2, 128, 128): LaunchConfig(64, 128, 0, 8, 2),
     (9, 2, 256, 64): LaunchConfig(64, 256, 0, 8, 3),
 }
-PROBS_ROWS_BACKWARD = {
+PROBS_ROWS_BACKWARD: Table = {
     (8, 2, 64, 64): LaunchConfig(64, 64, 0, 4, 2),
     (8, 2, 64, 128): LaunchConfig(16, 64, 0, 4, 1),
     (9, 2, 64, 64): LaunchConfig(64, 64, 0, 4, 3),
     (9, 2, 64, 128): LaunchConfig(64, 64, 0, 4, 2),
 }
 # A divergence has a tile of both maps at once.
-DIVERGENCE = PROBS_RESIDUAL | {
+DIVERGENCE: Table = PROBS_RESIDUAL | {
     (9, 2, 64): LaunchConfig(64, 64, 128, 4, 3),
     (9, 2, 128): LaunchConfig(64, 64, 128, 4, 2),
     (10, 2, 64): LaunchConfig(64, 64, 128, 4, 2),
     (10, 2, 128): LaunchConfig(64, 64, 128, 4, 2),
 }
-DIVERGENCE_DQ = PROBS_DQ | {(9, 2, 64): LaunchConfig(64, 32, 128, 4, 3)}
-DIVERGENCE_DK = PROBS_DK | {
+DIVERGENCE_DQ: Table = PROBS_DQ | {(9, 2, 64): LaunchConfig(64, 32, 128, 4, 3)}
+DIVERGENCE_DK: Table = PROBS_DK | {
     (9, 2, 64): LaunchConfig(64, 64, 128, 4, 3, maxnreg=168),
     (9, 2, 128): LaunchConfig(64, 32, 128, 4, 3),
 }
 
 # The index of a lightning indexer, whose heads share their keys.
-INDEX_LSE = {
+INDEX_LSE: Table = {
     (8, 2, 64): LaunchConfig(64, 64, 128, 4, 3),
     (8, 2, 128): LaunchConfig(64, 64, 128, 4, 2),
     (9, 2, 64): LaunchConfig(64, 128, 128, 4, 3),
@@ -177,7 +179,7 @@ INDEX_LSE = {
     (8, 4, 64): LaunchConfig(32, 32, 16, 4, 2),
     (8, 4, 128): LaunchConfig(32, 32, 16, 4, 2),
 }
-INDEX_RESIDUAL = {
+INDEX_RESIDUAL: Table = {
     (8, 2, 64): LaunchConfig(64, 64, 128, 4, 3),
     (8, 2, 128): LaunchConfig(64, 64, 128, 4, 2),
     (9, 2, 64): LaunchConfig(64, 64, 128, 4, 3),
@@ -185,7 +187,7 @@ INDEX_RESIDUAL = {
     (8, 4, 64): LaunchConfig(32, 32, 16, 4, 2),
     (8, 4, 128): LaunchConfig(32, 32, 16, 4, 2),
 }
-INDEX_DQ = {
+INDEX_DQ: Table = {
     (8, 2, 64): LaunchConfig(64, 64, 128, 4, 3),
     (8, 2, 128): LaunchConfig(64, 32, 128, 4, 3),
     (9, 2, 64): LaunchConfig(64, 64, 128, 4, 3),
@@ -195,7 +197,7 @@ INDEX_DQ = {
     (8, 4, 64): LaunchConfig(32, 32, 16, 8, 1),
     (8, 4, 128): LaunchConfig(32, 32, 16, 8, 1),
 }
-INDEX_DK = {
+INDEX_DK: Table = {
     (8, 2, 64): LaunchConfig(32, 64, 128, 4, 3),
     (8, 2, 128): LaunchConfig(32, 64, 128, 4, 2),
     (9, 2, 64): LaunchConfig(64, 64, 128, 4, 3),
