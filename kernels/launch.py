@@ -184,6 +184,7 @@ INDEX_RESIDUAL: Table = {
     (8, 2, 128): LaunchConfig(64, 64, 128, 4, 2),
     (9, 2, 64): LaunchConfig(64, 64, 128, 4, 3),
     (9, 2, 128): LaunchConfig(64, 128, 128, 4, 2),
+    (10, 2, 128): LaunchConfig(64, 64, 128, 4, 3),
     (8, 4, 64): LaunchConfig(32, 32, 16, 4, 2),
     (8, 4, 128): LaunchConfig(32, 32, 16, 4, 2),
 }
@@ -202,6 +203,8 @@ INDEX_DK: Table = {
     (8, 2, 128): LaunchConfig(32, 64, 128, 4, 2),
     (9, 2, 64): LaunchConfig(64, 64, 128, 4, 3),
     (9, 2, 128): LaunchConfig(64, 64, 128, 4, 3),
+    (10, 2, 64): LaunchConfig(64, 128, 128, 8, 3),
+    (10, 2, 128): LaunchConfig(64, 128, 128, 8, 3),
     (8, 4, 64): LaunchConfig(32, 32, 16, 8, 1),
     (8, 4, 128): LaunchConfig(32, 32, 16, 8, 1),
 }
