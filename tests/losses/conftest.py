@@ -142,3 +142,15 @@ def indexer_problem(device: str) -> Callable[..., Problem]:
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Blocks of so many elements, that small problems have several and a ragged last one."""
     return lambda elements: monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", elements)
+
+
+@pytest.fixture
+def problem(hidden_problem, attention_problem):
+    """One layer of each loss, with masks."""
+
+    def make(loss, tokens=9, **options):
+        if loss == "hidden":
+            return hidden_problem((2, tokens), masked=True, **options)
+        return attention_problem(2, tokens, masked="qk", target=loss, causal=True, **options)
+
+    return make
