@@ -69,6 +69,13 @@ def test_auto_is_triton_on_cuda_but_for_products_of_float32(monkeypatch, dtypes,
             assert backends.resolve(table, "blockwise", inputs) is table["blockwise"]
 
 
+def test_a_teacher_that_is_not_multiplied_may_be_of_float32(monkeypatch):
+    serves = backends.HIDDEN["triton"]._replace(refusals=lambda inputs: [])
+    monkeypatch.setitem(backends.HIDDEN, "triton", serves)
+    inputs = hidden_inputs(OnCuda(), OnCuda(torch.float32), OnCuda())
+    assert backends.resolve(backends.HIDDEN, "auto", inputs) is serves
+
+
 def test_auto_is_blockwise_on_a_cpu_and_without_triton(monkeypatch, hidden_problem):
     p = hidden_problem((2, 3))
     inputs = hidden_inputs(*p.arguments(p.trained))

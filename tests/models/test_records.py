@@ -89,6 +89,13 @@ def test_hidden_is_what_the_layer_hands_on(config: CoCaConfig) -> None:
 
 
 @every_form
+def test_hidden_states_lie_side_by_side(config: CoCaConfig) -> None:
+    """Else every later sum, norm and loss would work on strided memory."""
+    out = build(config)(*inputs(), taps=ALL)
+    assert all(tap.hidden.is_contiguous() for module in MODULES for tap in out.taps[module])
+
+
+@every_form
 @pytest.mark.parametrize("lse", [False, True])
 def test_records_change_no_number(config: CoCaConfig, lse: bool) -> None:
     model, (images, text) = build(config), inputs()
