@@ -14,6 +14,10 @@ TILES = {
     "PROBS_ONE_BLOCK": (16, 16),
     "PROBS_ROWS_FORWARD": (32, 64),
     "PROBS_ROWS_BACKWARD": (32, 64),
+    "INDEX_LSE": (32, 16),
+    "INDEX_RESIDUAL": (16, 32),
+    "INDEX_DQ": (16, 32),
+    "INDEX_DK": (16, 32),
 }
 
 

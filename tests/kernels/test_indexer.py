@@ -13,23 +13,16 @@ from optima_fast.losses import reference
 
 pytest.importorskip("triton")
 
+from kernel_scores import DTYPES, INF, NAN, ON_GPU
 from optima_fast.kernels import indexer as kernel
-from optima_fast.kernels import launch
 from optima_fast.kernels import layers as shared
 
-ON_GPU = torch.cuda.is_available()
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory", "small_tiles"),
     # what a mask hides enters products, whose result is then discarded
     pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning"),
 ]
-BFLOAT16 = pytest.mark.skipif(
-    not ON_GPU, reason="the interpreter multiplies the bit patterns of bfloat16"
-)
-on_each_dtype = pytest.mark.parametrize(
-    "dtype", [torch.float16, pytest.param(torch.bfloat16, marks=BFLOAT16), torch.float32], ids=str
-)
-NAN, INF = float("nan"), float("inf")
+on_each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 class Shape(NamedTuple):
@@ -69,14 +62,6 @@ class Results(NamedTuple):
     d_w: list[Tensor | None]
 
 
-# tiles as small as products allow, so that a few tokens reach past their edges
-TILES = {
-    "INDEX_LSE": (32, 16),
-    "INDEX_RESIDUAL": (16, 32),
-    "INDEX_DQ": (16, 32),
-    "INDEX_DK": (16, 32),
-    "PROBS_LSE": (32, 16),
-}
 EDGES = [
     Shape(1, 1, 1, 1, 1, 1, 1),
     Shape(2, 2, 5, 3, 20, 3, 9),
@@ -105,12 +90,8 @@ FEW = [MIXED[0], MIXED[5], MIXED[0]]
 
 
 @pytest.fixture
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, (block_m, block_n) in TILES.items():
-        table = getattr(launch, name)
-        for key, entry in table.items():
-            monkeypatch.setitem(table, key, entry._replace(block_m=block_m, block_n=block_n))
-    # chunks of several blocks of queries, and several tiles that are merged at once and after it
+def small_tiles(small_tiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And chunks of several blocks of queries, several tiles that are merged at once and after."""
     monkeypatch.setattr(kernel, "PROGRAMS", 4)
     monkeypatch.setattr(kernel, "MERGED", (16, 2))
 
