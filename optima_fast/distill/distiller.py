@@ -12,6 +12,7 @@ from optima_fast.distill.arms import Arm, arm_layers
 from optima_fast.distill.matching import match_layers
 from optima_fast.distill.measurement import Layers, Measurement
 from optima_fast.distill.tapped import Modules, TappedModel, TappedRecord, paths, summary
+from optima_fast.distill.weights import CROSS, ByLayer, Weights, by_layer
 from optima_fast.errors import UserError
 from optima_fast.losses import ATTENTION_LOSSES, HIDDEN_LOSSES
 from optima_fast.taps.records import Attention, Layer
@@ -59,7 +60,10 @@ class LayerPair(NamedTuple):
 
 
 class StepLosses(NamedTuple):
-    """Eq. 5 and its terms, before their weights. ``hidden`` and ``attention`` are [L], as pairs."""
+    """Eq. 5 and its terms, before their weights. ``hidden`` and ``attention`` are [L], as pairs.
+
+    A layer to which a mapping gives the weight 0 is not computed: its entry is 0.
+    """
 
     total: Tensor
     prediction: Tensor
@@ -70,7 +74,10 @@ class StepLosses(NamedTuple):
 
 
 class LayerLosses(NamedTuple):
-    """The layers' terms of Eq. 5: their weighted sum, and each before its weight, [L] as pairs."""
+    """The layers' terms of Eq. 5: their weighted sum, and each before its weight, [L] as pairs.
+
+    A layer to which a mapping gives the weight 0 is not computed: its entry is 0.
+    """
 
     total: Tensor
     hidden: Tensor
@@ -93,16 +100,20 @@ class Distiller(nn.Module):
               + a_3 \sum_l \mathrm{MSE}(A_t^l, A_s^l)
 
     (Liang et al., NeurIPS 2023, Eq. 5, with :math:`a_1, a_2, a_3` = ``kl_weight``,
-    ``hidden_weight``, ``attention_weight``.) The teacher runs without gradient and only as far as
-    an arm needs; neither it nor the student is part of this module, whose only parameters are the
-    projections :math:`W^l`, [d_s, d_t], one per matched student layer.
+    ``hidden_weight``, ``attention_weight``; other papers weigh the task's loss and each module
+    apart.) The teacher runs without gradient and only as far as an arm needs; neither it nor the
+    student is part of this module, whose only parameters are the projections :math:`W^l`,
+    [d_s, d_t], one per matched student layer.
 
     Args:
         student: the model to train.
         teacher: the model to learn from; put in eval mode, its parameters frozen.
         modules: names of the modules to match; default all that the student has.
-        hidden_weight: :math:`a_2`.
-        attention_weight: :math:`a_3`.
+        hidden_weight: :math:`a_2`; or a mapping from every matched module to a number for its
+            layers, a sequence of one a layer, or ``{"last": x}`` for its last layer alone.
+        attention_weight: :math:`a_3`; likewise. With ``cross_attention`` the key ``"cross"`` is
+            that of the last module, the decoder; default its own weights.
+        prediction_weight: of the task's own loss.
         kl_weight: :math:`a_1`; at 0 the teacher's logits are not computed.
         attention_loss: ``"scores"`` (mean squared error before the softmax), ``"probs"`` (after
             it), ``"kl"`` (divergence), of the mean over heads; ``"scores-each"``,
@@ -137,8 +148,9 @@ class Distiller(nn.Module):
         teacher: Distillable,
         *,
         modules: Sequence[str] | None = None,
-        hidden_weight: float = 1.0,
-        attention_weight: float = 1e-2,
+        hidden_weight: Weights = 1.0,
+        attention_weight: Weights = 1e-2,
+        prediction_weight: float = 1.0,
         kl_weight: float = 0.0,
         attention_loss: str = "scores",
         hidden_loss: str = "mse",
@@ -171,14 +183,10 @@ class Distiller(nn.Module):
                 f"hidden_scale={hidden_scale!r} is a share of the mean squared error, got "
                 f"hidden_loss={hidden_loss!r}: leave one of them out"
             )
-        for option, weight in (
-            ("hidden_weight", hidden_weight),
-            ("attention_weight", attention_weight),
-            ("kl_weight", kl_weight),
-        ):
-            if not 0.0 <= weight < float("inf"):
-                raise ValueError(f"{option} must be finite and not negative, got {weight}")
-
+        counts = {n: (student.layer_counts[n], teacher.layer_counts[n]) for n in names}
+        layers = {name: count for name, (count, _) in counts.items()}
+        for option, weight in (("prediction_weight", prediction_weight), ("kl_weight", kl_weight)):
+            by_layer(option, float(weight), layers)
         if any(getattr(model, "attention_cap", None) is not None for model in (student, teacher)):
             raise ValueError(
                 "the attention losses do not know capped scores (attention_cap): take models "
@@ -189,7 +197,12 @@ class Distiller(nn.Module):
         self.modules_matched = names
         self.hidden_weight = hidden_weight
         self.attention_weight = attention_weight
+        self.prediction_weight = prediction_weight
         self.kl_weight = kl_weight
+        self._hidden_weights = by_layer("hidden_weight", hidden_weight, layers)
+        self._attention_weights = by_layer(
+            "attention_weight", attention_weight, layers, cross=cross_attention
+        )
         self.attention_loss = attention_loss
         self.hidden_loss = hidden_loss
         self.hidden_scale = hidden_scale
@@ -198,7 +211,6 @@ class Distiller(nn.Module):
         self.backend = backend
         self.summary = ""
         given = teacher_layers or {}
-        counts = {n: (student.layer_counts[n], teacher.layer_counts[n]) for n in names}
         self.pairs = {
             name: tuple(
                 LayerPair(name, s, t)
@@ -376,7 +388,7 @@ class Distiller(nn.Module):
         finally:
             if student is not None:
                 student.train(training)
-        step = self._losses(batch, self.modules_matched, records, predict, divergence)
+        step = self._losses(batch, self.modules_matched, records, predict, divergence, whole=True)
         assert step.kl is not None and step.hidden is not None
         maps = torch.zeros_like(step.hidden) if step.attention is None else step.attention
         assert records.teacher is not None and records.teacher.logits is not None
@@ -446,36 +458,67 @@ class Distiller(nn.Module):
         records: _Records,
         predict: Callable[[Tensor, Batch], Tensor],
         divergence: Callable[[Tensor, Tensor, Batch], Tensor] | None,
+        *,
+        whole: bool = False,
     ) -> StepLosses:
+        """``whole``: also the layers of weight 0."""
         pairs = self.selected(arm)
         student, teacher = records
         assert student.logits is not None
         prediction = predict(student.logits, batch).float()
 
         kl = hidden = attention = None
-        total = prediction
+        total = self.prediction_weight * prediction
         if divergence is not None:
             assert teacher is not None and teacher.logits is not None
             kl = divergence(student.logits, teacher.logits, batch).float()
             total = total + self.kl_weight * kl
         if pairs:
             assert teacher is not None
-            of_layers = self._layer_losses(pairs, student, teacher)
+            of_layers = self._layer_losses(pairs, student, teacher, whole=whole)
             total = total + of_layers.total
             hidden, attention = of_layers.hidden, of_layers.attention
         return StepLosses(total, prediction, kl, hidden, attention, pairs)
 
     def _layer_losses(
-        self, pairs: tuple[LayerPair, ...], student: Record, teacher: Record
+        self,
+        pairs: tuple[LayerPair, ...],
+        student: Record,
+        teacher: Record,
+        *,
+        whole: bool = False,
     ) -> LayerLosses:
         layers = _matched(pairs, student, teacher)
-        hidden = self._hidden(pairs, layers)
-        total = self.hidden_weight * self._reduce(hidden)
-        if not self.attention_weight and any(s.refusals or t.refusals for s, t in layers):
+        hidden, total = self._hidden(pairs, layers, whole)
+        unfit = any(s.refusals or t.refusals for s, t in layers)
+        if unfit and not _any(self._attention_weights):
             return LayerLosses(total, hidden, None, pairs)
-        attention = self._attention(pairs, layers)
-        total = total + self.attention_weight * self._reduce(attention)
-        return LayerLosses(total, hidden, attention, pairs)
+        attention, of_maps = self._attention(pairs, layers, whole)
+        return LayerLosses(total + of_maps, hidden, attention, pairs)
+
+    def _weighed(
+        self, losses: Tensor, owners: Sequence[int], count: int, weights: Sequence[float] | float
+    ) -> tuple[Tensor, Tensor]:
+        """Losses by layer, [count], and their weighted sum or mean.
+
+        Args:
+            losses: any number of values a layer.
+            owners: the layer of each.
+            count: number of layers.
+            weights: of each value, or of all.
+        """
+
+        def by_owner(values: Tensor) -> Tensor:
+            if list(owners) == list(range(count)):
+                return values
+            owner = torch.tensor(owners, device=values.device)
+            return values.new_zeros(count).index_add(0, owner, values)
+
+        layers = by_owner(losses)
+        if isinstance(weights, float):
+            return layers, weights * self._reduce(layers)
+        factors = torch.tensor(weights, dtype=losses.dtype, device=losses.device)
+        return layers, self._reduce(by_owner(losses * factors))
 
     @property
     def _softmax(self) -> bool:
@@ -485,18 +528,32 @@ class Distiller(nn.Module):
     def _reduce(self, layers: Tensor) -> Tensor:
         return layers.sum() if self.reduction == "sum" else layers.mean()
 
-    def _hidden(self, pairs: Sequence[LayerPair], layers: Sequence[Matched]) -> Tensor:
-        projections = [self._projection(pair) for pair in pairs]
+    def _hidden(
+        self, pairs: Sequence[LayerPair], layers: Sequence[Matched], whole: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Each layer's loss, and what they add to the total."""
+        weights = self._hidden_weights
+        of = [_weight(weights, pair, pair.module) for pair in pairs]
+        chosen = [i for i in range(len(pairs)) if whole or of[i] or isinstance(weights, float)]
+        if not chosen:
+            return self._nothing(layers)
+        compared = [layers[i] for i in chosen]
         losses = HIDDEN_LOSSES[self.hidden_loss](
-            [s.hidden for s, _ in layers],
-            [t.hidden for _, t in layers],
-            projections,
-            mask=[s.mask for s, _ in layers],
+            [s.hidden for s, _ in compared],
+            [t.hidden for _, t in compared],
+            [self._projection(pairs[i]) for i in chosen],
+            mask=[s.mask for s, _ in compared],
             backend=self.backend,
         )
         if self.hidden_scale == "variance":
-            losses = losses / self._variances(layers)
-        return losses
+            losses = losses / self._variances(compared)
+        factors = weights if isinstance(weights, float) else [of[i] for i in chosen]
+        return self._weighed(losses, chosen, len(pairs), factors)
+
+    def _nothing(self, layers: Sequence[Matched]) -> tuple[Tensor, Tensor]:
+        """No loss of any layer."""
+        zeros = torch.zeros(len(layers), device=layers[0][0].hidden.device)
+        return zeros, zeros.sum()
 
     def _projection(self, pair: LayerPair) -> Tensor | None:
         """None where widths agree and no projection was asked for."""
@@ -508,11 +565,27 @@ class Distiller(nn.Module):
         """Of the teacher's states, [L], as the pairs."""
         return torch.stack([_variance(t.hidden, s.mask) for s, t in layers])
 
-    def _attention(self, pairs: Sequence[LayerPair], layers: Sequence[Matched]) -> Tensor:
+    def _attention(
+        self, pairs: Sequence[LayerPair], layers: Sequence[Matched], whole: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Each layer's loss, that of its attentions together, and what they add to the total."""
+        weights = self._attention_weights
         rows: list[tuple[Attention, Attention]] = []
         owners: list[int] = []
+        factors: list[float] = []
         for i, (pair, (s, t)) in enumerate(zip(pairs, layers, strict=True)):
+            names = [pair.module]
+            if self.cross_attention:
+                last = pair.module == self.modules_matched[-1]
+                names.append(
+                    CROSS
+                    if last and isinstance(weights, dict) and CROSS in weights
+                    else pair.module
+                )
+            of = [_weight(weights, pair, name) for name in names]
             if s.refusals or t.refusals:
+                if not any(of):
+                    continue
                 raise UserError(
                     f"{pair}: the attention losses cannot represent "
                     + "; ".join((*s.refusals, *t.refusals))
@@ -523,9 +596,10 @@ class Distiller(nn.Module):
                     f"{pair}: the student's layer has {len(s.attentions)} attentions and the "
                     f"teacher's {len(t.attentions)}; set attention_weight=0"
                 )
-            own = list(zip(s.attentions, t.attentions, strict=True))
-            own = own if self.cross_attention else own[:1]
-            for a, b in own:
+            own = zip(s.attentions, t.attentions, of, strict=False)
+            for a, b, weight in own:
+                if not (whole or weight or isinstance(weights, float)):
+                    continue
                 if (a.causal, a.window) != (b.causal, b.window):
                     raise UserError(
                         f"{pair}: the student's attention has causal={a.causal} and "
@@ -533,10 +607,19 @@ class Distiller(nn.Module):
                         f"window={b.window}: their maps are of different pairs; set "
                         "attention_weight=0, or leave the layer out of the arm"
                     )
-            rows += own
-            owners += [i] * (len(rows) - len(owners))
-        student, teacher = ([row[i] for row in rows] for i in range(2))
-        losses = ATTENTION_LOSSES[self.attention_loss](
+                rows.append((a, b))
+                owners.append(i)
+                factors.append(weight)
+        if not rows:
+            return self._nothing(layers)
+        losses = self._maps(*([row[i] for row in rows] for i in range(2)))
+        return self._weighed(
+            losses, owners, len(pairs), weights if isinstance(weights, float) else factors
+        )
+
+    def _maps(self, student: Sequence[Attention], teacher: Sequence[Attention]) -> Tensor:
+        """The loss of each attention."""
+        return ATTENTION_LOSSES[self.attention_loss](
             [a.q for a in student],
             [a.k for a in student],
             [a.q for a in teacher],
@@ -551,11 +634,15 @@ class Distiller(nn.Module):
             teacher_scale=[a.scale for a in teacher],
             backend=self.backend,
         )
-        if len(rows) == len(pairs):
-            return losses
-        # a layer's two attentions are one loss
-        owner = torch.tensor(owners, device=losses.device)
-        return losses.new_zeros(len(pairs)).index_add(0, owner, losses)
+
+
+def _weight(weights: float | ByLayer, pair: LayerPair, name: str) -> float:
+    return weights if isinstance(weights, float) else weights[name][pair.student]
+
+
+def _any(weights: float | ByLayer) -> bool:
+    """Whether a layer has a weight."""
+    return bool(weights) if isinstance(weights, float) else any(map(any, weights.values()))
 
 
 def _module(model: object) -> nn.Module | None:

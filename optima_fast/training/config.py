@@ -14,6 +14,7 @@ from optima_fast.bandit import GaussianThompson, Greedy
 from optima_fast.distill import arm_space, parse_arm, parse_reward
 from optima_fast.distill.arms import ARM_SPACES
 from optima_fast.distill.reward import HEADROOM
+from optima_fast.distill.weights import by_layer
 from optima_fast.errors import UserError
 from optima_fast.losses import ATTENTION_LOSSES, HIDDEN_LOSSES
 from optima_fast.models import MODULES, presets
@@ -41,16 +42,8 @@ _POSITIVE = (
     *("log_every", "eval_every", "checkpoint_every"),
 )
 _NOT_NEGATIVE = (
-    *("init_rounds", "variance_scale", "warmup_steps", "weight_decay", "hidden_weight"),
-    *(
-        "teacher_steps",
-        "attention_weight",
-        "kl_weight",
-        "seed",
-        "teacher_seed",
-        "data_seed",
-        "threads",
-    ),
+    *("init_rounds", "variance_scale", "warmup_steps", "weight_decay", "prediction_weight"),
+    *("teacher_steps", "kl_weight", "seed", "teacher_seed", "data_seed", "threads"),
 )
 
 
@@ -127,8 +120,15 @@ class TrainConfig:
     warmup_steps: int | None = _field(None, "steps of linear warm-up")
     weight_decay: float = _field(0.1, "decoupled weight decay")
     clip: float = _field(1.0, "largest gradient norm")
-    hidden_weight: float = _field(1.0, "a2, weight of the hidden-state losses")
-    attention_weight: float = _field(1e-2, "a3, weight of the attention losses")
+    hidden_weight: float | Mapping[str, Any] = _field(
+        1.0,
+        "a2, weight of the hidden-state losses; or by module, as YAML: {image: 0.1, text: [0, 1], "
+        "multimodal: {last: 1}} is of all layers, of each, of the last alone",
+    )
+    attention_weight: float | Mapping[str, Any] = _field(
+        1e-2, "a3, of the attention losses, likewise; cross: that of --cross-attention"
+    )
+    prediction_weight: float = _field(1.0, "weight of the task's own loss")
     kl_weight: float | None = _field(None, "a1, weight of the KL term; default 1 for kd, else 0")
     attention_loss: str = _field(
         "scores", "of attention maps: of the mean over heads, or of each", tuple(ATTENTION_LOSSES)
@@ -175,6 +175,7 @@ class TrainConfig:
             if choices is not None and value not in (None, *choices):
                 raise UserError(no_choice(flag(field.name), str(value), choices))
         self._check_numbers()
+        self._check_weights()
         if self.reward == HEADROOM and self.reward_cost == "none":
             raise UserError(
                 "--reward headroom is per cost, or all modules would always be best: leave out "
@@ -279,6 +280,16 @@ class TrainConfig:
             raise UserError(
                 f"--warmup-steps {self.warmup_steps} must be below --steps {self.steps}"
             )
+
+    def _check_weights(self) -> None:
+        """Refuse weights that no student could have; how many layers it has is not known yet."""
+        modules = dict.fromkeys(MODULES)
+        cross = {"hidden_weight": False, "attention_weight": self.cross_attention}
+        for name, crossed in cross.items():
+            try:
+                by_layer(flag(name), getattr(self, name), modules, cross=crossed)
+            except ValueError as error:
+                raise UserError(str(error)) from None
 
     def _check_rounds(self, layer_counts: Mapping[str, int]) -> None:
         """Refuse a bandit whose first pulls of each arm take more rounds than there are."""

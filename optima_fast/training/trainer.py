@@ -37,11 +37,15 @@ from optima_fast.training.rewards import RewardMeter, reward_batches, training_s
 from optima_fast.training.run import Run
 from optima_fast.training.schedule import lr_at
 
+_DISTILLER = (
+    *("hidden_weight", "attention_weight", "prediction_weight", "kl_weight"),
+    *("attention_loss", "hidden_loss", "hidden_scale", "reduction", "cross_attention"),
+)
+
 
 def distilled(config: TrainConfig) -> dict[str, Any]:
-    """Settings of the distiller that say what is computed in a step."""
-    names = ("kl_weight", "attention_loss", "hidden_loss", "hidden_scale", "cross_attention")
-    return {name: getattr(config, name) for name in names}
+    """Settings of the distiller."""
+    return {name: getattr(config, name) for name in _DISTILLER}
 
 
 def uses_bf16(config: TrainConfig, device: torch.device) -> bool:
@@ -104,17 +108,8 @@ class Trainer:
     def _make_distiller(self, teacher: TaskModel | None) -> Distiller | None:
         if teacher is None:
             return None
-        config = self.config
-        assert config.kl_weight is not None
-        return Distiller(
-            self.student,
-            teacher,
-            modules=MODULES,
-            hidden_weight=config.hidden_weight,
-            attention_weight=config.attention_weight,
-            reduction=config.reduction,
-            **distilled(config),
-        ).to(self.device)
+        distiller = Distiller(self.student, teacher, modules=MODULES, **distilled(self.config))
+        return distiller.to(self.device)
 
     def _make_meter(self, teacher: TaskModel | None) -> RewardMeter | None:
         if self.distiller is None or teacher is None:
