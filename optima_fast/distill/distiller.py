@@ -8,13 +8,15 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from optima_fast.distill import maps
 from optima_fast.distill.arms import Arm, arm_layers
+from optima_fast.distill.maps import Maps, swapped
 from optima_fast.distill.matching import match_layers
 from optima_fast.distill.measurement import Layers, Measurement
 from optima_fast.distill.tapped import Modules, TappedModel, TappedRecord, paths, summary
 from optima_fast.distill.weights import CROSS, ByLayer, Weights, by_layer
 from optima_fast.errors import UserError
-from optima_fast.losses import ATTENTION_LOSSES, HIDDEN_LOSSES
+from optima_fast.losses import HIDDEN_LOSSES, UNPROJECTED
 from optima_fast.taps.records import Attention, Layer
 
 Batch = Mapping[str, Tensor]
@@ -117,13 +119,20 @@ class Distiller(nn.Module):
         kl_weight: :math:`a_1`; at 0 the teacher's logits are not computed.
         attention_loss: ``"scores"`` (mean squared error before the softmax), ``"probs"`` (after
             it), ``"kl"`` (divergence), of the mean over heads; ``"scores-each"``,
-            ``"probs-each"``, ``"kl-each"``: of each head.
-        hidden_loss: ``"mse"``, ``"normalized-mse"``, ``"cosine"`` or ``"smooth-l1"``.
+            ``"probs-each"``, ``"kl-each"``: of each head; ``"scores-auto"`` and so on: of each
+            where both models have as many, else of their mean; ``"relations"`` among queries and
+            among keys, see :func:`optima_fast.relation_kl`.
+        attention_scale: ``"none"``, or ``"length"`` to multiply each by its number of keys.
+        relation_heads: of ``"relations"``.
+        hidden_loss: ``"mse"``, ``"normalized-mse"``, ``"cosine"``, ``"smooth-l1"``, or ``"gram"``,
+            which needs no projections and has none.
         hidden_scale: ``"none"``, or ``"variance"`` to divide each layer's hidden loss by the
             variance of the teacher's states around their mean over the batch's tokens, so that it
             is the share of variance not yet explained.
         reduction: ``"sum"`` over layers, or ``"mean"``.
         cross_attention: match the decoder's cross-attention too.
+        cross_both_ways: and what its keys see of its queries: the same products, with the softmax
+            over the queries that count.
         teacher_layers: for a module, the teacher's layer (0-based) that each student layer learns
             from; default: evenly spread, last from last.
         projections: ``"all"`` layers, or those ``"needed"``, where widths differ.
@@ -153,10 +162,13 @@ class Distiller(nn.Module):
         prediction_weight: float = 1.0,
         kl_weight: float = 0.0,
         attention_loss: str = "scores",
+        attention_scale: str = "none",
+        relation_heads: int | None = None,
         hidden_loss: str = "mse",
         hidden_scale: str = "none",
         reduction: str = "sum",
         cross_attention: bool = False,
+        cross_both_ways: bool = False,
         teacher_layers: Mapping[str, Sequence[int]] | None = None,
         projections: str = "all",
         backend: str = "auto",
@@ -170,7 +182,8 @@ class Distiller(nn.Module):
                     f"{list(student.layer_counts)}, the teacher {list(teacher.layer_counts)}"
                 )
         for option, value, allowed in (
-            ("attention_loss", attention_loss, tuple(ATTENTION_LOSSES)),
+            ("attention_loss", attention_loss, maps.NAMES),
+            ("attention_scale", attention_scale, maps.SCALES),
             ("hidden_loss", hidden_loss, tuple(HIDDEN_LOSSES)),
             ("hidden_scale", hidden_scale, ("none", "variance")),
             ("reduction", reduction, ("sum", "mean")),
@@ -183,6 +196,8 @@ class Distiller(nn.Module):
                 f"hidden_scale={hidden_scale!r} is a share of the mean squared error, got "
                 f"hidden_loss={hidden_loss!r}: leave one of them out"
             )
+        if cross_both_ways and not cross_attention:
+            raise ValueError("cross_both_ways needs cross_attention=True, got False")
         counts = {n: (student.layer_counts[n], teacher.layer_counts[n]) for n in names}
         layers = {name: count for name, (count, _) in counts.items()}
         for option, weight in (("prediction_weight", prediction_weight), ("kl_weight", kl_weight)):
@@ -204,10 +219,13 @@ class Distiller(nn.Module):
             "attention_weight", attention_weight, layers, cross=cross_attention
         )
         self.attention_loss = attention_loss
+        self._maps = Maps(attention_loss, attention_scale, relation_heads, backend)
+        self._maps.check()
         self.hidden_loss = hidden_loss
         self.hidden_scale = hidden_scale
         self.reduction = reduction
         self.cross_attention = cross_attention
+        self.cross_both_ways = cross_both_ways
         self.backend = backend
         self.summary = ""
         given = teacher_layers or {}
@@ -224,7 +242,7 @@ class Distiller(nn.Module):
         }
         self._selected: dict[Arm, tuple[LayerPair, ...]] = {}
         self.projections = nn.ParameterDict()
-        for name in names:
+        for name in () if hidden_loss in UNPROJECTED else names:
             d_s, d_t = student.widths[name], teacher.widths[name]
             for pair in self.pairs[name] if projections == "all" or d_s != d_t else ():
                 # nn.Linear's own initialisation
@@ -438,7 +456,7 @@ class Distiller(nn.Module):
 
     def _records(self, batch: Batch, arm: Arm, *, teacher_logits: bool) -> _Records:
         """What both models say of a batch, the teacher only as far as it is needed."""
-        lse = self._softmax
+        lse = self._maps.softmax
         # the student's request is always the whole one, so that no arm means another graph
         everything = {n: [p.student for p in self.pairs[n]] for n in self.modules_matched}
         student = self.student(batch, taps=everything, lse=lse)
@@ -520,11 +538,6 @@ class Distiller(nn.Module):
         factors = torch.tensor(weights, dtype=losses.dtype, device=losses.device)
         return layers, self._reduce(by_owner(losses * factors))
 
-    @property
-    def _softmax(self) -> bool:
-        """Whether maps are compared after it, so that a log-sum-exp is of use."""
-        return not self.attention_loss.startswith("scores")
-
     def _reduce(self, layers: Tensor) -> Tensor:
         return layers.sum() if self.reduction == "sum" else layers.mean()
 
@@ -538,10 +551,11 @@ class Distiller(nn.Module):
         if not chosen:
             return self._nothing(layers)
         compared = [layers[i] for i in chosen]
+        states = [s.hidden for s, _ in compared], [t.hidden for _, t in compared]
+        projected = self.hidden_loss not in UNPROJECTED
         losses = HIDDEN_LOSSES[self.hidden_loss](
-            [s.hidden for s, _ in compared],
-            [t.hidden for _, t in compared],
-            [self._projection(pairs[i]) for i in chosen],
+            *states,
+            *([[self._projection(pairs[i]) for i in chosen]] if projected else []),
             mask=[s.mask for s, _ in compared],
             backend=self.backend,
         )
@@ -574,15 +588,10 @@ class Distiller(nn.Module):
         owners: list[int] = []
         factors: list[float] = []
         for i, (pair, (s, t)) in enumerate(zip(pairs, layers, strict=True)):
-            names = [pair.module]
+            of = [_weight(weights, pair, pair.module)]
             if self.cross_attention:
-                last = pair.module == self.modules_matched[-1]
-                names.append(
-                    CROSS
-                    if last and isinstance(weights, dict) and CROSS in weights
-                    else pair.module
-                )
-            of = [_weight(weights, pair, name) for name in names]
+                decoder = pair.module == self.modules_matched[-1]
+                of.append(_weight(weights, pair, CROSS if decoder else pair.module))
             if s.refusals or t.refusals:
                 if not any(of):
                     continue
@@ -596,8 +605,8 @@ class Distiller(nn.Module):
                     f"{pair}: the student's layer has {len(s.attentions)} attentions and the "
                     f"teacher's {len(t.attentions)}; set attention_weight=0"
                 )
-            own = zip(s.attentions, t.attentions, of, strict=False)
-            for a, b, weight in own:
+            own = zip((False, True), s.attentions, t.attentions, of, strict=False)
+            for cross, a, b, weight in own:
                 if not (whole or weight or isinstance(weights, float)):
                     continue
                 if (a.causal, a.window) != (b.causal, b.window):
@@ -607,9 +616,12 @@ class Distiller(nn.Module):
                         f"window={b.window}: their maps are of different pairs; set "
                         "attention_weight=0, or leave the layer out of the arm"
                     )
-                rows.append((a, b))
-                owners.append(i)
-                factors.append(weight)
+                found = [(a, b)]
+                if cross and self.cross_both_ways:
+                    found.append((swapped(a), swapped(b)))
+                rows += found
+                owners += [i] * len(found)
+                factors += [weight] * len(found)
         if not rows:
             return self._nothing(layers)
         losses = self._maps(*([row[i] for row in rows] for i in range(2)))
@@ -617,27 +629,11 @@ class Distiller(nn.Module):
             losses, owners, len(pairs), weights if isinstance(weights, float) else factors
         )
 
-    def _maps(self, student: Sequence[Attention], teacher: Sequence[Attention]) -> Tensor:
-        """The loss of each attention."""
-        return ATTENTION_LOSSES[self.attention_loss](
-            [a.q for a in student],
-            [a.k for a in student],
-            [a.q for a in teacher],
-            [a.k for a in teacher],
-            causal=[a.causal for a in student],
-            window=[a.window for a in student],
-            query_mask=[a.query_mask for a in student],
-            key_mask=[a.key_mask for a in student],
-            student_lse=[a.lse for a in student] if self._softmax else None,
-            teacher_lse=[a.lse for a in teacher] if self._softmax else None,
-            student_scale=[a.scale for a in student],
-            teacher_scale=[a.scale for a in teacher],
-            backend=self.backend,
-        )
-
 
 def _weight(weights: float | ByLayer, pair: LayerPair, name: str) -> float:
-    return weights if isinstance(weights, float) else weights[name][pair.student]
+    if isinstance(weights, float):
+        return weights
+    return weights.get(name, weights[pair.module])[pair.student]
 
 
 def _any(weights: float | ByLayer) -> bool:

@@ -24,6 +24,7 @@ from optima_fast.losses.relations import gram_mse, relation_kl
 __all__ = [
     "ATTENTION_LOSSES",
     "HIDDEN_LOSSES",
+    "UNPROJECTED",
     "attention_kl",
     "attention_mse",
     "gram_mse",
@@ -39,8 +40,12 @@ HIDDEN_LOSSES: dict[str, Callable[..., Tensor]] = {
     "normalized-mse": partial(hidden_mse, normalize=True),
     "cosine": hidden_cosine,
     "smooth-l1": hidden_smooth_l1,
+    "gram": gram_mse,
 }
 """What a distiller and the trainer call each loss of hidden states."""
+
+UNPROJECTED = ("gram",)
+"""Those that compare tokens with tokens and take no projection."""
 
 ATTENTION_LOSSES: dict[str, Callable[..., Tensor]] = {
     "scores": partial(attention_mse, target="scores"),

@@ -11,12 +11,12 @@ from typing import Any
 
 from optima_fast import bandit
 from optima_fast.bandit import GaussianThompson, Greedy
-from optima_fast.distill import arm_space, parse_arm, parse_reward
+from optima_fast.distill import arm_space, maps, parse_arm, parse_reward
 from optima_fast.distill.arms import ARM_SPACES
 from optima_fast.distill.reward import HEADROOM
 from optima_fast.distill.weights import by_layer
 from optima_fast.errors import UserError
-from optima_fast.losses import ATTENTION_LOSSES, HIDDEN_LOSSES
+from optima_fast.losses import HIDDEN_LOSSES
 from optima_fast.models import MODULES, presets
 from optima_fast.tasks import tokenizers
 from optima_fast.tasks.augment import RandAugment
@@ -37,7 +37,7 @@ REWARD_SPLITS = ("train", "held-out")
 
 _POSITIVE = (
     *("steps", "round_steps", "reward_examples", "train_images", "batch_size", "lr", "head_lr"),
-    "image_size",
+    *("image_size", "relation_heads"),
     *("clip", "teacher_lr", "teacher_head_lr", "teacher_batch_size"),
     *("log_every", "eval_every", "checkpoint_every"),
 )
@@ -131,14 +131,22 @@ class TrainConfig:
     prediction_weight: float = _field(1.0, "weight of the task's own loss")
     kl_weight: float | None = _field(None, "a1, weight of the KL term; default 1 for kd, else 0")
     attention_loss: str = _field(
-        "scores", "of attention maps: of the mean over heads, or of each", tuple(ATTENTION_LOSSES)
+        "scores",
+        "of attention maps: of the mean over heads, of each, or of each where both models have as "
+        "many (auto); relations: among queries and among keys",
+        maps.NAMES,
     )
+    attention_scale: str = _field(
+        "none", "multiply attention losses by their number of keys", maps.SCALES
+    )
+    relation_heads: int | None = _field(None, "of --attention-loss relations")
     hidden_loss: str = _field("mse", "of hidden states", tuple(HIDDEN_LOSSES))
     hidden_scale: str = _field(
         "none", "divide hidden losses by the teacher's", ("none", "variance")
     )
     reduction: str = _field("sum", "over the layers of a loss", ("sum", "mean"))
     cross_attention: bool = _field(False, "match the decoder's cross-attention too")
+    cross_both_ways: bool = _field(False, "and what its image tokens see of the text")
 
     teacher_steps: int | None = _field(
         None, "optimizer steps of the teacher's own training; 0: a checkpoint captions as it is"
@@ -290,6 +298,13 @@ class TrainConfig:
                 by_layer(flag(name), getattr(self, name), modules, cross=crossed)
             except ValueError as error:
                 raise UserError(str(error)) from None
+        if (self.attention_loss == maps.RELATIONS) != (self.relation_heads is not None):
+            raise UserError(
+                "--attention-loss relations and --relation-heads N go together, got "
+                f"--attention-loss {self.attention_loss} and --relation-heads {self.relation_heads}"
+            )
+        if self.cross_both_ways and not self.cross_attention:
+            raise UserError("--cross-both-ways true needs --cross-attention true")
 
     def _check_rounds(self, layer_counts: Mapping[str, int]) -> None:
         """Refuse a bandit whose first pulls of each arm take more rounds than there are."""
