@@ -13,6 +13,7 @@ from optima_fast import bandit
 from optima_fast.bandit import GaussianThompson, Greedy
 from optima_fast.distill import arm_space, maps, parse_arm, parse_reward
 from optima_fast.distill.arms import ARM_SPACES
+from optima_fast.distill.recipes import RECIPES
 from optima_fast.distill.reward import HEADROOM
 from optima_fast.distill.weights import by_layer
 from optima_fast.errors import UserError
@@ -33,6 +34,7 @@ CHOICES = {
 # settings that only these methods look at
 OF_A_CHOICE = ("policy", "reward", "reward_cost", "gamma", "variance_scale", "init_rounds")
 TASKS = ("vqa", "snli_ve", "nlvr2", "coco")
+SOFT_LABELS = ("kl", "bce")
 REWARD_SPLITS = ("train", "held-out")
 
 _POSITIVE = (
@@ -65,6 +67,12 @@ class TrainConfig:
         METHODS,
     )
     arm: str | None = _field(None, "for --method fixed, such as image+text or image[1-3]")
+    recipe: str | None = _field(
+        None,
+        "the losses of another system, layerwise unless --method is given; other settings beside "
+        "it override it; optima_fast.doctor describes each",
+        tuple(RECIPES),
+    )
     arms: str = _field("modules", "subsets of modules, or of groups of their layers", ARM_SPACES)
     policy: str | None = _field(
         None, f"bandit of --method optima: {', '.join(policies.choices())}; default thompson"
@@ -129,6 +137,11 @@ class TrainConfig:
         1e-2, "a3, of the attention losses, likewise; cross: that of --cross-attention"
     )
     prediction_weight: float = _field(1.0, "weight of the task's own loss")
+    soft_labels: str = _field(
+        "kl",
+        "what the KL term is: kl, or for vqa bce with the teacher's probabilities",
+        SOFT_LABELS,
+    )
     kl_weight: float | None = _field(None, "a1, weight of the KL term; default 1 for kd, else 0")
     attention_loss: str = _field(
         "scores",
@@ -192,6 +205,10 @@ class TrainConfig:
         if self.reward not in (None, HEADROOM):
             parse_reward(self.reward)
         self._check_choice()
+        if self.recipe is not None and self.method == "finetune":
+            raise UserError(f"--recipe {self.recipe} needs a teacher: leave --method finetune out")
+        if self.soft_labels == "bce" and self.task != "vqa":
+            raise UserError(f"--soft-labels bce is for --task vqa, not for --task {self.task}")
         if self.method == "fixed":
             if self.arm is None:
                 raise UserError("--method fixed needs --arm, such as --arm image+text")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from optima_fast import tasks
-from optima_fast.distill import arm_name, arm_space
+from optima_fast.distill import arm_name, arm_space, recipes
 from optima_fast.models import CoCa, CoCaConfig, paper_parameters
 from optima_fast.tasks import TaskData
 from optima_fast.training import cost, experiment, loader, sources, teachers
@@ -34,6 +34,8 @@ def show(config: TrainConfig, display: Display) -> None:
     data = experiment.load_data(config, models)
     experiment.rehearse(config, models, data)
     display.table(f"dry run: {config.task} on {config.data}", _data(config, data))
+    if config.recipe is not None:
+        display.table(f"recipe {config.recipe}", _recipe(config, config.recipe))
     display.table("models", _models(config, models, data, device))
     display.table(f"a step on {device}", _step(config, models, data, device))
     display.note("nothing was trained and nothing was written")
@@ -53,6 +55,15 @@ def _data(config: TrainConfig, data: TaskData) -> list[list[str]]:
         ["tokenizer", f"{len(data.tokenizer):,} ids, texts of at most {data.text_length}"],
         ["training", f"{config.steps:,} steps of {config.batch_size}, {epochs:,.1f} epochs"],
     ]
+
+
+def _recipe(config: TrainConfig, name: str) -> list[list[str]]:
+    recipe = recipes.get(name)
+    rows = [["source", recipe.source], ["losses", recipe.what], ["differs", recipe.differs]]
+    for option, value in recipes.settings(name, config.task).items():
+        chosen = getattr(config, option)
+        rows.append([option, f"{chosen}" if chosen == value else f"{chosen} (recipe {value})"])
+    return rows
 
 
 def _models(

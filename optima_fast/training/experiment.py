@@ -109,9 +109,9 @@ def place(config: TrainConfig) -> tuple[TrainConfig, Run]:
 
 
 def _default_place(config: TrainConfig) -> tuple[TrainConfig, Run]:
-    """``runs/TASK-METHOD-seedN``, or the first of ``-2``, ``-3``, ... that is not finished."""
-    arm = f"-{config.arm}" if config.arm else ""
-    name = f"{config.task}-{config.method}{arm}-seed{config.seed}"
+    """``runs/TASK-RECIPE-METHOD-seedN``, or the first of ``-2``, ... that is not finished."""
+    what = "-".join(filter(None, (config.task, config.recipe, config.method, config.arm)))
+    name = f"{what}-seed{config.seed}"
     for number in range(1, 10_000):
         folder = Run(Path("runs") / (name if number == 1 else f"{name}-{number}"))
         if folder.exists():
@@ -283,6 +283,7 @@ def train(
         "task": config.task,
         "data": config.data,
         "method": config.method,
+        "recipe": config.recipe,
         "arm": config.arm,
         "policy": config.policy if config.rewarded else None,
         "seed": config.seed,

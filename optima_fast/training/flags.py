@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from optima_fast.distill import recipes
 from optima_fast.entry import Parser
 from optima_fast.errors import UserError
 from optima_fast.training import spelling
@@ -25,8 +26,9 @@ def parse(argv: Sequence[str] | None, *, prog: str, description: str) -> dict[st
     """The settings that flags give, over those of ``--config FILE.yaml``; no defaults.
 
     ``dry_run`` is among them where ``--dry-run`` was given. Where flags name another method or
-    policy than the file, the file's policy, reward and options of it do not count. An old spelling
-    of the choice is said on stderr.
+    policy than the file, the file's policy, reward and options of it do not count; where a flag
+    names a recipe, nor does what the file says of its settings. What is given beside a recipe, by
+    flags or in its file, overrides it. An old spelling of the choice is said on stderr.
 
     Raises:
         UserError: an unknown flag or key (with the nearest name), or a value of the wrong type.
@@ -55,7 +57,12 @@ def parse(argv: Sequence[str] | None, *, prog: str, description: str) -> dict[st
     path, dry = given.pop("config"), given.pop("dry_run", None)
     values = read_yaml(Path(path)) if path else {}
     given = {name: _convert(flag(name), name, text) for name, text in given.items()}
+    if "recipe" in given:
+        values = {name: value for name, value in values.items() if name not in recipes.names()}
     values = spelling.over(values, given)
+    if values.get("recipe") in recipes.RECIPES:
+        task = values.get("task", TrainConfig.task)
+        values = {**recipes.settings(values["recipe"], task), **values}
     return values if dry is None else {**values, "dry_run": dry}
 
 

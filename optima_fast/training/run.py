@@ -35,8 +35,9 @@ SUMMARY_KEYS = (
     *("text_only_metric", "teacher_params", "student_params", "arms", "seconds", "versions"),
 )
 
-# settings that say where and how a run executes, not what it computes
+# settings that say where and how a run executes, or what others amount to, not what it computes
 _PLACE = (
+    "recipe",
     "out",
     "cache",
     "resume",

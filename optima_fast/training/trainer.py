@@ -24,6 +24,7 @@ from optima_fast.errors import UserError
 from optima_fast.models import MODULES
 from optima_fast.models.task_model import TaskModel
 from optima_fast.tasks import TaskData
+from optima_fast.tasks.base import soft_bce
 from optima_fast.tasks.split import Loaded, to_device
 from optima_fast.tasks.workers import killed_workers
 from optima_fast.training import checkpoints, loader, policies, snapshot
@@ -249,9 +250,14 @@ class Trainer:
             loss = self.data.loss(logits, batch).float()
             return StepLosses(loss, loss, None, None, None, ())
         losses: StepLosses = self.distiller(
-            batch, self.arm, predict=self.data.loss, divergence=self.data.divergence
+            batch, self.arm, predict=self.data.loss, divergence=self._divergence
         )
         return losses
+
+    def _divergence(self, student: Tensor, teacher: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        if self.config.soft_labels == "bce":
+            return soft_bce(student, teacher)
+        return self.data.divergence(student, teacher, batch)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if uses_bf16(self.config, self.device):
