@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -13,10 +14,11 @@ from optima_fast.distill.arms import Arm, arm_layers
 from optima_fast.distill.maps import Maps, swapped
 from optima_fast.distill.matching import match_layers
 from optima_fast.distill.measurement import Layers, Measurement
+from optima_fast.distill.queue import TokenQueue
 from optima_fast.distill.tapped import Modules, TappedModel, TappedRecord, paths, summary
 from optima_fast.distill.weights import CROSS, ByLayer, Weights, by_layer
 from optima_fast.errors import UserError
-from optima_fast.losses import HIDDEN_LOSSES, UNPROJECTED
+from optima_fast.losses import HIDDEN_LOSSES, QUEUED, UNPROJECTED
 from optima_fast.taps.records import Attention, Layer
 
 Batch = Mapping[str, Tensor]
@@ -124,8 +126,12 @@ class Distiller(nn.Module):
             among keys, see :func:`optima_fast.relation_kl`.
         attention_scale: ``"none"``, or ``"length"`` to multiply each by its number of keys.
         relation_heads: of ``"relations"``.
-        hidden_loss: ``"mse"``, ``"normalized-mse"``, ``"cosine"``, ``"smooth-l1"``, or ``"gram"``,
-            which needs no projections and has none.
+        hidden_loss: ``"mse"``, ``"normalized-mse"``, ``"cosine"``, ``"smooth-l1"``; ``"gram"``,
+            which needs no projections and has none; ``"contrastive"``, against a queue of the
+            teacher's tokens of earlier steps, which is part of ``state_dict``. A step with
+            gradient adds its tokens.
+        negatives: of ``"contrastive"``, how many tokens a layer's queue holds.
+        hidden_temperature: of ``"contrastive"``.
         hidden_scale: ``"none"``, or ``"variance"`` to divide each layer's hidden loss by the
             variance of the teacher's states around their mean over the batch's tokens, so that it
             is the share of variance not yet explained.
@@ -165,6 +171,8 @@ class Distiller(nn.Module):
         attention_scale: str = "none",
         relation_heads: int | None = None,
         hidden_loss: str = "mse",
+        negatives: int = 4096,
+        hidden_temperature: float = 0.07,
         hidden_scale: str = "none",
         reduction: str = "sum",
         cross_attention: bool = False,
@@ -196,6 +204,12 @@ class Distiller(nn.Module):
                 f"hidden_scale={hidden_scale!r} is a share of the mean squared error, got "
                 f"hidden_loss={hidden_loss!r}: leave one of them out"
             )
+        for option, number in (
+            ("negatives", negatives),
+            ("hidden_temperature", hidden_temperature),
+        ):
+            if not 0 < number < float("inf"):
+                raise ValueError(f"{option} must be finite and above 0, got {number}")
         if cross_both_ways and not cross_attention:
             raise ValueError("cross_both_ways needs cross_attention=True, got False")
         counts = {n: (student.layer_counts[n], teacher.layer_counts[n]) for n in names}
@@ -222,6 +236,7 @@ class Distiller(nn.Module):
         self._maps = Maps(attention_loss, attention_scale, relation_heads, backend)
         self._maps.check()
         self.hidden_loss = hidden_loss
+        self.hidden_temperature = hidden_temperature
         self.hidden_scale = hidden_scale
         self.reduction = reduction
         self.cross_attention = cross_attention
@@ -246,9 +261,14 @@ class Distiller(nn.Module):
             d_s, d_t = student.widths[name], teacher.widths[name]
             for pair in self.pairs[name] if projections == "all" or d_s != d_t else ():
                 # nn.Linear's own initialisation
-                self.projections[f"{name}_{pair.student}"] = nn.Parameter(
+                self.projections[_key(pair)] = nn.Parameter(
                     torch.empty(d_s, d_t).uniform_(-(d_s**-0.5), d_s**-0.5)
                 )
+        self.queues = nn.ModuleDict()
+        for pair in chain(*self.pairs.values()) if hidden_loss in QUEUED else ():
+            # a layer that is not compared remembers nothing, and is measured as 0
+            size = negatives if _weight(self._hidden_weights, pair, pair.module) else 0
+            self.queues[_key(pair)] = TokenQueue(size, teacher.widths[pair.module])
         frozen = _module(teacher)
         if frozen is not None:
             frozen.eval().requires_grad_(False)
@@ -508,6 +528,8 @@ class Distiller(nn.Module):
     ) -> LayerLosses:
         layers = _matched(pairs, student, teacher)
         hidden, total = self._hidden(pairs, layers, whole)
+        if torch.is_grad_enabled():
+            self._remember(pairs, layers)
         unfit = any(s.refusals or t.refusals for s, t in layers)
         if unfit and not _any(self._attention_weights):
             return LayerLosses(total, hidden, None, pairs)
@@ -551,18 +573,30 @@ class Distiller(nn.Module):
         if not chosen:
             return self._nothing(layers)
         compared = [layers[i] for i in chosen]
-        states = [s.hidden for s, _ in compared], [t.hidden for _, t in compared]
-        projected = self.hidden_loss not in UNPROJECTED
-        losses = HIDDEN_LOSSES[self.hidden_loss](
-            *states,
-            *([[self._projection(pairs[i]) for i in chosen]] if projected else []),
-            mask=[s.mask for s, _ in compared],
-            backend=self.backend,
-        )
+        given: list[Any] = [[s.hidden for s, _ in compared], [t.hidden for _, t in compared]]
+        options: dict[str, Any] = {"mask": [s.mask for s, _ in compared]}
+        if self.hidden_loss not in UNPROJECTED:
+            given.append([self._projection(pairs[i]) for i in chosen])
+        if self.hidden_loss in QUEUED:
+            queues = [self.queues[_key(pairs[i])] for i in chosen]
+            given.append([queue.tokens for queue in queues])
+            options["negatives_mask"] = [queue.counts for queue in queues]
+            options["temperature"] = self.hidden_temperature
+        else:
+            options["backend"] = self.backend
+        losses = HIDDEN_LOSSES[self.hidden_loss](*given, **options)
         if self.hidden_scale == "variance":
             losses = losses / self._variances(compared)
         factors = weights if isinstance(weights, float) else [of[i] for i in chosen]
         return self._weighed(losses, chosen, len(pairs), factors)
+
+    def _remember(self, pairs: Sequence[LayerPair], layers: Sequence[Matched]) -> None:
+        """Keep the teacher's tokens for later steps."""
+        for pair, (s, t) in zip(pairs, layers, strict=True) if self.queues else ():
+            queue = self.queues[_key(pair)]
+            assert isinstance(queue, TokenQueue)
+            if len(queue.tokens):
+                queue.push(t.hidden, s.mask)
 
     def _nothing(self, layers: Sequence[Matched]) -> tuple[Tensor, Tensor]:
         """No loss of any layer."""
@@ -571,8 +605,7 @@ class Distiller(nn.Module):
 
     def _projection(self, pair: LayerPair) -> Tensor | None:
         """None where widths agree and no projection was asked for."""
-        name = f"{pair.module}_{pair.student}"
-        found: Tensor | None = self.projections.get(name)
+        found: Tensor | None = self.projections.get(_key(pair))
         return found
 
     def _variances(self, layers: Sequence[Matched]) -> Tensor:
@@ -628,6 +661,11 @@ class Distiller(nn.Module):
         return self._weighed(
             losses, owners, len(pairs), weights if isinstance(weights, float) else factors
         )
+
+
+def _key(pair: LayerPair) -> str:
+    """What a pair's parameters and state are called."""
+    return f"{pair.module}_{pair.student}"
 
 
 def _weight(weights: float | ByLayer, pair: LayerPair, name: str) -> float:

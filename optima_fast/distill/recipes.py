@@ -71,6 +71,24 @@ RECIPES: dict[str, Recipe] = {
         },
         soft_labels={"vqa": "bce"},
     ),
+    "distilvlm": Recipe(
+        source="Fang et al. 2021, arXiv 2104.02096",
+        what="task + MSE of each head's attention and contrastive loss of hidden states, against "
+        "4096 teacher tokens of earlier steps, of the last layers",
+        differs="of three modules, where theirs is one; images are seen as pixels, so both models "
+        "have the same tokens without regions of a detector; cosines at temperature 0.07, "
+        "weights of 1 and the length of the queue are this project's choice",
+        options={
+            "prediction_weight": 1.0,
+            "kl_weight": 0.0,
+            "hidden_weight": {"image": _LAST, "text": _LAST, "multimodal": _LAST},
+            "attention_weight": {"image": _LAST, "text": _LAST, "multimodal": _LAST},
+            "attention_loss": "probs-auto",
+            "hidden_loss": "contrastive",
+            "negatives": 4096,
+            "hidden_temperature": 0.07,
+        },
+    ),
 }
 
 

@@ -17,7 +17,7 @@ from optima_fast.distill.recipes import RECIPES
 from optima_fast.distill.reward import HEADROOM
 from optima_fast.distill.weights import by_layer
 from optima_fast.errors import UserError
-from optima_fast.losses import HIDDEN_LOSSES
+from optima_fast.losses import HIDDEN_LOSSES, QUEUED, UNPROJECTED
 from optima_fast.models import MODULES, presets
 from optima_fast.tasks import tokenizers
 from optima_fast.tasks.augment import RandAugment
@@ -39,7 +39,7 @@ REWARD_SPLITS = ("train", "held-out")
 
 _POSITIVE = (
     *("steps", "round_steps", "reward_examples", "train_images", "batch_size", "lr", "head_lr"),
-    *("image_size", "relation_heads"),
+    *("image_size", "relation_heads", "negatives", "hidden_temperature"),
     *("clip", "teacher_lr", "teacher_head_lr", "teacher_batch_size"),
     *("log_every", "eval_every", "checkpoint_every"),
 )
@@ -154,6 +154,8 @@ class TrainConfig:
     )
     relation_heads: int | None = _field(None, "of --attention-loss relations")
     hidden_loss: str = _field("mse", "of hidden states", tuple(HIDDEN_LOSSES))
+    negatives: int = _field(4096, "teacher tokens of earlier steps, of --hidden-loss contrastive")
+    hidden_temperature: float = _field(0.07, "of --hidden-loss contrastive")
     hidden_scale: str = _field(
         "none", "divide hidden losses by the teacher's", ("none", "variance")
     )
@@ -319,6 +321,12 @@ class TrainConfig:
             raise UserError(
                 "--attention-loss relations and --relation-heads N go together, got "
                 f"--attention-loss {self.attention_loss} and --relation-heads {self.relation_heads}"
+            )
+        headroom = self.method == "headroom" or self.reward == HEADROOM
+        if self.rewarded and headroom and self.hidden_loss in (*UNPROJECTED, *QUEUED):
+            raise UserError(
+                "headroom is a share of variance, which --hidden-loss mse measures and "
+                f"{self.hidden_loss} does not: take --method layerwise, or optima with --reward kl"
             )
         if self.cross_both_ways and not self.cross_attention:
             raise UserError("--cross-both-ways true needs --cross-attention true")

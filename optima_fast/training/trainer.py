@@ -41,7 +41,7 @@ from optima_fast.training.schedule import lr_at
 _DISTILLER = (
     *("hidden_weight", "attention_weight", "prediction_weight", "kl_weight"),
     *("attention_loss", "attention_scale", "relation_heads", "cross_attention", "cross_both_ways"),
-    *("hidden_loss", "hidden_scale", "reduction"),
+    *("hidden_loss", "negatives", "hidden_temperature", "hidden_scale", "reduction"),
 )
 
 

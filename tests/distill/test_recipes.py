@@ -77,6 +77,25 @@ def test_dide_is_soft_labels_and_attention_of_the_last_layer_both_ways(pair, sai
     assert found.attention.nonzero().flatten().tolist() == [3]
 
 
+def test_distilvlm_is_attention_and_contrast_of_the_last_layers(pair, said):
+    distiller, first = step(pair, "distilvlm")
+    assert not first.hidden.any()  # nothing to tell a token from yet
+    found = distiller(BATCH, predict=DATA.loss)
+    student, _, layers = said
+    expected = DATA.loss(student, BATCH)
+    for module, matched in layers.items():
+        i, (s, t) = len(matched) - 1, matched[-1]
+        expected = expected + plain_maps.mse(s.attentions[0], t.attentions[0])
+        h = F.normalize(s.hidden @ distiller.projections[f"{module}_{i}"], dim=-1)
+        own = F.normalize(t.hidden, dim=-1)
+        keep = torch.ones_like(own[..., 0]).bool() if s.mask is None else s.mask
+        h, own = h[keep], own[keep]
+        logits = torch.cat([(h * own).sum(-1, keepdim=True), h @ own.T], 1) / 0.07
+        expected = expected + F.cross_entropy(logits, torch.zeros(len(h), dtype=torch.long))
+    torch.testing.assert_close(found.total, expected, rtol=1e-4, atol=1e-5)
+    assert found.hidden.nonzero().flatten().tolist() == [1, 2, 3]
+
+
 def test_soft_labels_are_least_where_the_student_says_what_its_teacher_does():
     torch.manual_seed(0)
     teacher = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)

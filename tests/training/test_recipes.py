@@ -28,8 +28,8 @@ def test_a_recipe_sets_its_options_and_flags_override_it(name):
     assert config.method == "layerwise"
     for option, value in recipes.options(name).items():
         assert getattr(config, option) == value
-    other = flags("--recipe", name, "--kl-weight", "7", "--method", "headroom")
-    assert (other.kl_weight, other.method) == (7.0, "headroom")
+    other = flags("--recipe", name, "--kl-weight", "7", "--method", "random")
+    assert (other.kl_weight, other.method) == (7.0, "random")
     assert other.attention_weight == config.attention_weight
 
 
@@ -47,6 +47,10 @@ def test_what_a_file_says_beside_a_recipe_overrides_it_and_a_flag_takes_another(
     [
         (["--recipe", "efficentvlm"], "--recipe must be one of .* did you mean efficientvlm"),
         (["--recipe", "dide", "--method", "finetune"], "--recipe dide needs a teacher"),
+        (["--recipe", "distilvlm", "--method", "headroom"], "headroom is a share of variance"),
+        (["--hidden-loss", "gram"], "headroom is a share .* and gram does not: take --method"),
+        (["--attention-loss", "relations"], "relations and --relation-heads N go together"),
+        (["--cross-both-ways", "true"], "--cross-both-ways true needs --cross-attention true"),
         (["--soft-labels", "bce", "--task", "coco"], "--soft-labels bce is for --task vqa, not"),
     ],
 )
