@@ -25,6 +25,7 @@ class Recipe:
         what: the loss in a line.
         differs: what is not as in the paper.
         options: of :class:`Distiller`.
+        method: of the trainer: which modules are distilled.
         soft_labels: by task, how the trainer compares predictions; ``"kl"`` where none is named.
     """
 
@@ -32,6 +33,7 @@ class Recipe:
     what: str
     differs: str
     options: Mapping[str, Any]
+    method: str = "layerwise"
     soft_labels: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -89,6 +91,19 @@ RECIPES: dict[str, Recipe] = {
             "hidden_temperature": 0.07,
         },
     ),
+    "minivlm": Recipe(
+        source="Wang et al. 2020, arXiv 2012.06946",
+        what="the task's own loss, on more images that the teacher captioned (--extra-images)",
+        differs="pseudo-captions while finetuning on captions, where theirs are of pretraining; "
+        "no tags, no detector",
+        options={
+            "prediction_weight": 1.0,
+            "kl_weight": 0.0,
+            "hidden_weight": 0.0,
+            "attention_weight": 0.0,
+        },
+        method="kd",
+    ),
 }
 
 
@@ -119,10 +134,10 @@ def options(name: str) -> dict[str, Any]:
 
 
 def settings(name: str, task: str) -> dict[str, Any]:
-    """Those of the trainer on a task: the options, and that every module is distilled."""
+    """Those of the trainer on a task: the options, and which modules are distilled."""
     recipe = get(name)
     labels = recipe.soft_labels.get(task, "kl")
-    return {"method": "layerwise", "soft_labels": labels, **recipe.options}
+    return {"method": recipe.method, "soft_labels": labels, **recipe.options}
 
 
 def names() -> set[str]:

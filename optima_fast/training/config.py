@@ -114,6 +114,11 @@ class TrainConfig:
     reward_examples: int | None = _field(None, "training examples the reward is measured on")
 
     train_images: int | None = _field(None, "digits: training canvases; a tenth more to test on")
+    extra_images: str | None = _field(
+        None,
+        "coco: a folder of images without captions, which the teacher captions once, greedily, "
+        "to train on too",
+    )
     augment: str | None = _field(
         None,
         "RandAugment of training images: none (or off), or LAYERS,MAGNITUDE; default 1,10 for "
@@ -209,6 +214,13 @@ class TrainConfig:
         self._check_choice()
         if self.recipe is not None and self.method == "finetune":
             raise UserError(f"--recipe {self.recipe} needs a teacher: leave --method finetune out")
+        if self.extra_images is not None and (self.task != "coco" or self.method == "finetune"):
+            raise UserError(
+                f"--extra-images {self.extra_images} is for --task coco and a method with a "
+                f"teacher, not for --task {self.task} --method {self.method}"
+            )
+        if self.recipe == "minivlm" and self.extra_images is None:
+            raise UserError("--recipe minivlm needs --task coco and --extra-images FOLDER")
         if self.soft_labels == "bce" and self.task != "vqa":
             raise UserError(f"--soft-labels bce is for --task vqa, not for --task {self.task}")
         if self.method == "fixed":

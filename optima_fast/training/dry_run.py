@@ -11,7 +11,7 @@ from optima_fast import tasks
 from optima_fast.distill import arm_name, arm_space, recipes
 from optima_fast.models import CoCa, CoCaConfig, paper_parameters
 from optima_fast.tasks import TaskData
-from optima_fast.training import cost, experiment, loader, sources, teachers
+from optima_fast.training import cost, experiment, loader, pseudo, sources, teachers
 from optima_fast.training.config import TrainConfig, resolve
 from optima_fast.training.display import Display
 from optima_fast.training.rewards import training_sampler
@@ -48,9 +48,14 @@ def _data(config: TrainConfig, data: TaskData) -> list[list[str]]:
     ]
     assert config.batch_size and config.steps
     epochs = config.steps * config.batch_size * data.train.group / len(data.train)
+    extra = []
+    if config.extra_images is not None:
+        found = len(pseudo.files(config.extra_images))
+        extra = [["extra", f"{found:,} images of {config.extra_images}, to be captioned"]]
     classes = [["classes", f"{data.num_classes:,}"]] if data.num_classes else []
     return [
         *rows,
+        *extra,
         *classes,
         ["tokenizer", f"{len(data.tokenizer):,} ids, texts of at most {data.text_length}"],
         ["training", f"{config.steps:,} steps of {config.batch_size}, {epochs:,.1f} epochs"],

@@ -22,7 +22,7 @@ from optima_fast.tasks.base import unknown
 from optima_fast.tasks.folders import FURTHER, SPLITS
 from optima_fast.tasks.shards import is_shards
 from optima_fast.tasks.workers import usable_cores
-from optima_fast.training import checkpoints, loader, policies, pretence, sources, teachers
+from optima_fast.training import checkpoints, loader, policies, pretence, pseudo, sources, teachers
 from optima_fast.training.config import TrainConfig, resolve
 from optima_fast.training.display import Display
 from optima_fast.training.pretence import pretended
@@ -192,6 +192,8 @@ def rehearse(config: TrainConfig, models: Models, data: TaskData) -> None:
     if config.rewarded:
         policies.check_options(config)
     training_sampler(config, data.train)
+    if config.extra_images is not None:
+        pseudo.files(config.extra_images)
     models.check(data)
     try:
         shapes = filter(None, models.shapes(data))
@@ -258,7 +260,12 @@ def train(
     torch.manual_seed(config.seed)
     student = models.new_student(data, teacher, config.dropout).to(device)
     compile_modules(config, [student, *([teacher] if teacher else [])], device)
-    trainer = Trainer(config, data, student, teacher, folder, display)
+    trained_on = data
+    if config.extra_images is not None and teacher is not None:
+        trained_on = pseudo.extended(
+            data, config.extra_images, folder.captions_path, teacher, device=device, display=display
+        )
+    trainer = Trainer(config, trained_on, student, teacher, folder, display)
     began = time.perf_counter()
     before = data.evaluate(student, data.test, device=device)[data.metric_name]
     measuring = time.perf_counter() - began

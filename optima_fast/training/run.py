@@ -60,6 +60,7 @@ class Run:
         self.summary_path = self.folder / "summary.json"
         self.model_path = self.folder / "model.json"
         self.weights_path = self.folder / "student.safetensors"
+        self.captions_path = self.folder / "captions.json"  # of --extra-images
         self.checkpoints = self.folder / "checkpoints"
 
     def exists(self) -> bool:
