@@ -85,8 +85,17 @@ def _machine() -> int:
         properties = torch.cuda.get_device_properties(index)
         print(f"cuda:{index} {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
         devices.append(f"cuda:{index}")
+    _recipes()
     agree = [_losses_agree(device) for device in devices]
     return 0 if all(agree) else 1
+
+
+def _recipes() -> None:
+    """The recipes of the trainer: what each compares, and where it departs from its paper."""
+    from optima_fast.distill.recipes import RECIPES
+
+    for name, recipe in RECIPES.items():
+        print(f"recipe {name}: {recipe.what} ({recipe.source}; here: {recipe.differs})")
 
 
 def _losses_agree(device: str) -> bool:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from optima_fast.distill import StepLosses
 from optima_fast.training import experiment
 from optima_fast.training.config import TrainConfig, resolve
 from optima_fast.training.display import Display
+from optima_fast.training.interrupts import Interrupted
 from optima_fast.training.run import Run
 from optima_fast.training.trainer import Trainer
 
@@ -61,3 +64,16 @@ def rounds(t: Trainer) -> list[dict[str, Any]]:
 def untimed(run: Run) -> list[dict[str, Any]]:
     """All lines, without the times."""
     return [{**line, "samples_per_second": 0, "seconds": 0} for line in run.metrics()]
+
+
+def stop(t: Trainer, *, after: int) -> None:
+    """Train up to a step and stop as Ctrl-C does."""
+    step = t._train_step
+
+    def stopping() -> StepLosses:
+        t._stop.asked = t.step + 1 == after
+        return step()
+
+    t._train_step = stopping  # type: ignore[method-assign]
+    with contextlib.suppress(Interrupted):
+        t.fit()

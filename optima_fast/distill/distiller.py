@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from optima_fast.distill import maps
 from optima_fast.distill.arms import Arm, arm_layers
+from optima_fast.distill.maps import Maps, swapped
 from optima_fast.distill.matching import match_layers
 from optima_fast.distill.measurement import Layers, Measurement
+from optima_fast.distill.queue import TokenQueue
 from optima_fast.distill.tapped import Modules, TappedModel, TappedRecord, paths, summary
+from optima_fast.distill.weights import CROSS, ByLayer, Weights, by_layer
 from optima_fast.errors import UserError
-from optima_fast.losses import ATTENTION_LOSSES, HIDDEN_LOSSES
+from optima_fast.losses import HIDDEN_LOSSES, QUEUED, UNPROJECTED
 from optima_fast.taps.records import Attention, Layer
 
 Batch = Mapping[str, Tensor]
@@ -59,7 +64,10 @@ class LayerPair(NamedTuple):
 
 
 class StepLosses(NamedTuple):
-    """Eq. 5 and its terms, before their weights. ``hidden`` and ``attention`` are [L], as pairs."""
+    """Eq. 5 and its terms, before their weights. ``hidden`` and ``attention`` are [L], as pairs.
+
+    A layer to which a mapping gives the weight 0 is not computed: its entry is 0.
+    """
 
     total: Tensor
     prediction: Tensor
@@ -70,7 +78,10 @@ class StepLosses(NamedTuple):
 
 
 class LayerLosses(NamedTuple):
-    """The layers' terms of Eq. 5: their weighted sum, and each before its weight, [L] as pairs."""
+    """The layers' terms of Eq. 5: their weighted sum, and each before its weight, [L] as pairs.
+
+    A layer to which a mapping gives the weight 0 is not computed: its entry is 0.
+    """
 
     total: Tensor
     hidden: Tensor
@@ -93,26 +104,41 @@ class Distiller(nn.Module):
               + a_3 \sum_l \mathrm{MSE}(A_t^l, A_s^l)
 
     (Liang et al., NeurIPS 2023, Eq. 5, with :math:`a_1, a_2, a_3` = ``kl_weight``,
-    ``hidden_weight``, ``attention_weight``.) The teacher runs without gradient and only as far as
-    an arm needs; neither it nor the student is part of this module, whose only parameters are the
-    projections :math:`W^l`, [d_s, d_t], one per matched student layer.
+    ``hidden_weight``, ``attention_weight``; other papers weigh the task's loss and each module
+    apart.) The teacher runs without gradient and only as far as an arm needs; neither it nor the
+    student is part of this module, whose only parameters are the projections :math:`W^l`,
+    [d_s, d_t], one per matched student layer.
 
     Args:
         student: the model to train.
         teacher: the model to learn from; put in eval mode, its parameters frozen.
         modules: names of the modules to match; default all that the student has.
-        hidden_weight: :math:`a_2`.
-        attention_weight: :math:`a_3`.
+        hidden_weight: :math:`a_2`; or a mapping from every matched module to a number for its
+            layers, a sequence of one a layer, or ``{"last": x}`` for its last layer alone.
+        attention_weight: :math:`a_3`; likewise. With ``cross_attention`` the key ``"cross"`` is
+            that of the last module, the decoder; default its own weights.
+        prediction_weight: of the task's own loss.
         kl_weight: :math:`a_1`; at 0 the teacher's logits are not computed.
         attention_loss: ``"scores"`` (mean squared error before the softmax), ``"probs"`` (after
             it), ``"kl"`` (divergence), of the mean over heads; ``"scores-each"``,
-            ``"probs-each"``, ``"kl-each"``: of each head.
-        hidden_loss: ``"mse"``, ``"normalized-mse"``, ``"cosine"`` or ``"smooth-l1"``.
+            ``"probs-each"``, ``"kl-each"``: of each head; ``"scores-auto"`` and so on: of each
+            where both models have as many, else of their mean; ``"relations"`` among queries and
+            among keys, see :func:`optima_fast.relation_kl`.
+        attention_scale: ``"none"``, or ``"length"`` to multiply each by its number of keys.
+        relation_heads: of ``"relations"``.
+        hidden_loss: ``"mse"``, ``"normalized-mse"``, ``"cosine"``, ``"smooth-l1"``; ``"gram"``,
+            which needs no projections and has none; ``"contrastive"``, against a queue of the
+            teacher's tokens of earlier steps, which is part of ``state_dict``. A step with
+            gradient adds its tokens.
+        negatives: of ``"contrastive"``, how many tokens a layer's queue holds.
+        hidden_temperature: of ``"contrastive"``.
         hidden_scale: ``"none"``, or ``"variance"`` to divide each layer's hidden loss by the
             variance of the teacher's states around their mean over the batch's tokens, so that it
             is the share of variance not yet explained.
         reduction: ``"sum"`` over layers, or ``"mean"``.
         cross_attention: match the decoder's cross-attention too.
+        cross_both_ways: and what its keys see of its queries: the same products, with the softmax
+            over the queries that count.
         teacher_layers: for a module, the teacher's layer (0-based) that each student layer learns
             from; default: evenly spread, last from last.
         projections: ``"all"`` layers, or those ``"needed"``, where widths differ.
@@ -137,14 +163,20 @@ class Distiller(nn.Module):
         teacher: Distillable,
         *,
         modules: Sequence[str] | None = None,
-        hidden_weight: float = 1.0,
-        attention_weight: float = 1e-2,
+        hidden_weight: Weights = 1.0,
+        attention_weight: Weights = 1e-2,
+        prediction_weight: float = 1.0,
         kl_weight: float = 0.0,
         attention_loss: str = "scores",
+        attention_scale: str = "none",
+        relation_heads: int | None = None,
         hidden_loss: str = "mse",
+        negatives: int = 4096,
+        hidden_temperature: float = 0.07,
         hidden_scale: str = "none",
         reduction: str = "sum",
         cross_attention: bool = False,
+        cross_both_ways: bool = False,
         teacher_layers: Mapping[str, Sequence[int]] | None = None,
         projections: str = "all",
         backend: str = "auto",
@@ -158,7 +190,8 @@ class Distiller(nn.Module):
                     f"{list(student.layer_counts)}, the teacher {list(teacher.layer_counts)}"
                 )
         for option, value, allowed in (
-            ("attention_loss", attention_loss, tuple(ATTENTION_LOSSES)),
+            ("attention_loss", attention_loss, maps.NAMES),
+            ("attention_scale", attention_scale, maps.SCALES),
             ("hidden_loss", hidden_loss, tuple(HIDDEN_LOSSES)),
             ("hidden_scale", hidden_scale, ("none", "variance")),
             ("reduction", reduction, ("sum", "mean")),
@@ -171,14 +204,18 @@ class Distiller(nn.Module):
                 f"hidden_scale={hidden_scale!r} is a share of the mean squared error, got "
                 f"hidden_loss={hidden_loss!r}: leave one of them out"
             )
-        for option, weight in (
-            ("hidden_weight", hidden_weight),
-            ("attention_weight", attention_weight),
-            ("kl_weight", kl_weight),
+        for option, number in (
+            ("negatives", negatives),
+            ("hidden_temperature", hidden_temperature),
         ):
-            if not 0.0 <= weight < float("inf"):
-                raise ValueError(f"{option} must be finite and not negative, got {weight}")
-
+            if not 0 < number < float("inf"):
+                raise ValueError(f"{option} must be finite and above 0, got {number}")
+        if cross_both_ways and not cross_attention:
+            raise ValueError("cross_both_ways needs cross_attention=True, got False")
+        counts = {n: (student.layer_counts[n], teacher.layer_counts[n]) for n in names}
+        layers = {name: count for name, (count, _) in counts.items()}
+        for option, weight in (("prediction_weight", prediction_weight), ("kl_weight", kl_weight)):
+            by_layer(option, float(weight), layers)
         if any(getattr(model, "attention_cap", None) is not None for model in (student, teacher)):
             raise ValueError(
                 "the attention losses do not know capped scores (attention_cap): take models "
@@ -189,16 +226,24 @@ class Distiller(nn.Module):
         self.modules_matched = names
         self.hidden_weight = hidden_weight
         self.attention_weight = attention_weight
+        self.prediction_weight = prediction_weight
         self.kl_weight = kl_weight
+        self._hidden_weights = by_layer("hidden_weight", hidden_weight, layers)
+        self._attention_weights = by_layer(
+            "attention_weight", attention_weight, layers, cross=cross_attention
+        )
         self.attention_loss = attention_loss
+        self._maps = Maps(attention_loss, attention_scale, relation_heads, backend)
+        self._maps.check()
         self.hidden_loss = hidden_loss
+        self.hidden_temperature = hidden_temperature
         self.hidden_scale = hidden_scale
         self.reduction = reduction
         self.cross_attention = cross_attention
+        self.cross_both_ways = cross_both_ways
         self.backend = backend
         self.summary = ""
         given = teacher_layers or {}
-        counts = {n: (student.layer_counts[n], teacher.layer_counts[n]) for n in names}
         self.pairs = {
             name: tuple(
                 LayerPair(name, s, t)
@@ -212,13 +257,18 @@ class Distiller(nn.Module):
         }
         self._selected: dict[Arm, tuple[LayerPair, ...]] = {}
         self.projections = nn.ParameterDict()
-        for name in names:
+        for name in () if hidden_loss in UNPROJECTED else names:
             d_s, d_t = student.widths[name], teacher.widths[name]
             for pair in self.pairs[name] if projections == "all" or d_s != d_t else ():
                 # nn.Linear's own initialisation
-                self.projections[f"{name}_{pair.student}"] = nn.Parameter(
+                self.projections[_key(pair)] = nn.Parameter(
                     torch.empty(d_s, d_t).uniform_(-(d_s**-0.5), d_s**-0.5)
                 )
+        self.queues = nn.ModuleDict()
+        for pair in chain(*self.pairs.values()) if hidden_loss in QUEUED else ():
+            # a layer that is not compared remembers nothing, and is measured as 0
+            size = negatives if _weight(self._hidden_weights, pair, pair.module) else 0
+            self.queues[_key(pair)] = TokenQueue(size, teacher.widths[pair.module])
         frozen = _module(teacher)
         if frozen is not None:
             frozen.eval().requires_grad_(False)
@@ -376,7 +426,7 @@ class Distiller(nn.Module):
         finally:
             if student is not None:
                 student.train(training)
-        step = self._losses(batch, self.modules_matched, records, predict, divergence)
+        step = self._losses(batch, self.modules_matched, records, predict, divergence, whole=True)
         assert step.kl is not None and step.hidden is not None
         maps = torch.zeros_like(step.hidden) if step.attention is None else step.attention
         assert records.teacher is not None and records.teacher.logits is not None
@@ -426,7 +476,7 @@ class Distiller(nn.Module):
 
     def _records(self, batch: Batch, arm: Arm, *, teacher_logits: bool) -> _Records:
         """What both models say of a batch, the teacher only as far as it is needed."""
-        lse = self._softmax
+        lse = self._maps.softmax
         # the student's request is always the whole one, so that no arm means another graph
         everything = {n: [p.student for p in self.pairs[n]] for n in self.modules_matched}
         student = self.student(batch, taps=everything, lse=lse)
@@ -446,73 +496,138 @@ class Distiller(nn.Module):
         records: _Records,
         predict: Callable[[Tensor, Batch], Tensor],
         divergence: Callable[[Tensor, Tensor, Batch], Tensor] | None,
+        *,
+        whole: bool = False,
     ) -> StepLosses:
+        """``whole``: also the layers of weight 0."""
         pairs = self.selected(arm)
         student, teacher = records
         assert student.logits is not None
         prediction = predict(student.logits, batch).float()
 
         kl = hidden = attention = None
-        total = prediction
+        total = self.prediction_weight * prediction
         if divergence is not None:
             assert teacher is not None and teacher.logits is not None
             kl = divergence(student.logits, teacher.logits, batch).float()
             total = total + self.kl_weight * kl
         if pairs:
             assert teacher is not None
-            of_layers = self._layer_losses(pairs, student, teacher)
+            of_layers = self._layer_losses(pairs, student, teacher, whole=whole)
             total = total + of_layers.total
             hidden, attention = of_layers.hidden, of_layers.attention
         return StepLosses(total, prediction, kl, hidden, attention, pairs)
 
     def _layer_losses(
-        self, pairs: tuple[LayerPair, ...], student: Record, teacher: Record
+        self,
+        pairs: tuple[LayerPair, ...],
+        student: Record,
+        teacher: Record,
+        *,
+        whole: bool = False,
     ) -> LayerLosses:
         layers = _matched(pairs, student, teacher)
-        hidden = self._hidden(pairs, layers)
-        total = self.hidden_weight * self._reduce(hidden)
-        if not self.attention_weight and any(s.refusals or t.refusals for s, t in layers):
+        hidden, total = self._hidden(pairs, layers, whole)
+        if torch.is_grad_enabled():
+            self._remember(pairs, layers)
+        unfit = any(s.refusals or t.refusals for s, t in layers)
+        if unfit and not _any(self._attention_weights):
             return LayerLosses(total, hidden, None, pairs)
-        attention = self._attention(pairs, layers)
-        total = total + self.attention_weight * self._reduce(attention)
-        return LayerLosses(total, hidden, attention, pairs)
+        attention, of_maps = self._attention(pairs, layers, whole)
+        return LayerLosses(total + of_maps, hidden, attention, pairs)
 
-    @property
-    def _softmax(self) -> bool:
-        """Whether maps are compared after it, so that a log-sum-exp is of use."""
-        return not self.attention_loss.startswith("scores")
+    def _weighed(
+        self, losses: Tensor, owners: Sequence[int], count: int, weights: Sequence[float] | float
+    ) -> tuple[Tensor, Tensor]:
+        """Losses by layer, [count], and their weighted sum or mean.
+
+        Args:
+            losses: any number of values a layer.
+            owners: the layer of each.
+            count: number of layers.
+            weights: of each value, or of all.
+        """
+
+        def by_owner(values: Tensor) -> Tensor:
+            if list(owners) == list(range(count)):
+                return values
+            owner = torch.tensor(owners, device=values.device)
+            return values.new_zeros(count).index_add(0, owner, values)
+
+        layers = by_owner(losses)
+        if isinstance(weights, float):
+            return layers, weights * self._reduce(layers)
+        factors = torch.tensor(weights, dtype=losses.dtype, device=losses.device)
+        return layers, self._reduce(by_owner(losses * factors))
 
     def _reduce(self, layers: Tensor) -> Tensor:
         return layers.sum() if self.reduction == "sum" else layers.mean()
 
-    def _hidden(self, pairs: Sequence[LayerPair], layers: Sequence[Matched]) -> Tensor:
-        projections = [self._projection(pair) for pair in pairs]
-        losses = HIDDEN_LOSSES[self.hidden_loss](
-            [s.hidden for s, _ in layers],
-            [t.hidden for _, t in layers],
-            projections,
-            mask=[s.mask for s, _ in layers],
-            backend=self.backend,
-        )
+    def _hidden(
+        self, pairs: Sequence[LayerPair], layers: Sequence[Matched], whole: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Each layer's loss, and what they add to the total."""
+        weights = self._hidden_weights
+        of = [_weight(weights, pair, pair.module) for pair in pairs]
+        chosen = [i for i in range(len(pairs)) if whole or of[i] or isinstance(weights, float)]
+        if not chosen:
+            return self._nothing(layers)
+        compared = [layers[i] for i in chosen]
+        given: list[Any] = [[s.hidden for s, _ in compared], [t.hidden for _, t in compared]]
+        options: dict[str, Any] = {"mask": [s.mask for s, _ in compared]}
+        if self.hidden_loss not in UNPROJECTED:
+            given.append([self._projection(pairs[i]) for i in chosen])
+        if self.hidden_loss in QUEUED:
+            queues = [self.queues[_key(pairs[i])] for i in chosen]
+            given.append([queue.tokens for queue in queues])
+            options["negatives_mask"] = [queue.counts for queue in queues]
+            options["temperature"] = self.hidden_temperature
+        else:
+            options["backend"] = self.backend
+        losses = HIDDEN_LOSSES[self.hidden_loss](*given, **options)
         if self.hidden_scale == "variance":
-            losses = losses / self._variances(layers)
-        return losses
+            losses = losses / self._variances(compared)
+        factors = weights if isinstance(weights, float) else [of[i] for i in chosen]
+        return self._weighed(losses, chosen, len(pairs), factors)
+
+    def _remember(self, pairs: Sequence[LayerPair], layers: Sequence[Matched]) -> None:
+        """Keep the teacher's tokens for later steps."""
+        for pair, (s, t) in zip(pairs, layers, strict=True) if self.queues else ():
+            queue = self.queues[_key(pair)]
+            assert isinstance(queue, TokenQueue)
+            if len(queue.tokens):
+                queue.push(t.hidden, s.mask)
+
+    def _nothing(self, layers: Sequence[Matched]) -> tuple[Tensor, Tensor]:
+        """No loss of any layer."""
+        zeros = torch.zeros(len(layers), device=layers[0][0].hidden.device)
+        return zeros, zeros.sum()
 
     def _projection(self, pair: LayerPair) -> Tensor | None:
         """None where widths agree and no projection was asked for."""
-        name = f"{pair.module}_{pair.student}"
-        found: Tensor | None = self.projections.get(name)
+        found: Tensor | None = self.projections.get(_key(pair))
         return found
 
     def _variances(self, layers: Sequence[Matched]) -> Tensor:
         """Of the teacher's states, [L], as the pairs."""
         return torch.stack([_variance(t.hidden, s.mask) for s, t in layers])
 
-    def _attention(self, pairs: Sequence[LayerPair], layers: Sequence[Matched]) -> Tensor:
+    def _attention(
+        self, pairs: Sequence[LayerPair], layers: Sequence[Matched], whole: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Each layer's loss, that of its attentions together, and what they add to the total."""
+        weights = self._attention_weights
         rows: list[tuple[Attention, Attention]] = []
         owners: list[int] = []
+        factors: list[float] = []
         for i, (pair, (s, t)) in enumerate(zip(pairs, layers, strict=True)):
+            of = [_weight(weights, pair, pair.module)]
+            if self.cross_attention:
+                decoder = pair.module == self.modules_matched[-1]
+                of.append(_weight(weights, pair, CROSS if decoder else pair.module))
             if s.refusals or t.refusals:
+                if not any(of):
+                    continue
                 raise UserError(
                     f"{pair}: the attention losses cannot represent "
                     + "; ".join((*s.refusals, *t.refusals))
@@ -523,9 +638,10 @@ class Distiller(nn.Module):
                     f"{pair}: the student's layer has {len(s.attentions)} attentions and the "
                     f"teacher's {len(t.attentions)}; set attention_weight=0"
                 )
-            own = list(zip(s.attentions, t.attentions, strict=True))
-            own = own if self.cross_attention else own[:1]
-            for a, b in own:
+            own = zip((False, True), s.attentions, t.attentions, of, strict=False)
+            for cross, a, b, weight in own:
+                if not (whole or weight or isinstance(weights, float)):
+                    continue
                 if (a.causal, a.window) != (b.causal, b.window):
                     raise UserError(
                         f"{pair}: the student's attention has causal={a.causal} and "
@@ -533,29 +649,34 @@ class Distiller(nn.Module):
                         f"window={b.window}: their maps are of different pairs; set "
                         "attention_weight=0, or leave the layer out of the arm"
                     )
-            rows += own
-            owners += [i] * (len(rows) - len(owners))
-        student, teacher = ([row[i] for row in rows] for i in range(2))
-        losses = ATTENTION_LOSSES[self.attention_loss](
-            [a.q for a in student],
-            [a.k for a in student],
-            [a.q for a in teacher],
-            [a.k for a in teacher],
-            causal=[a.causal for a in student],
-            window=[a.window for a in student],
-            query_mask=[a.query_mask for a in student],
-            key_mask=[a.key_mask for a in student],
-            student_lse=[a.lse for a in student] if self._softmax else None,
-            teacher_lse=[a.lse for a in teacher] if self._softmax else None,
-            student_scale=[a.scale for a in student],
-            teacher_scale=[a.scale for a in teacher],
-            backend=self.backend,
+                found = [(a, b)]
+                if cross and self.cross_both_ways:
+                    found.append((swapped(a), swapped(b)))
+                rows += found
+                owners += [i] * len(found)
+                factors += [weight] * len(found)
+        if not rows:
+            return self._nothing(layers)
+        losses = self._maps(*([row[i] for row in rows] for i in range(2)))
+        return self._weighed(
+            losses, owners, len(pairs), weights if isinstance(weights, float) else factors
         )
-        if len(rows) == len(pairs):
-            return losses
-        # a layer's two attentions are one loss
-        owner = torch.tensor(owners, device=losses.device)
-        return losses.new_zeros(len(pairs)).index_add(0, owner, losses)
+
+
+def _key(pair: LayerPair) -> str:
+    """What a pair's parameters and state are called."""
+    return f"{pair.module}_{pair.student}"
+
+
+def _weight(weights: float | ByLayer, pair: LayerPair, name: str) -> float:
+    if isinstance(weights, float):
+        return weights
+    return weights.get(name, weights[pair.module])[pair.student]
+
+
+def _any(weights: float | ByLayer) -> bool:
+    """Whether a layer has a weight."""
+    return bool(weights) if isinstance(weights, float) else any(map(any, weights.values()))
 
 
 def _module(model: object) -> nn.Module | None:

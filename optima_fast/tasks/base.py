@@ -49,6 +49,18 @@ def mean_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return F.kl_div(student, teacher, reduction="sum", log_target=True) / max(len(student), 1)
 
 
+def soft_bce(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Binary cross entropy with the teacher's probabilities, one a class, of `[rows, classes]`.
+
+    - sum_c p_t(c) log p_s(c) + (1 - p_t(c)) log(1 - p_s(c)), p the logistic function of a logit;
+    mean over rows, in float32 or wider; the teacher gets no gradient.
+    """
+    wide = torch.promote_types(student_logits.dtype, torch.float32)
+    target = teacher_logits.detach().to(wide).sigmoid()
+    total = F.binary_cross_entropy_with_logits(student_logits.to(wide), target, reduction="sum")
+    return total / max(len(student_logits), 1)
+
+
 @dataclass(frozen=True)
 class Predictions:
     """What a model says of a split.

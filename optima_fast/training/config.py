@@ -11,11 +11,13 @@ from typing import Any
 
 from optima_fast import bandit
 from optima_fast.bandit import GaussianThompson, Greedy
-from optima_fast.distill import arm_space, parse_arm, parse_reward
+from optima_fast.distill import arm_space, maps, parse_arm, parse_reward
 from optima_fast.distill.arms import ARM_SPACES
+from optima_fast.distill.recipes import RECIPES
 from optima_fast.distill.reward import HEADROOM
+from optima_fast.distill.weights import by_layer
 from optima_fast.errors import UserError
-from optima_fast.losses import ATTENTION_LOSSES, HIDDEN_LOSSES
+from optima_fast.losses import HIDDEN_LOSSES, QUEUED, UNPROJECTED
 from optima_fast.models import MODULES, presets
 from optima_fast.tasks import tokenizers
 from optima_fast.tasks.augment import RandAugment
@@ -32,25 +34,18 @@ CHOICES = {
 # settings that only these methods look at
 OF_A_CHOICE = ("policy", "reward", "reward_cost", "gamma", "variance_scale", "init_rounds")
 TASKS = ("vqa", "snli_ve", "nlvr2", "coco")
+SOFT_LABELS = ("kl", "bce")
 REWARD_SPLITS = ("train", "held-out")
 
 _POSITIVE = (
     *("steps", "round_steps", "reward_examples", "train_images", "batch_size", "lr", "head_lr"),
-    "image_size",
+    *("image_size", "relation_heads", "negatives", "hidden_temperature"),
     *("clip", "teacher_lr", "teacher_head_lr", "teacher_batch_size"),
     *("log_every", "eval_every", "checkpoint_every"),
 )
 _NOT_NEGATIVE = (
-    *("init_rounds", "variance_scale", "warmup_steps", "weight_decay", "hidden_weight"),
-    *(
-        "teacher_steps",
-        "attention_weight",
-        "kl_weight",
-        "seed",
-        "teacher_seed",
-        "data_seed",
-        "threads",
-    ),
+    *("init_rounds", "variance_scale", "warmup_steps", "weight_decay", "prediction_weight"),
+    *("teacher_steps", "kl_weight", "seed", "teacher_seed", "data_seed", "threads"),
 )
 
 
@@ -72,6 +67,12 @@ class TrainConfig:
         METHODS,
     )
     arm: str | None = _field(None, "for --method fixed, such as image+text or image[1-3]")
+    recipe: str | None = _field(
+        None,
+        "the losses of another system, layerwise unless --method is given; other settings beside "
+        "it override it; optima_fast.doctor describes each",
+        tuple(RECIPES),
+    )
     arms: str = _field("modules", "subsets of modules, or of groups of their layers", ARM_SPACES)
     policy: str | None = _field(
         None, f"bandit of --method optima: {', '.join(policies.choices())}; default thompson"
@@ -113,6 +114,11 @@ class TrainConfig:
     reward_examples: int | None = _field(None, "training examples the reward is measured on")
 
     train_images: int | None = _field(None, "digits: training canvases; a tenth more to test on")
+    extra_images: str | None = _field(
+        None,
+        "coco: a folder of images without captions, which the teacher captions once, greedily, "
+        "to train on too",
+    )
     augment: str | None = _field(
         None,
         "RandAugment of training images: none (or off), or LAYERS,MAGNITUDE; default 1,10 for "
@@ -127,18 +133,40 @@ class TrainConfig:
     warmup_steps: int | None = _field(None, "steps of linear warm-up")
     weight_decay: float = _field(0.1, "decoupled weight decay")
     clip: float = _field(1.0, "largest gradient norm")
-    hidden_weight: float = _field(1.0, "a2, weight of the hidden-state losses")
-    attention_weight: float = _field(1e-2, "a3, weight of the attention losses")
+    hidden_weight: float | Mapping[str, Any] = _field(
+        1.0,
+        "a2, weight of the hidden-state losses; or by module, as YAML: {image: 0.1, text: [0, 1], "
+        "multimodal: {last: 1}} is of all layers, of each, of the last alone",
+    )
+    attention_weight: float | Mapping[str, Any] = _field(
+        1e-2, "a3, of the attention losses, likewise; cross: that of --cross-attention"
+    )
+    prediction_weight: float = _field(1.0, "weight of the task's own loss")
+    soft_labels: str = _field(
+        "kl",
+        "what the KL term is: kl, or for vqa bce with the teacher's probabilities",
+        SOFT_LABELS,
+    )
     kl_weight: float | None = _field(None, "a1, weight of the KL term; default 1 for kd, else 0")
     attention_loss: str = _field(
-        "scores", "of attention maps: of the mean over heads, or of each", tuple(ATTENTION_LOSSES)
+        "scores",
+        "of attention maps: of the mean over heads, of each, or of each where both models have as "
+        "many (auto); relations: among queries and among keys",
+        maps.NAMES,
     )
+    attention_scale: str = _field(
+        "none", "multiply attention losses by their number of keys", maps.SCALES
+    )
+    relation_heads: int | None = _field(None, "of --attention-loss relations")
     hidden_loss: str = _field("mse", "of hidden states", tuple(HIDDEN_LOSSES))
+    negatives: int = _field(4096, "teacher tokens of earlier steps, of --hidden-loss contrastive")
+    hidden_temperature: float = _field(0.07, "of --hidden-loss contrastive")
     hidden_scale: str = _field(
         "none", "divide hidden losses by the teacher's", ("none", "variance")
     )
     reduction: str = _field("sum", "over the layers of a loss", ("sum", "mean"))
     cross_attention: bool = _field(False, "match the decoder's cross-attention too")
+    cross_both_ways: bool = _field(False, "and what its image tokens see of the text")
 
     teacher_steps: int | None = _field(
         None, "optimizer steps of the teacher's own training; 0: a checkpoint captions as it is"
@@ -175,6 +203,7 @@ class TrainConfig:
             if choices is not None and value not in (None, *choices):
                 raise UserError(no_choice(flag(field.name), str(value), choices))
         self._check_numbers()
+        self._check_weights()
         if self.reward == HEADROOM and self.reward_cost == "none":
             raise UserError(
                 "--reward headroom is per cost, or all modules would always be best: leave out "
@@ -183,6 +212,17 @@ class TrainConfig:
         if self.reward not in (None, HEADROOM):
             parse_reward(self.reward)
         self._check_choice()
+        if self.recipe is not None and self.method == "finetune":
+            raise UserError(f"--recipe {self.recipe} needs a teacher: leave --method finetune out")
+        if self.extra_images is not None and (self.task != "coco" or self.method == "finetune"):
+            raise UserError(
+                f"--extra-images {self.extra_images} is for --task coco and a method with a "
+                f"teacher, not for --task {self.task} --method {self.method}"
+            )
+        if self.recipe == "minivlm" and self.extra_images is None:
+            raise UserError("--recipe minivlm needs --task coco and --extra-images FOLDER")
+        if self.soft_labels == "bce" and self.task != "vqa":
+            raise UserError(f"--soft-labels bce is for --task vqa, not for --task {self.task}")
         if self.method == "fixed":
             if self.arm is None:
                 raise UserError("--method fixed needs --arm, such as --arm image+text")
@@ -279,6 +319,29 @@ class TrainConfig:
             raise UserError(
                 f"--warmup-steps {self.warmup_steps} must be below --steps {self.steps}"
             )
+
+    def _check_weights(self) -> None:
+        """Refuse weights that no student could have; how many layers it has is not known yet."""
+        modules = dict.fromkeys(MODULES)
+        cross = {"hidden_weight": False, "attention_weight": self.cross_attention}
+        for name, crossed in cross.items():
+            try:
+                by_layer(flag(name), getattr(self, name), modules, cross=crossed)
+            except ValueError as error:
+                raise UserError(str(error)) from None
+        if (self.attention_loss == maps.RELATIONS) != (self.relation_heads is not None):
+            raise UserError(
+                "--attention-loss relations and --relation-heads N go together, got "
+                f"--attention-loss {self.attention_loss} and --relation-heads {self.relation_heads}"
+            )
+        headroom = self.method == "headroom" or self.reward == HEADROOM
+        if self.rewarded and headroom and self.hidden_loss in (*UNPROJECTED, *QUEUED):
+            raise UserError(
+                "headroom is a share of variance, which --hidden-loss mse measures and "
+                f"{self.hidden_loss} does not: take --method layerwise, or optima with --reward kl"
+            )
+        if self.cross_both_ways and not self.cross_attention:
+            raise UserError("--cross-both-ways true needs --cross-attention true")
 
     def _check_rounds(self, layer_counts: Mapping[str, int]) -> None:
         """Refuse a bandit whose first pulls of each arm take more rounds than there are."""

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from optima_fast import tasks
-from optima_fast.distill import arm_name, arm_space
+from optima_fast.distill import arm_name, arm_space, recipes
 from optima_fast.models import CoCa, CoCaConfig, paper_parameters
 from optima_fast.tasks import TaskData
-from optima_fast.training import cost, experiment, loader, sources, teachers
+from optima_fast.training import cost, experiment, loader, pseudo, sources, teachers
 from optima_fast.training.config import TrainConfig, resolve
 from optima_fast.training.display import Display
 from optima_fast.training.rewards import training_sampler
@@ -34,6 +34,8 @@ def show(config: TrainConfig, display: Display) -> None:
     data = experiment.load_data(config, models)
     experiment.rehearse(config, models, data)
     display.table(f"dry run: {config.task} on {config.data}", _data(config, data))
+    if config.recipe is not None:
+        display.table(f"recipe {config.recipe}", _recipe(config, config.recipe))
     display.table("models", _models(config, models, data, device))
     display.table(f"a step on {device}", _step(config, models, data, device))
     display.note("nothing was trained and nothing was written")
@@ -46,13 +48,27 @@ def _data(config: TrainConfig, data: TaskData) -> list[list[str]]:
     ]
     assert config.batch_size and config.steps
     epochs = config.steps * config.batch_size * data.train.group / len(data.train)
+    extra = []
+    if config.extra_images is not None:
+        found = len(pseudo.files(config.extra_images))
+        extra = [["extra", f"{found:,} images of {config.extra_images}, to be captioned"]]
     classes = [["classes", f"{data.num_classes:,}"]] if data.num_classes else []
     return [
         *rows,
+        *extra,
         *classes,
         ["tokenizer", f"{len(data.tokenizer):,} ids, texts of at most {data.text_length}"],
         ["training", f"{config.steps:,} steps of {config.batch_size}, {epochs:,.1f} epochs"],
     ]
+
+
+def _recipe(config: TrainConfig, name: str) -> list[list[str]]:
+    recipe = recipes.get(name)
+    rows = [["source", recipe.source], ["losses", recipe.what], ["differs", recipe.differs]]
+    for option, value in recipes.settings(name, config.task).items():
+        chosen = getattr(config, option)
+        rows.append([option, f"{chosen}" if chosen == value else f"{chosen} (recipe {value})"])
+    return rows
 
 
 def _models(

@@ -22,7 +22,7 @@ from optima_fast.tasks.base import unknown
 from optima_fast.tasks.folders import FURTHER, SPLITS
 from optima_fast.tasks.shards import is_shards
 from optima_fast.tasks.workers import usable_cores
-from optima_fast.training import checkpoints, loader, policies, pretence, sources, teachers
+from optima_fast.training import checkpoints, loader, policies, pretence, pseudo, sources, teachers
 from optima_fast.training.config import TrainConfig, resolve
 from optima_fast.training.display import Display
 from optima_fast.training.pretence import pretended
@@ -109,9 +109,9 @@ def place(config: TrainConfig) -> tuple[TrainConfig, Run]:
 
 
 def _default_place(config: TrainConfig) -> tuple[TrainConfig, Run]:
-    """``runs/TASK-METHOD-seedN``, or the first of ``-2``, ``-3``, ... that is not finished."""
-    arm = f"-{config.arm}" if config.arm else ""
-    name = f"{config.task}-{config.method}{arm}-seed{config.seed}"
+    """``runs/TASK-RECIPE-METHOD-seedN``, or the first of ``-2``, ... that is not finished."""
+    what = "-".join(filter(None, (config.task, config.recipe, config.method, config.arm)))
+    name = f"{what}-seed{config.seed}"
     for number in range(1, 10_000):
         folder = Run(Path("runs") / (name if number == 1 else f"{name}-{number}"))
         if folder.exists():
@@ -192,6 +192,8 @@ def rehearse(config: TrainConfig, models: Models, data: TaskData) -> None:
     if config.rewarded:
         policies.check_options(config)
     training_sampler(config, data.train)
+    if config.extra_images is not None:
+        pseudo.files(config.extra_images)
     models.check(data)
     try:
         shapes = filter(None, models.shapes(data))
@@ -258,7 +260,12 @@ def train(
     torch.manual_seed(config.seed)
     student = models.new_student(data, teacher, config.dropout).to(device)
     compile_modules(config, [student, *([teacher] if teacher else [])], device)
-    trainer = Trainer(config, data, student, teacher, folder, display)
+    trained_on = data
+    if config.extra_images is not None and teacher is not None:
+        trained_on = pseudo.extended(
+            data, config.extra_images, folder.captions_path, teacher, device=device, display=display
+        )
+    trainer = Trainer(config, trained_on, student, teacher, folder, display)
     began = time.perf_counter()
     before = data.evaluate(student, data.test, device=device)[data.metric_name]
     measuring = time.perf_counter() - began
@@ -283,6 +290,7 @@ def train(
         "task": config.task,
         "data": config.data,
         "method": config.method,
+        "recipe": config.recipe,
         "arm": config.arm,
         "policy": config.policy if config.rewarded else None,
         "seed": config.seed,

@@ -9,12 +9,13 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from optima_fast.distill import recipes
 from optima_fast.entry import Parser
 from optima_fast.errors import UserError
 from optima_fast.training import spelling
@@ -25,8 +26,9 @@ def parse(argv: Sequence[str] | None, *, prog: str, description: str) -> dict[st
     """The settings that flags give, over those of ``--config FILE.yaml``; no defaults.
 
     ``dry_run`` is among them where ``--dry-run`` was given. Where flags name another method or
-    policy than the file, the file's policy, reward and options of it do not count. An old spelling
-    of the choice is said on stderr.
+    policy than the file, the file's policy, reward and options of it do not count; where a flag
+    names a recipe, nor does what the file says of its settings. What is given beside a recipe, by
+    flags or in its file, overrides it. An old spelling of the choice is said on stderr.
 
     Raises:
         UserError: an unknown flag or key (with the nearest name), or a value of the wrong type.
@@ -55,7 +57,12 @@ def parse(argv: Sequence[str] | None, *, prog: str, description: str) -> dict[st
     path, dry = given.pop("config"), given.pop("dry_run", None)
     values = read_yaml(Path(path)) if path else {}
     given = {name: _convert(flag(name), name, text) for name, text in given.items()}
+    if "recipe" in given:
+        values = {name: value for name, value in values.items() if name not in recipes.names()}
     values = spelling.over(values, given)
+    if values.get("recipe") in recipes.RECIPES:
+        task = values.get("task", TrainConfig.task)
+        values = {**recipes.settings(values["recipe"], task), **values}
     return values if dry is None else {**values, "dry_run": dry}
 
 
@@ -88,10 +95,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
             raise UserError(
                 f"{path}: {key} is in line {lines[name]} and again in line {line}: keep one"
             )
-        if not isinstance(node, yaml.ScalarNode):
-            raise UserError(f"{path}: {key} must be one value, got {_text(node)}")
         lines[name] = line
-        values[name] = _convert(f"{path}: {key}", name, _text(node))
+        values[name] = _value(f"{path}: {key}", name, node)
     return values
 
 
@@ -118,6 +123,32 @@ def _text(node: yaml.Node) -> str | None:
     return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
 
 
+def _value(where: str, name: str, node: yaml.Node) -> Any:
+    """What a node says of the setting ``name``."""
+    if isinstance(node, yaml.MappingNode) and Mapping in _kinds(name):
+        return _weights(where, node)
+    if not isinstance(node, yaml.ScalarNode):
+        kind = "one value" if Mapping not in _kinds(name) else "a number or a mapping by module"
+        raise UserError(f"{where} must be {kind}, got {_text(node)}")
+    return _convert(where, name, _text(node))
+
+
+def _weights(where: str, node: yaml.Node, depth: int = 0) -> Any:
+    """Numbers, in lists and mappings as they are written; no deeper than weights are."""
+    if isinstance(node, yaml.SequenceNode) and depth < 2:
+        return [_weights(where, item, depth + 1) for item in node.value]
+    if isinstance(node, yaml.MappingNode) and depth < 2:
+        pairs = [(str(_text(key)), _weights(where, value, depth + 1)) for key, value in node.value]
+        names = [name for name, _ in pairs]
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"{where} has {name} twice: keep one")
+        return dict(pairs)
+    with contextlib.suppress(ValueError, TypeError):
+        return float(_text(node))  # type: ignore[arg-type]
+    raise UserError(f"{where} must be of numbers, got {_text(node)!r}")
+
+
 def to_yaml(config: TrainConfig) -> str:
     """The settings as YAML that :func:`read_yaml` reads back to the same values."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
@@ -131,6 +162,13 @@ def _convert(where: str, name: str, value: str | None) -> Any:
             return None
         raise UserError(f"{where} must not be empty")
     kind = next(k for k in kinds if k is not types.NoneType)
+    if Mapping in kinds and value.lstrip().startswith("{"):
+        try:
+            node = yaml.compose(value, Loader=_Texts)
+        except yaml.YAMLError as error:
+            raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+        assert node is not None
+        return _value(where, name, node)
     if kind is bool:
         if value.lower() in ("true", "false"):
             return value.lower() == "true"
@@ -158,8 +196,9 @@ _KIND_NAMES = {int: "a whole number", float: "a number", bool: "true or false", 
 
 
 def _kinds(name: str) -> tuple[type, ...]:
+    """The types of a setting; of a mapping that alone, whatever it holds."""
     hint = typing.get_type_hints(TrainConfig)[name]
-    return typing.get_args(hint) or (hint,)
+    return tuple(typing.get_origin(kind) or kind for kind in typing.get_args(hint) or (hint,))
 
 
 def _metavar(field: dataclasses.Field[Any]) -> str:

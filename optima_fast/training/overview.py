@@ -135,11 +135,12 @@ def reward_line(reward: Mapping[str, Any]) -> str:
 
 
 def method_name(summary: Mapping[str, Any]) -> str:
-    """``optima``, ``optima (reward kl)``, ``fixed (image+text)``, ``headroom``."""
+    """``optima (reward kl)``, ``fixed (image+text)``, ``headroom``, ``dide, layerwise``."""
     method, arm, reward = summary["method"], summary["arm"], summary.get("reward")
     chosen = {"policy": summary["policy"], "reward": reward and reward["name"]}
     details = arm or ", ".join(f"{k} {v}" for k, v in unusual(method, chosen).items())
-    return f"{method} ({details})" if details else str(method)
+    recipe = f"{summary['recipe']}, " if summary.get("recipe") else ""
+    return f"{recipe}{method} ({details})" if details else f"{recipe}{method}"
 
 
 def number(value: float | None) -> str:

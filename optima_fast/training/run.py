@@ -35,8 +35,9 @@ SUMMARY_KEYS = (
     *("text_only_metric", "teacher_params", "student_params", "arms", "seconds", "versions"),
 )
 
-# settings that say where and how a run executes, not what it computes
+# settings that say where and how a run executes, or what others amount to, not what it computes
 _PLACE = (
+    "recipe",
     "out",
     "cache",
     "resume",
@@ -59,6 +60,7 @@ class Run:
         self.summary_path = self.folder / "summary.json"
         self.model_path = self.folder / "model.json"
         self.weights_path = self.folder / "student.safetensors"
+        self.captions_path = self.folder / "captions.json"  # of --extra-images
         self.checkpoints = self.folder / "checkpoints"
 
     def exists(self) -> bool:

@@ -11,11 +11,13 @@ import torch
 from optima_fast.distill import Measurement
 from optima_fast.errors import UserError
 from optima_fast.training import checkpoints, spelling
+from optima_fast.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from optima_fast.training.trainer import Trainer
 
 FORMAT = 4  # of checkpoints
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
 _COUNTERS = ("step", "round", "choice", "round_began", "last_metric", "left_out")
 
 
@@ -55,7 +57,9 @@ def restore(trainer: Trainer, path: Path) -> None:
     try:
         if state["format"] != FORMAT:
             raise UserError(f"checkpoint {path} has format {state['format']}, not {FORMAT}")
-        theirs = trainer.run.computed_by(spelling.modern(state["config"]))
+        # what there was no setting for then was done as by default
+        theirs = {**_DEFAULTS, **spelling.modern(state["config"])}
+        theirs = trainer.run.computed_by(theirs)
         if theirs != mine:
             name = next(k for k in {**mine, **theirs} if theirs.get(k) != mine.get(k))
             raise UserError(

@@ -24,6 +24,7 @@ from optima_fast.errors import UserError
 from optima_fast.models import MODULES
 from optima_fast.models.task_model import TaskModel
 from optima_fast.tasks import TaskData
+from optima_fast.tasks.base import soft_bce
 from optima_fast.tasks.split import Loaded, to_device
 from optima_fast.tasks.workers import killed_workers
 from optima_fast.training import checkpoints, loader, policies, snapshot
@@ -37,11 +38,16 @@ from optima_fast.training.rewards import RewardMeter, reward_batches, training_s
 from optima_fast.training.run import Run
 from optima_fast.training.schedule import lr_at
 
+_DISTILLER = (
+    *("hidden_weight", "attention_weight", "prediction_weight", "kl_weight"),
+    *("attention_loss", "attention_scale", "relation_heads", "cross_attention", "cross_both_ways"),
+    *("hidden_loss", "negatives", "hidden_temperature", "hidden_scale", "reduction"),
+)
+
 
 def distilled(config: TrainConfig) -> dict[str, Any]:
-    """Settings of the distiller that say what is computed in a step."""
-    names = ("kl_weight", "attention_loss", "hidden_loss", "hidden_scale", "cross_attention")
-    return {name: getattr(config, name) for name in names}
+    """Settings of the distiller."""
+    return {name: getattr(config, name) for name in _DISTILLER}
 
 
 def uses_bf16(config: TrainConfig, device: torch.device) -> bool:
@@ -104,17 +110,8 @@ class Trainer:
     def _make_distiller(self, teacher: TaskModel | None) -> Distiller | None:
         if teacher is None:
             return None
-        config = self.config
-        assert config.kl_weight is not None
-        return Distiller(
-            self.student,
-            teacher,
-            modules=MODULES,
-            hidden_weight=config.hidden_weight,
-            attention_weight=config.attention_weight,
-            reduction=config.reduction,
-            **distilled(config),
-        ).to(self.device)
+        distiller = Distiller(self.student, teacher, modules=MODULES, **distilled(self.config))
+        return distiller.to(self.device)
 
     def _make_meter(self, teacher: TaskModel | None) -> RewardMeter | None:
         if self.distiller is None or teacher is None:
@@ -253,9 +250,14 @@ class Trainer:
             loss = self.data.loss(logits, batch).float()
             return StepLosses(loss, loss, None, None, None, ())
         losses: StepLosses = self.distiller(
-            batch, self.arm, predict=self.data.loss, divergence=self.data.divergence
+            batch, self.arm, predict=self.data.loss, divergence=self._divergence
         )
         return losses
+
+    def _divergence(self, student: Tensor, teacher: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        if self.config.soft_labels == "bce":
+            return soft_bce(student, teacher)
+        return self.data.divergence(student, teacher, batch)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if uses_bf16(self.config, self.device):

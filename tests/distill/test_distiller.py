@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 from itertools import chain
 
 import pytest
 import torch
+from teaching import BATCH, DATA, model
 from torch import nn
 
 import optima_fast
-from optima_fast import Distiller, tasks
+from optima_fast import Distiller
 from optima_fast.distill import Measurement, arm_space, arms
 from optima_fast.errors import UserError
 from optima_fast.losses import attention_mse, hidden_mse
-from optima_fast.models import MODULES, presets
-from optima_fast.models.task_model import TaskModel, build
-
-DATA = tasks.load("vqa", "digits", train_images=6, validation_images=1, test_images=1)
-BATCH = DATA.train.batch(range(8))
-
-
-def model(preset: str, **changes: object) -> TaskModel:
-    config = dataclasses.replace(
-        presets.get(preset),
-        vocab_size=len(DATA.tokenizer),
-        text_length=DATA.text_length,
-        **changes,
-    )
-    return build(config, DATA.head, DATA.num_classes)
+from optima_fast.models import MODULES
+from optima_fast.models.task_model import TaskModel
 
 
 @pytest.fixture
@@ -172,9 +159,9 @@ def test_measure_runs_each_model_once(pair):
     student, teacher = pair
     distiller = Distiller(student, teacher)
     runs = []
-    for model in pair:
+    for which in pair:
         for name in MODULES:
-            getattr(model.coca, name).register_forward_pre_hook(lambda *_: runs.append(1))
+            getattr(which.coca, name).register_forward_pre_hook(lambda *_: runs.append(1))
     measure(distiller)
     assert len(runs) == 6
 

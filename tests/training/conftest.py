@@ -17,7 +17,7 @@ def _costs_are_counted_once(monkeypatch):
     def counted(student, teacher, data, batch, arms, **settings):
         shapes = tuple((name, value.shape, value.dtype) for name, value in sorted(batch.items()))
         head = (data.head, data.num_classes)
-        key = (student, teacher, head, shapes, tuple(arms), tuple(sorted(settings.items())))
+        key = (student, teacher, head, shapes, tuple(arms), repr(sorted(settings.items())))
         if key not in COUNTED:
             COUNTED[key] = arm_costs(student, teacher, data, batch, arms, **settings)
         return COUNTED[key]

@@ -54,6 +54,7 @@ def test_resolving_leaves_what_was_given_and_no_gap():
     assert (config.steps, config.lr, config.head_lr) == (200, 0.1, 0.1)
     assert config.warmup_steps == 10
     optional = {"arm", "student_init", "tokenizer", "image_size", "out", "cache"}
+    optional |= {"relation_heads", "recipe", "extra_images"}
     gaps = {k for k, v in dataclasses.asdict(config).items() if v is None}
     assert gaps == optional | {"gamma", "init_rounds", "variance_scale"}
     config = resolve(TrainConfig(method="optima"))
@@ -84,7 +85,7 @@ def test_resolving_leaves_what_was_given_and_no_gap():
         (["--gamma", "1.5"], "--gamma must be above 0 and at most 1, got 1.5"),
         (["--dropout", "1"], r"--dropout must be in \[0, 1\), got 1.0"),
         (["--cross-attention", "maybe"], "must be true or false, got 'maybe'"),
-        (["--hidden-weight", "-1"], "--hidden-weight must be 0 or more and finite, got -1.0"),
+        (["--hidden-weight", "-1"], "--hidden-weight must be finite and not negative, got -1.0"),
         (["--method", "fixed"], "--method fixed needs --arm"),
         (["--method", "fixed", "--arm", "imge"], "no module 'imge'; did you mean 'image'"),
         (["--method", "fixed", "--arm", "+"], "names no module"),
