@@ -1,0 +1,197 @@
+"""Two students of one teacher, trained side by side: each a process with one thread."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from optima_fast.demo import teachers
+from optima_fast.errors import UserError
+from optima_fast.training import Display, Interrupted, Run, TrainConfig, experiment, resolve
+from optima_fast.training import teachers as training_teachers
+from optima_fast.training.config import flag
+from optima_fast.training.interrupts import Stop
+
+METHODS = ("headroom", "layerwise")
+TASKS = ("snli_ve", "nlvr2", "vqa")  # each example is right or wrong
+LOOK = 0.3  # seconds between two looks at the processes
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a demo depends on.
+
+    Attributes:
+        task: one of ``TASKS``.
+        seed: of both students.
+        steps: of each student; ``None`` for the trainer's default.
+        teacher_steps: train the teacher so long; ``None`` takes the packaged one, if there is one.
+        further: other settings of :class:`TrainConfig`.
+    """
+
+    task: str = TASKS[0]
+    seed: int = 1
+    steps: int | None = None
+    teacher_steps: int | None = None
+    further: Mapping[str, Any] = field(default_factory=dict)
+
+    def student(self, method: str, folder: Path) -> dict[str, Any]:
+        """Settings of a student's run, those that are not the trainer's defaults."""
+        given = {
+            "task": self.task,
+            "method": method,
+            "seed": self.seed,
+            "steps": self.steps,
+            "teacher": str(folder / "teacher"),
+            "threads": 1,
+            "device": "cpu",
+            **self.further,
+            "out": str(folder / method),
+        }
+        return {name: value for name, value in given.items() if value is not None}
+
+    def teacher(self, folder: Path) -> TrainConfig:
+        """Settings of the teacher's own training, on all cores."""
+        given = {"task": self.task, "device": "cpu", "teacher_steps": self.teacher_steps}
+        config = training_teachers.teacher_config(resolve(TrainConfig(**given, **self.further)))
+        return dataclasses.replace(config, out=str(folder / "teacher"))
+
+
+def check(settings: Settings, folder: Path) -> int:
+    """Steps of a student.
+
+    Raises:
+        UserError: settings that the trainer would refuse.
+    """
+    settings.teacher(folder)
+    (steps,) = {resolve(TrainConfig(**settings.student(m, folder))).steps for m in METHODS}
+    assert steps is not None
+    return steps
+
+
+def train(settings: Settings, folder: Path, display: Display) -> None:
+    """Do, or go on with, the teacher and both students below ``folder``.
+
+    Raises:
+        UserError: a mistake in the settings or files, or a run that failed.
+        Interrupted: Ctrl-C; the runs can be gone on with.
+    """
+    students = {method: settings.student(method, folder) for method in METHODS}
+    steps = check(settings, folder)
+    if settings.teacher_steps is None and teachers.packaged(settings.task):
+        teachers.unpack(settings.task, folder / "teacher")
+    elif not Run(folder / "teacher").finished():
+        display.note(f"teacher: training one on {settings.task} first")
+        experiment.run(settings.teacher(folder), display)
+    runs = {method: Run(folder / method) for method in METHODS}
+    if all(run.finished() for run in runs.values()):
+        return
+    display.note("two students side by side, a thread each; their data is drawn first:")
+    for given in students.values():
+        display.note("  python " + " ".join(command(given)[1:]))
+    with contextlib.ExitStack() as stack:
+        started = {m: _Process(m, given, stack) for m, given in students.items()}
+        _watch(started, runs, steps, display)
+
+
+def command(given: Mapping[str, Any]) -> list[str]:
+    """The trainer's command line for these settings."""
+    words = [f"{flag(name)}={value}" for name, value in given.items()]
+    return [sys.executable, "-m", "optima_fast.train", *words]
+
+
+class _Process:
+    """A run in a process of its own, which Ctrl-C reaches through this one alone.
+
+    Leaving the stack ends a process that still runs, after the step it is in.
+    """
+
+    def __init__(self, method: str, given: Mapping[str, Any], stack: contextlib.ExitStack) -> None:
+        self.method = method
+        self._errors: IO[bytes] = stack.enter_context(tempfile.TemporaryFile())
+        self._process = subprocess.Popen(
+            command(given),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=self._errors,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+        stack.callback(self.stop)
+
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def ask(self) -> None:
+        """Ask it to save and to end."""
+        if self.running():
+            self._process.send_signal(signal.SIGTERM)
+
+    def stop(self) -> None:
+        """:meth:`ask`, and wait until it has."""
+        self.ask()
+        self._process.wait()
+
+    def check(self) -> None:
+        """Raise if it failed.
+
+        Raises:
+            UserError: with its own last line.
+        """
+        code = self._process.wait()
+        if code in (0, 130):
+            return
+        self._errors.seek(0)
+        said = self._errors.read().decode(errors="replace").strip().splitlines()
+        why = said[-1].removeprefix("error: ") if said and code > 0 else ""
+        raise UserError(
+            f"the {self.method} run: {why or f'it ended with code {code}'}"
+            + ("" if code == 2 else "; the same command goes on from its last checkpoint")
+        )
+
+
+def _watch(
+    started: Mapping[str, _Process], runs: Mapping[str, Run], steps: int, display: Display
+) -> None:
+    """Show how far both are until both are done; stop the other where one fails."""
+    stop, done = Stop(), {method: _step(run) for method, run in runs.items()}
+    with stop.caught(), display.stage("distilling", 2 * steps, sum(done.values())) as stage:
+        while any(process.running() for process in started.values()) and not stop.asked:
+            time.sleep(LOOK)
+            for process in started.values():
+                if not process.running():
+                    process.check()
+            now = {method: _step(run) for method, run in runs.items()}
+            if now != done:
+                done = now
+                stage.update(sum(done.values()), {m: f"{s}/{steps}" for m, s in done.items()})
+        for process in started.values():
+            if stop.asked:
+                process.ask()
+            else:
+                process.check()
+        for process in started.values():
+            process.stop()
+    if not all(run.finished() for run in runs.values()):
+        at = ", ".join(f"{method} {_step(run)}" for method, run in runs.items())
+        raise Interrupted(f"stopped after steps {at} of {steps}")
+
+
+def _step(run: Run) -> int:
+    """The last step that a run logged; 0 before there is one."""
+    try:
+        lines = run.metrics()
+    except UserError:
+        return 0
+    return int(lines[-1]["step"]) if lines else 0
+
