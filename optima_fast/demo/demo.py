@@ -9,10 +9,10 @@ import webbrowser
 from pathlib import Path
 from typing import Any
 
-from optima_fast.demo import page, pair, result, teachers, words
-from optima_fast.demo.pair import METHODS, Settings
+from optima_fast.demo import page, pair, result, words
+from optima_fast.demo.pair import Settings
 from optima_fast.errors import UserError
-from optima_fast.training import Display, Run, checkpoints
+from optima_fast.training import Display, checkpoints
 from optima_fast.training.config import flag
 
 FORMAT = 1  # of demo.json
@@ -57,7 +57,7 @@ def _known(path: Path, folder: Path, settings: Settings) -> dict[str, Any]:
         UserError: the folder is of another demo, or of something else.
     """
     if not path.is_file():
-        if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
+        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
             raise UserError(f"{folder} is there and holds no demo: choose another --out")
         return {}
     known: dict[str, Any] = checkpoints.read_json(path)
@@ -67,8 +67,8 @@ def _known(path: Path, folder: Path, settings: Settings) -> dict[str, Any]:
         before = known["settings"].get(name)
         if before != value:
             raise UserError(
-                f"{folder} holds a demo of other settings: {flag(name)} was "
-                f"{_told(before)} there and is {_told(value)} now; take the same value, or another --out"
+                f"{folder} holds a demo of other settings: {flag(name)} was {_told(before)} there "
+                f"and is {_told(value)} now; take the same value, or another --out"
             )
     return known
 

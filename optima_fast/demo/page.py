@@ -35,7 +35,7 @@ def write(folder: Path, result: Mapping[str, Any], examples: Sequence[Example]) 
     header, *rows = words.table(result)
     parts = [
         f"<h1>{escape(task)}: which modules to distil</h1>",
-        *(f"<p>{escape(text)}</p>" for text in words.introduction(result)),
+        f"<p>{escape(words.introduction(result))}</p>",
         _table(header, rows),
         *(f"<p>{escape(text)}</p>" for text in words.reading(result)),
         "<h2>Four test examples</h2>",

@@ -63,8 +63,12 @@ class Settings:
     def teacher(self, folder: Path) -> TrainConfig:
         """Settings of the teacher's own training, on all cores."""
         given = {"task": self.task, "device": "cpu", "teacher_steps": self.teacher_steps}
-        config = training_teachers.teacher_config(resolve(TrainConfig(**given, **self.further)))
+        config = training_teachers.teacher_config(resolve(_config({**given, **self.further})))
         return dataclasses.replace(config, out=str(folder / "teacher"))
+
+
+def _config(given: Mapping[str, Any]) -> TrainConfig:
+    return TrainConfig(**given)
 
 
 def check(settings: Settings, folder: Path) -> int:
@@ -74,7 +78,7 @@ def check(settings: Settings, folder: Path) -> int:
         UserError: settings that the trainer would refuse.
     """
     settings.teacher(folder)
-    (steps,) = {resolve(TrainConfig(**settings.student(m, folder))).steps for m in METHODS}
+    (steps,) = {resolve(_config(settings.student(m, folder))).steps for m in METHODS}
     assert steps is not None
     return steps
 
@@ -118,7 +122,8 @@ class _Process:
 
     def __init__(self, method: str, given: Mapping[str, Any], stack: contextlib.ExitStack) -> None:
         self.method = method
-        self._errors: IO[bytes] = stack.enter_context(tempfile.TemporaryFile())
+        errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (the stack closes it)
+        self._errors = stack.enter_context(errors)
         self._process = subprocess.Popen(
             command(given),
             stdin=subprocess.DEVNULL,
@@ -194,4 +199,3 @@ def _step(run: Run) -> int:
     except UserError:
         return 0
     return int(lines[-1]["step"]) if lines else 0
-

@@ -56,7 +56,13 @@ class Paired:
 
 
 def paired(first: Tensor, second: Tensor, group: int) -> Paired:
-    """Compare what each example was worth, float ``[n]``; runs of ``group`` show the same images."""
+    """Compare what each example was worth, float ``[n]``.
+
+    Args:
+        first: one model's.
+        second: the other's.
+        group: so many neighbours show the same images.
+    """
     means = (first.double() - second.double()).view(-1, group).mean(1).tolist()
     spread = statistics.stdev(means) if len(means) > 1 else math.inf
     right, other = first > 0.5, second > 0.5

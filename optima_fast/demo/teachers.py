@@ -2,7 +2,7 @@
 
     python -m optima_fast.demo.teachers --task snli_ve --to optima_fast/demo
 
-trains a teacher with the trainer's defaults, on one thread, and writes ``TASK_teacher.safetensors``
+trains a teacher as the trainer does, on one thread, and writes ``TASK_teacher.safetensors``
 (bfloat16) and ``TASK_teacher.json`` beside it; the same command gives the same bytes.
 """
 
@@ -25,8 +25,9 @@ LICENCE = (
 )
 
 
-def files(task: str, folder: Path = HERE) -> tuple[Path, Path]:
+def files(task: str, folder: Path | None = None) -> tuple[Path, Path]:
     """Where the weights of a task's teacher are, and what is known of it."""
+    folder = folder or HERE
     return folder / f"{task}_teacher.safetensors", folder / f"{task}_teacher.json"
 
 
@@ -83,12 +84,19 @@ def make(task: str, to: Path, **settings: Any) -> Path:
     Raises:
         UserError: as a run of these settings.
     """
-    import torch
-
-    from optima_fast.training import Display, TrainConfig, checkpoints, experiment, resolve, teachers
+    from optima_fast.training import (
+        Display,
+        TrainConfig,
+        checkpoints,
+        experiment,
+        resolve,
+        teachers,
+    )
 
     given: dict[str, Any] = {"task": task, "threads": 1, "device": "cpu", **settings}
-    run, summary = experiment.run(teachers.teacher_config(resolve(TrainConfig(**given))), Display())
+    own = teachers.teacher_config(resolve(TrainConfig(**given)))
+    out = str(Path("runs") / f"teacher-{task}")
+    run, summary = experiment.run(dataclasses.replace(own, out=out), Display())
     config = run.config()
     data = experiment.load_data(config)
     model = run.load_model(data)
@@ -101,7 +109,7 @@ def make(task: str, to: Path, **settings: Any) -> Path:
     weights, about = files(task, to)
     checkpoints.save_state(weights, short)
     # where and how it ran is not what it is
-    place = {"out": None, "cache": None, "threads": 0, "device": "auto"}
+    place: dict[str, Any] = {"out": None, "cache": None, "threads": 0, "device": "auto"}
     known = {
         "task": task,
         "metric": data.metric_name,
@@ -109,13 +117,12 @@ def make(task: str, to: Path, **settings: Any) -> Path:
         "test_examples": len(data.test),
         "parameters": sum(p.numel() for p in model.parameters()),
         "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
-        "command": f"python -m optima_fast.demo.teachers --task {task}",
+        "command": f"python -m optima_fast.demo.teachers --task {task} --steps {config.steps}",
         "versions": dict(summary["versions"]),
         "licence": LICENCE,
         "settings": dataclasses.asdict(dataclasses.replace(config, **place)),
         "model": checkpoints.read_json(run.model_path),
     }
-    assert torch.get_default_dtype() == torch.float32
     checkpoints.write_json(about, known)
     return about
 
@@ -132,9 +139,11 @@ def _main(argv: Sequence[str] | None) -> int:
         prog="python -m optima_fast.demo.teachers", description="Train a teacher and pack it."
     )
     parser.add_argument("--task", choices=TASKS, default=TASKS[0])
+    parser.add_argument("--steps", type=int, metavar="N", help="default the trainer's")
     parser.add_argument("--to", type=Path, required=True, metavar="FOLDER")
     arguments = parser.parse_args(argv)
-    print(f"wrote {make(arguments.task, arguments.to)}")
+    about = make(arguments.task, arguments.to, teacher_steps=arguments.steps)
+    print(f"wrote {about}")
     return 0
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optima_fast.demo.pair import METHODS
-from optima_fast.demo.result import Example
+from optima_fast.demo.result import NOISE, Example
 from optima_fast.training import Display
 from optima_fast.training.overview import number, shares
 
@@ -19,34 +19,43 @@ HALVES = " \u2584\u2580\u2588"  # nothing, the lower half, the upper half, both
 DARK = 40  # levels of noise
 
 
-def introduction(result: Mapping[str, Any]) -> list[str]:
+def introduction(result: Mapping[str, Any]) -> str:
     """What was done."""
-    students = result["students"]
-    one = students[METHODS[0]]
-    return [
-        f"Two students of {one['parameters']:,} parameters learnt {result['settings']['task']} on "
-        f"canvases of handwritten digits from one teacher of {result['teacher_parameters']:,}: "
-        f"{one['steps']:,} steps each, the same start, the same batches. {METHODS[1]} distils all "
-        f"three modules (image, text, multimodal) in every step; {METHODS[0]} chooses, every few "
-        "steps, those with most left to teach for their cost."
-    ]
+    one = result["students"][METHODS[0]]
+    return (
+        f"Two students learnt {result['settings']['task']} on canvases of handwritten digits from "
+        f"one teacher: {one['steps']:,} steps each, the same start, the same batches. {METHODS[1]} "
+        f"distils all three modules (image, text, multimodal) in every step. {METHODS[0]} chooses "
+        "the modules with most left to teach for their cost, anew every few steps."
+    )
 
 
 def table(result: Mapping[str, Any]) -> list[list[str]]:
-    """A header and rows: both students side by side."""
+    """A header and rows: both students side by side, and their teacher."""
     students = [result["students"][method] for method in METHODS]
 
-    def row(label: str, key: str, form: str) -> list[str]:
-        return [label, *(form.format(student[key]) for student in students)]
+    def row(label: str, form: str, key: str, teacher: float | None = None) -> list[str]:
+        return [
+            label,
+            *(form.format(student[key]) for student in students),
+            "" if teacher is None else form.format(teacher),
+        ]
 
     return [
-        ["", *METHODS],
-        row(f"{result['metric']}, test split", "metric", "{:.4f}"),
-        row("arithmetic of the steps, all modules 1", "arithmetic", "{:.2f}"),
-        row("seconds of the steps", "seconds", "{:.0f}"),
-        row("seconds to measure what to choose", "choosing", "{:.0f}"),
-        ["modules distilled", *(shares(student["arms"]) for student in students)],
+        ["", *METHODS, "teacher"],
+        row(f"{result['metric']}, test split", "{:.4f}", "metric", result["teacher"]),
+        row("parameters", "{:,}", "parameters", result["teacher_parameters"]),
+        row("arithmetic of the steps", "{:.2f}", "arithmetic"),
+        row("seconds of the steps", "{:.0f}", "seconds"),
+        row("seconds of choosing", "{:.0f}", "choosing"),
+        ["modules distilled", *(_modules(student["arms"]) for student in students), ""],
     ]
+
+
+def _modules(arms: Mapping[str, int]) -> str:
+    """In what share of the rounds which modules were distilled; the largest arm is all of them."""
+    largest = max(arms, key=lambda name: name.count("+"))
+    return shares({"all" if name == largest else name: count for name, count in arms.items()})
 
 
 def reading(result: Mapping[str, Any]) -> list[str]:
@@ -55,43 +64,51 @@ def reading(result: Mapping[str, Any]) -> list[str]:
     first, second = METHODS
     size, error = 100 * pair["difference"], 100 * pair["error"]
     ahead, behind = (first, second) if size > 0 else (second, first)
+    shown = "pairs of images" if settings["task"] == "nlvr2" else "images"
     counted = (
-        f"{first} minus {second}: {size:+.1f} points, standard error {error:.1f} (of "
-        f"{result['test_examples']:,} test examples on {pair['images']:,} "
-        f"{'pairs of images' if settings['task'] == 'nlvr2' else 'images'}; {first} alone is right "
-        f"in {pair['only_first']}, {second} alone in {pair['only_second']})."
+        f"{first} minus {second}: {size:+.1f} points, standard error {error:.1f} "
+        f"({result['test_examples']:,} test examples on {pair['images']:,} {shown}; {first} alone "
+        f"is right in {pair['only_first']}, {second} alone in {pair['only_second']})."
     )
-    if pair["difference"] == 0 and pair["only_first"] == pair["only_second"] == 0:
-        verdict = f"Both give the same answers: {first} chose all modules, or nothing was learnt."
+    times = f"{abs(size) / error:.1f}" if error else "many"
+    if pair["only_first"] == pair["only_second"] == 0:
+        verdict = "Both give the same answers."
     elif pair["beyond_noise"]:
         verdict = (
-            f"{ahead} is ahead of {behind} by {abs(size) / error:.1f} standard errors, more than "
-            "the noise of this test set."
+            f"{ahead} is ahead of {behind}: {times} standard errors are more than the noise of "
+            f"this test set ({NOISE:g})."
         )
     else:
         verdict = (
-            f"That is {abs(size) / error:.1f} standard errors, within the noise of this test set: "
-            "no winner."
+            f"No winner: {times} standard errors are within the noise of this test set ({NOISE:g})."
         )
-    return [
-        f"Without an image: {number(result['text_only'])}. Untrained student: "
-        f"{number(result['before'])}. Teacher: {number(result['teacher'])}.",
-        counted + " " + verdict,
-        "This is one seed of one task on small data. Five seeds of four tasks are in the README, "
-        "\"Which modules to distil\".",
-        "Seconds are of both at once, on a thread each, and count what else the machine did.",
+    lines = [
+        f"{counted} {verdict}",
+        'This is one seed of one task on small data; README\'s "Which modules to distil" has five '
+        "seeds of four tasks. Seconds are of both at once, a thread each, on a machine that may "
+        "have had other work.",
+        f"For comparison: answers from the text alone {number(result['text_only'])}, a student "
+        f"before training {number(result['before'])}.",
     ]
+    outdone = min(student["metric"] for student in result["students"].values()) > result["teacher"]
+    if outdone and pair["beyond_noise"] and ahead == first:
+        lines.insert(
+            1,
+            f"Both students outdo this teacher: {first} then stops copying how it answers, and "
+            "gains by that. A better teacher leaves less to gain: --teacher-steps 3000 trains one.",
+        )
+    return lines
 
 
 def further(result: Mapping[str, Any], folder: Path) -> list[str]:
     """What to type next."""
     settings = result["settings"]
-    teacher = shlex.quote(str(folder / "teacher"))
+    task, seed, teacher = settings["task"], settings["seed"], shlex.quote(str(folder / "teacher"))
+    runs = " ".join(shlex.quote(str(folder / method)) for method in METHODS)
     return [
-        f"python -m optima_fast.demo --task {settings['task']} --seed {settings['seed'] + 1}",
-        f"python -m optima_fast.train --task {settings['task']} --teacher {teacher} "
-        f"--method optima --seed {settings['seed']}",
-        f"python -m optima_fast.report {shlex.quote(str(folder))}/*/",
+        f"python -m optima_fast.demo --task {task} --seed {seed + 1}",
+        f"python -m optima_fast.train --task {task} --teacher {teacher} --method optima",
+        f"python -m optima_fast.report {runs}",
     ]
 
 
@@ -100,9 +117,9 @@ def show_examples(examples: Sequence[Example], display: Display) -> None:
     tiles = [_tile(i, example) for i, example in enumerate(examples, 1)]
     line: list[list[str]] = []
     for tile in [*tiles, None]:
-        if line and (tile is None or sum(len(t[0]) + 2 for t in (*line, tile)) > display.width):
+        if line and (tile is None or sum(len(t[0]) + 1 for t in (*line, tile)) > display.width + 1):
             for parts in zip(*line, strict=True):
-                display.note("  ".join(parts).rstrip())
+                display.note(" ".join(parts).rstrip())
             line = []
         if tile is not None:
             line.append(tile)
@@ -130,14 +147,14 @@ def drawing(levels: NDArray[np.uint8]) -> list[str]:
     cells = levels.reshape(2, len(levels) // 2, 2, -1)
     peak = np.maximum(cells.max((1, 3), keepdims=True), 2 * DARK)
     ink = (2 * cells.astype(int) > peak).reshape(levels.shape)
-    return ["".join(HALVES[2 * a + b] for a, b in zip(*rows)) for rows in zip(ink[::2], ink[1::2])]
+    halves = 2 * ink[::2] + ink[1::2]
+    return ["".join(HALVES[i] for i in row) for row in halves.tolist()]
 
 
 def show(result: Mapping[str, Any], page: Path, display: Display) -> None:
     """The table, its reading, and where the rest is."""
     header, *rows = table(result)
-    for text in introduction(result):
-        display.note(text)
+    display.note(introduction(result))
     display.table("", rows, header)
     for text in reading(result):
         display.note(text)
