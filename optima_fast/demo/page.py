@@ -22,7 +22,7 @@ SCALE = 6  # of a canvas's pixels
 
 _STYLE = (
     page.STYLE
-    + """th{text-align:left;padding:.15em 1em .15em 0}figure{margin:0 1.5em 1.5em 0}
+    + """th{text-align:left;padding:.15em 1em .15em 0}figure{margin:0 10px 1.5em 0}
 .row{display:flex;flex-wrap:wrap}.wrong{color:#b00}img{margin-right:6px;border:1px solid #ddd}
 code{background:#f3f3f3;padding:.1em .3em}"""
 )
@@ -61,11 +61,17 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _figure(example: Example) -> str:
     images = "".join(map(_image, example.images))
-    lines = [f"&ldquo;{escape(example.text)}&rdquo;", f"right: <b>{escape(example.answer)}</b>"]
+    lines = [f"&ldquo;{escape(example.text)}&rdquo;", f"answer: <b>{escape(example.answer)}</b>"]
     for name, said in example.said.items():
-        kind = "right" if said == example.answer else "wrong"
-        lines.append(f'{escape(name)}: <span class="{kind}">{escape(said)} ({kind})</span>')
-    return f"<figure>{images}<figcaption>{'<br>'.join(lines)}</figcaption></figure>"
+        shown = escape(said)
+        if said != example.answer:
+            shown = f'<span class="wrong">{shown} (wrong)</span>'
+        lines.append(f"{escape(name)}: {shown}")
+    width = (24 * SCALE + 8) * len(example.images) + 50
+    return (
+        f'<figure style="width:{width}px">{images}'
+        f"<figcaption>{'<br>'.join(lines)}</figcaption></figure>"
+    )
 
 
 def _image(levels: NDArray[np.uint8]) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -102,10 +103,16 @@ def train(settings: Settings, folder: Path, display: Display) -> None:
         return
     display.note("two students side by side, a thread each; their data is drawn first:")
     for given in students.values():
-        display.note("  python " + " ".join(command(given)[1:]))
+        display.note("  " + shlex.join([python_name(), *command(given)[1:]]))
     with contextlib.ExitStack() as stack:
         started = {m: _Process(m, given, stack) for m, given in students.items()}
         _watch(started, runs, steps, display)
+
+
+def python_name() -> str:
+    """This Python as one types it here: ``.venv/bin/python`` where that is below this folder."""
+    here, own = Path.cwd(), Path(sys.executable)
+    return str(own.relative_to(here)) if own.is_relative_to(here) else "python"
 
 
 def command(given: Mapping[str, Any]) -> list[str]:
@@ -169,27 +176,48 @@ def _watch(
     started: Mapping[str, _Process], runs: Mapping[str, Run], steps: int, display: Display
 ) -> None:
     """Show how far both are until both are done; stop the other where one fails."""
-    stop, done = Stop(), {method: _step(run) for method, run in runs.items()}
-    with stop.caught(), display.stage("distilling", 2 * steps, sum(done.values())) as stage:
-        while any(process.running() for process in started.values()) and not stop.asked:
-            time.sleep(LOOK)
-            for process in started.values():
-                if not process.running():
-                    process.check()
-            now = {method: _step(run) for method, run in runs.items()}
-            if now != done:
+    stop, before = Stop(), {method: _step(run) for method, run in runs.items()}
+    if any(before.values()):
+        display.note(f"going on after steps {_places(before)} of {steps}")
+    with stop.caught():
+        looks = _looks(started, stop)
+        for _ in looks:  # the time that is left is told by steps, not by how long data is drawn
+            if all(_step(run) > before[m] or run.finished() for m, run in runs.items()):
+                break
+        done = {method: _step(run) for method, run in runs.items()}
+        with display.stage("distilling", 2 * steps, sum(done.values())) as stage:
+            for _ in looks:
+                now = {method: _step(run) for method, run in runs.items()}
+                if now != done:
+                    stage.update(sum(now.values()), {m: f"{s}/{steps}" for m, s in now.items()})
                 done = now
-                stage.update(sum(done.values()), {m: f"{s}/{steps}" for m, s in done.items()})
-        for process in started.values():
-            if stop.asked:
-                process.ask()
-            else:
-                process.check()
-        for process in started.values():
-            process.stop()
+    for process in started.values():
+        process.ask()
+    for process in started.values():
+        process.stop()
     if not all(run.finished() for run in runs.values()):
-        at = ", ".join(f"{method} {_step(run)}" for method, run in runs.items())
-        raise Interrupted(f"stopped after steps {at} of {steps}")
+        places = _places({method: _step(run) for method, run in runs.items()})
+        raise Interrupted(f"stopped after steps {places} of {steps}")
+
+
+def _looks(started: Mapping[str, _Process], stop: Stop) -> Iterator[None]:
+    """Every now and then, until both processes have ended well or a stop is asked for.
+
+    Raises:
+        UserError: one of them failed.
+    """
+    while not stop.asked:
+        ended = [process for process in started.values() if not process.running()]
+        for process in ended:
+            process.check()
+        if len(ended) == len(started):
+            return
+        yield
+        time.sleep(LOOK)
+
+
+def _places(steps: Mapping[str, int]) -> str:
+    return ", ".join(f"{method} {step}" for method, step in steps.items())
 
 
 def _step(run: Run) -> int:

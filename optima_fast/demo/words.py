@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from optima_fast.demo.pair import METHODS
+from optima_fast.demo.pair import METHODS, python_name
 from optima_fast.demo.result import NOISE, Example
 from optima_fast.training import Display
 from optima_fast.training.overview import number, shares
@@ -103,12 +103,13 @@ def reading(result: Mapping[str, Any]) -> list[str]:
 def further(result: Mapping[str, Any], folder: Path) -> list[str]:
     """What to type next."""
     settings = result["settings"]
+    python = shlex.quote(python_name())
     task, seed, teacher = settings["task"], settings["seed"], shlex.quote(str(folder / "teacher"))
     runs = " ".join(shlex.quote(str(folder / method)) for method in METHODS)
     return [
-        f"python -m optima_fast.demo --task {task} --seed {seed + 1}",
-        f"python -m optima_fast.train --task {task} --teacher {teacher} --method optima",
-        f"python -m optima_fast.report {runs}",
+        f"{python} -m optima_fast.demo --task {task} --seed {seed + 1}",
+        f"{python} -m optima_fast.train --task {task} --teacher {teacher} --method optima",
+        f"{python} -m optima_fast.report {runs}",
     ]
 
 
