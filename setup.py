@@ -44,6 +44,10 @@ setup(
     # kernels/ stands at the top of the checkout and is installed inside the package
     packages=[*find_packages(include=["optima_fast", "optima_fast.*"]), "optima_fast.kernels"],
     package_dir={"optima_fast.kernels": "kernels"},
-    package_data={"optima_fast": ["py.typed", "*.pyi"], "optima_fast.tasks": ["clip_merges.*"]},
+    package_data={
+        "optima_fast": ["py.typed", "*.pyi"],
+        "optima_fast.demo": ["*_teacher.*"],
+        "optima_fast.tasks": ["clip_merges.*"],
+    },
     ext_modules=extensions(),
 )

@@ -1,18 +1,20 @@
-"""``optima-fast train|evaluate|report|export|doctor``."""
+"""``optima-fast demo|train|evaluate|report|export|doctor``."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 
-COMMANDS = ("train", "evaluate", "report", "export", "doctor")
+COMMANDS = ("demo", "train", "evaluate", "report", "export", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Dispatch to ``optima_fast.train`` and its siblings."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
-    if command == "train":
+    if command == "demo":
+        from optima_fast.demo.__main__ import main as run
+    elif command == "train":
         from optima_fast.train import main as run
     elif command == "evaluate":
         from optima_fast.evaluate import main as run

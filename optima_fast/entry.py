@@ -12,6 +12,9 @@ from typing import NoReturn
 
 from optima_fast.errors import UserError
 
+# what is in the extra [data]; all else that may be missing is in [train]
+OF_DATA = ("ftfy", "huggingface_hub", "kornia", "sentencepiece", "tokenizers", "webdataset")
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are :class:`UserError`, one line without the usage."""
@@ -55,7 +58,9 @@ def guarded(body: Callable[[], int]) -> int:
         print("interrupted; what was saved is intact", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
-        if error.name and error.name.partition(".")[0] in ("optima_fast", "torch"):
+        package = (error.name or "").partition(".")[0]
+        if package in ("optima_fast", "torch"):
             raise
-        print(f"error: {error}: pip install 'optima-fast[train]'", file=sys.stderr)
+        extra = "data" if package in OF_DATA else "train"
+        print(f"error: {error}: pip install 'optima-fast[{extra}]'", file=sys.stderr)
         return 2

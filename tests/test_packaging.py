@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import site
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from optima_fast import entry
+from optima_fast.demo import pair, teachers
 
 ROOT = Path(__file__).resolve().parents[1]
 # where the kernels are found, without the seconds that their import takes
@@ -94,7 +99,8 @@ def test_the_wheel_from_the_sdist_holds_one_top_level_name_and_everything(wheel)
     sources = {str(p.relative_to(ROOT)) for p in (ROOT / "optima_fast").rglob("*.py")}
     sources |= {f"optima_fast/{p.relative_to(ROOT)}" for p in (ROOT / "kernels").rglob("*.py")}
     assert sources <= set(names)
-    data = ("py.typed", "tasks/clip_merges.txt.gz", "tasks/clip_merges.LICENSE")
+    data = ["py.typed", "tasks/clip_merges.txt.gz", "tasks/clip_merges.LICENSE"]
+    data += [f"demo/{path.name}" for task in pair.TASKS[:1] for path in teachers.files(task)]
     assert {f"optima_fast/{name}" for name in data} <= set(names)
     assert any(n.startswith("optima_fast/_bandit.") and n.endswith(".so") for n in names)
 
@@ -148,6 +154,14 @@ def test_importing_the_package_needs_only_python(tmp_path):
         "print(optima_fast.__version__, 'hidden_mse' in dir(optima_fast))"
     )
     assert run(sys.executable, "-c", code, cwd=ROOT).stdout.endswith(" True\n")
+
+
+def test_what_is_missing_is_told_by_the_extra_that_has_it():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    names = {re.split(r"[\[>=]", text)[0].replace("-", "_") for text in extras["data"]}
+    assert names == {"optima_fast", *entry.OF_DATA}
 
 
 def test_an_unknown_public_name_is_an_attribute_error():

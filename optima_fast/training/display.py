@@ -24,6 +24,11 @@ class Display:
         if not self._console.is_terminal:
             self._console = Console(file=sys.stdout, quiet=quiet, highlight=False, width=100)
 
+    @property
+    def width(self) -> int:
+        """Letters that fit in a line."""
+        return self._console.width
+
     def note(self, text: str) -> None:
         self._console.print(escape(text), soft_wrap=True)
 

@@ -26,7 +26,7 @@ METRICS = {
     "text_only_metric": "text only",
 }
 
-_STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:900px;margin:2em auto;padding:0 1em}
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:900px;margin:2em auto;padding:0 1em}
 table{border-collapse:collapse}td{padding:.15em 1em .15em 0;vertical-align:top}
 svg{background:#fafafa;border:1px solid #ddd}text{font-size:12px}h2{margin-top:1.6em}"""
 
@@ -48,20 +48,23 @@ def write(run: Run) -> Path:
         "<h2>Losses</h2>",
         _curves(lines),
         "<h2>Arms</h2>",
-        _choices(lines, summary["arms"]),
+        choices(lines, summary["arms"]),
         "<h2>Rewards by arm</h2>",
         _rewards(lines),
         "<h2>Settings</h2>",
         _table(settings),
     ]
-    title = escape(run.folder.name)
-    text = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{_STYLE}</style>{''.join(parts)}</html>\n"
-    )
     path = run.folder / "report.html"
-    checkpoints.write_text(path, text)
+    checkpoints.write_text(path, document(run.folder.name, STYLE, parts))
     return path
+
+
+def document(title: str, style: str, parts: Sequence[str]) -> str:
+    """A page of HTML parts."""
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
+        f"<style>{style}</style>{''.join(parts)}</html>\n"
+    )
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
@@ -94,7 +97,7 @@ def _curves(lines: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _choices(lines: Sequence[Mapping[str, Any]], pulls: Mapping[str, int]) -> str:
+def choices(lines: Sequence[Mapping[str, Any]], pulls: Mapping[str, int]) -> str:
     """The arms over the rounds: a mark a round, and each arm's share so far."""
     rounds = of_rounds(lines)
     if not rounds:

@@ -51,7 +51,7 @@ def test_rewards_are_gathered_by_arm_the_best_first():
 
 def test_the_figure_has_a_mark_a_round_and_the_share_so_far():
     pulls = {"image": 1, "text": 3, "multimodal": 0}
-    raster, shares = figures(page._choices(LINES, pulls))
+    raster, shares = figures(page.choices(LINES, pulls))
     marks = raster.getElementsByTagName("rect")
     assert len(marks) == 4
     x = [float(mark.getAttribute("x")) for mark in marks]
@@ -84,7 +84,7 @@ def test_the_figure_has_a_mark_a_round_and_the_share_so_far():
 def test_many_arms_are_cut_to_those_pulled_most_and_said_so():
     pulls = {f"arm{'+long' * 6}<{i}>": 100 - i for i in range(63)}
     lines = [line(i + 1, name, 0.0) for i, name in enumerate(pulls)]
-    text = page._choices(lines, pulls)
+    text = page.choices(lines, pulls)
     raster, shares = figures(text)
     assert len(raster.getElementsByTagName("rect")) == page.ROWS
     assert len(shares.getElementsByTagName("polyline")) == len(page.COLOURS)
@@ -95,10 +95,10 @@ def test_many_arms_are_cut_to_those_pulled_most_and_said_so():
 
 
 def test_a_run_without_rewards_has_its_arms_all_the_same():
-    assert page._choices([], {"image": 3, "text": 0}) == "<p>image 3</p>"
-    assert page._choices([], {}) == "<p>none</p>"
+    assert page.choices([], {"image": 3, "text": 0}) == "<p>image 3</p>"
+    assert page.choices([], {}) == "<p>none</p>"
     assert page._rewards([line(1, "text")]) == "<p>No reward was measured.</p>"
-    raster = figures(page._choices([line(1, "text"), line(2, "text")], {"text": 2}))[0]
+    raster = figures(page.choices([line(1, "text"), line(2, "text")], {"text": 2}))[0]
     assert len(raster.getElementsByTagName("rect")) == 2
 
 
