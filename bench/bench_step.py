@@ -79,8 +79,8 @@ class Usual(Distiller):
                 loss = loss * (2 * n / (n + 1))
             maps.append(loss)
         of_hidden, of_maps = torch.stack(hidden), torch.stack(maps)
-        total = self.hidden_weight * of_hidden.sum() + self.attention_weight * of_maps.sum()
-        return distilling.LayerLosses(total, of_hidden, of_maps, pairs)
+        # both weights are 1 here
+        return distilling.LayerLosses(of_hidden.sum() + of_maps.sum(), of_hidden, of_maps, pairs)
 
 
 def configurations(side: int, quick: bool) -> tuple[CoCaConfig, CoCaConfig]:
