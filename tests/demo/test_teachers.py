@@ -63,6 +63,7 @@ def test_a_damaged_teacher_is_refused(fault, tmp_path, monkeypatch):
     (copy / card.name).write_bytes(card.read_bytes())
     if fault == "changed":
         (copy / weights.name).write_bytes(weights.read_bytes()[:-1] + b"\0")
+    monkeypatch.setattr(pair.subprocess, "Popen", None)  # nothing is to be trained
     with pytest.raises(UserError, match=f"{weights.name}.*--teacher-steps"):
         pair.train(Settings(TASK), tmp_path / "out", QUIET)
     assert not (tmp_path / "out").exists()
