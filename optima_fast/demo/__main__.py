@@ -46,7 +46,10 @@ def _main(argv: Sequence[str] | None) -> int:
         help="train a teacher for N steps, also where one comes with the package",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="default runs/demo-TASK-seedSEED"
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="default below runs/, by task and seed",
     )
     parser.add_argument(
         "--open", action="store_true", help="show the page in a browser, where there is a screen"

@@ -19,7 +19,11 @@ FORMAT = 1  # of demo.json
 
 
 def default_folder(settings: Settings) -> Path:
-    return Path("runs") / f"demo-{settings.task}-seed{settings.seed}"
+    """``runs/demo-TASK-seedSEED``, and what else differs from the usual."""
+    name = f"demo-{settings.task}-seed{settings.seed}"
+    for label, number in (("steps", settings.steps), ("teacher", settings.teacher_steps)):
+        name += "" if number is None else f"-{label}{number}"
+    return Path("runs") / name
 
 
 def run(settings: Settings, folder: Path, display: Display) -> Path:

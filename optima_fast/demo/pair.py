@@ -78,6 +78,8 @@ def check(settings: Settings, folder: Path) -> int:
     Raises:
         UserError: settings that the trainer would refuse.
     """
+    if settings.teacher_steps == 0:
+        raise UserError("--teacher-steps must be positive, got 0: leave it out for the usual one")
     settings.teacher(folder)
     (steps,) = {resolve(_config(settings.student(m, folder))).steps for m in METHODS}
     assert steps is not None

@@ -75,12 +75,13 @@ def reading(result: Mapping[str, Any]) -> list[str]:
         verdict = "Both give the same answers."
     elif pair["beyond_noise"]:
         verdict = (
-            f"{ahead} is ahead of {behind}: {times} standard errors are more than the noise of "
-            f"this test set ({NOISE:g})."
+            f"{ahead} is ahead of {behind} by more than the noise of the test set: {times} "
+            f"standard errors, where {NOISE:g} would do."
         )
     else:
         verdict = (
-            f"No winner: {times} standard errors are within the noise of this test set ({NOISE:g})."
+            f"No winner: {times} standard errors, less than {NOISE:g}, are within the noise of the "
+            "test set."
         )
     lines = [
         f"{counted} {verdict}",

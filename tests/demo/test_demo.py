@@ -109,6 +109,12 @@ def test_another_demo_in_the_same_folder_is_refused(finished, other):
         demo.run(now, finished, QUIET)
 
 
+def test_each_demo_has_a_folder_of_its_own():
+    assert str(demo.default_folder(Settings("vqa", 3))) == "runs/demo-vqa-seed3"
+    others = [Settings(seed=2), Settings(steps=5), Settings(teacher_steps=5), Settings()]
+    assert len({demo.default_folder(settings) for settings in others}) == len(others)
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "notes.txt").touch()
     with pytest.raises(UserError, match="is there and holds no demo: choose another --out"):
@@ -121,6 +127,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         (["--task", "coco"], "argument --task: invalid choice: 'coco'"),
         (["--seed", "one"], "argument --seed: must be a whole number, got 'one'"),
         (["--seed", "-1"], "--seed must be 0 or more and finite, got -1"),
+        (["--teacher-steps", "0"], "--teacher-steps must be positive, got 0"),
         (["--steps", "0"], "--steps must be positive and finite, got 0"),
         (["--step", "3"], "unrecognized arguments: --step 3"),
     ],
@@ -195,8 +202,11 @@ def test_paired_examples_of_the_same_images_count_as_one():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({}, "headroom is ahead of layerwise: 4.0 standard errors"),
-        ({"difference": -0.02}, "layerwise is ahead of headroom: 4.0 standard errors"),
+        ({}, "headroom is ahead of layerwise by more than the noise"),
+        (
+            {"difference": -0.02},
+            "layerwise is ahead of headroom by more than the noise",
+        ),
         ({"error": 0.02, "beyond_noise": False}, "No winner"),
         ({"difference": 0.0, "only_first": 0, "only_second": 0}, "Both give the same answers"),
     ],
