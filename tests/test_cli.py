@@ -128,7 +128,11 @@ def _raise(error: BaseException) -> int:
     ],
 )
 def test_how_an_entry_point_ends(body, code, message, capsys):
-    assert entry.guarded(body) == code
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
+    try:
+        assert entry.guarded(body) == code
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err.rstrip("\n") == message
 
 
