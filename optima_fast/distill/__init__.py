@@ -1,7 +1,11 @@
-"""Which layers are distilled, and by how much: arms, layer matching, losses of a step, reward."""
+"""Which layers are distilled, and by how much: arms, layer matching, losses of a step, reward.
+
+``recipes`` holds the losses of other systems as options of a :class:`Distiller`.
+"""
 
 from __future__ import annotations
 
+from optima_fast.distill import recipes
 from optima_fast.distill.arms import arm_name, arm_space, arms, group_arms, parse_arm
 from optima_fast.distill.distiller import Distillable, Distiller, LayerLosses, LayerPair, StepLosses
 from optima_fast.distill.headroom import Headroom
@@ -25,5 +29,6 @@ __all__ = [
     "match_layers",
     "parse_arm",
     "parse_reward",
+    "recipes",
     "relative_drop",
 ]

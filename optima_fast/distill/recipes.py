@@ -1,7 +1,7 @@
 """Systems of OPTIMA's Table 1 as options of a :class:`Distiller` of image, text and multimodal.
 
-``Distiller(student, teacher, **options("efficientvlm"))``, or ``--recipe efficientvlm`` of the
-trainer: plain data, which any option given beside it overrides.
+``Distiller(student, teacher, **recipes.options("efficientvlm"))``, or ``--recipe efficientvlm`` of
+the trainer: plain data, which any option given beside it overrides.
 """
 
 from __future__ import annotations

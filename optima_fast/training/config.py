@@ -55,7 +55,11 @@ def _field(default: Any, text: str, choices: Sequence[str] | None = None) -> Any
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything a run depends on. ``None`` means the default for the task and data at hand."""
+    """Everything a run depends on. ``None`` means the default for the task and data at hand.
+
+    ``recipe`` is a name for what other settings hold: :func:`optima_fast.training.flags.parse`
+    fills them in.
+    """
 
     task: str = _field("vqa", "the task to distil on", TASKS)
     data: str = _field("digits", "digits (built in), or a folder in the task's official layout")
