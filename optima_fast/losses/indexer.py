@@ -39,7 +39,8 @@ def indexer_kl(
     Args:
         indexer_q: ``[B, H, Nq, d]``, or a sequence of L such: the indexer's queries.
         indexer_k: ``[B, Nk, d]``, as many: one head of keys for all queries.
-        indexer_weight: ``[B, H, Nq]``, as many: w, with every factor that scores are scaled by.
+        indexer_weight: ``[B, H, Nq]``, as many: w, with every factor that scores are scaled by;
+            in float16 on a GPU below about 512.
         teacher_q: ``[B, H_t, Nq, d_t]``, as many: queries of the attention that is imitated.
         teacher_k: ``[B, G_t, Nk, d_t]``, as many; G_t divides H_t.
         causal: a query sees no later key; needs Nq = Nk.
