@@ -36,7 +36,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from optima_fast import Distiller
-from optima_fast.distill import distiller as distilling
+from optima_fast.distill import LayerLosses
+from optima_fast.distill.matching import matched
 from optima_fast.models import attention, presets
 from optima_fast.models.config import CoCaConfig
 from optima_fast.models.task_model import build
@@ -68,10 +69,9 @@ class Usual(Distiller):
 
     def _layer_losses(self, pairs: Any, student: Any, teacher: Any, *, whole: bool = False) -> Any:
         hidden, maps = [], []
-        layers = distilling._matched(pairs, student, teacher)
+        layers = matched(pairs, student, teacher)
         for pair, (s, t) in zip(pairs, layers, strict=True):
-            weight = self._projection(pair)
-            assert weight is not None
+            weight = self.projections[pair.key]
             hidden.append(F.mse_loss(s.hidden @ weight, t.hidden))
             ours, theirs = (MAPS[id(x.attentions[0].q)].mean(1) for x in (s, t))
             loss, n = F.mse_loss(ours, theirs), s.hidden.shape[1]
@@ -80,7 +80,7 @@ class Usual(Distiller):
             maps.append(loss)
         of_hidden, of_maps = torch.stack(hidden), torch.stack(maps)
         # both weights are 1 here
-        return distilling.LayerLosses(of_hidden.sum() + of_maps.sum(), of_hidden, of_maps, pairs)
+        return LayerLosses(of_hidden.sum() + of_maps.sum(), of_hidden, of_maps, pairs)
 
 
 def configurations(side: int, quick: bool) -> tuple[CoCaConfig, CoCaConfig]:

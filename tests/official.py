@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from optima_fast.models.pretrained import MEAN, STD
 from optima_fast.tasks import folders
-from optima_fast.tasks.images import MEAN, STD, Preprocessing
+from optima_fast.tasks.images import Preprocessing
 
 SIZE = 6
 

@@ -144,7 +144,7 @@ def test_a_module_of_our_own_that_is_missing_is_a_bug():
 @pytest.mark.parametrize(
     ("module", "argv", "message"),
     [
-        ("train", ["--setps", "3"], "error: unknown flag --setps; did you mean --steps"),
+        ("train", ["--setps", "3"], "error: unknown flag '--setps'; did you mean '--steps'"),
         ("train", ["--data", "/no/folder"], "error: no data folder"),
         ("train", ["--tokenizer", "clip"], "error: --tokenizer clip is for a data"),
         ("evaluate", ["/no/run"], "error: /no/run holds no run"),
@@ -154,7 +154,7 @@ def test_a_module_of_our_own_that_is_missing_is_a_bug():
         ("export", ["run"], "error: the following arguments are required: --to"),
         ("doctor", ["--task", "vqa"], "error: --task and --data go together"),
         ("doctor", ["--images", "all"], "error: --images is for a data set"),
-        ("cli", ["train", "--setps", "3"], "error: unknown flag --setps"),
+        ("cli", ["train", "--setps", "3"], "error: unknown flag '--setps'"),
         ("cli", ["trian"], "usage: optima-fast {demo,train,evaluate,report,export,doctor}"),
     ],
 )

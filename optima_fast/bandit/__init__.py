@@ -9,7 +9,6 @@ in ``_CLASSES``. Its arithmetic is a core beside it; ``csrc/`` has the same wher
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import warnings
 from collections.abc import Callable, Sized
@@ -21,6 +20,7 @@ from optima_fast.bandit.policy import Policy
 from optima_fast.bandit.scale_free import ScaleFreeUcb
 from optima_fast.bandit.structured import StructuredUcb
 from optima_fast.bandit.thompson import GaussianThompson
+from optima_fast.errors import unknown
 
 __all__ = [
     "BACKEND",
@@ -101,10 +101,7 @@ def make(name: str, arms: int | Sized, **options: Any) -> Policy:
     if gone(name):
         raise ValueError(gone(name))
     if name not in _POLICIES:
-        nearest = difflib.get_close_matches(str(name), _POLICIES, n=1, cutoff=0.0)[0]
-        raise ValueError(
-            f"policy must be one of {', '.join(_POLICIES)}, got {name!r}: did you mean {nearest!r}?"
-        )
+        raise unknown("policy", name, _POLICIES)
     policy = _POLICIES[name]
     known = [p.name for p in inspect.signature(policy).parameters.values() if p.name != "arms"]
     for option in options:

@@ -18,7 +18,6 @@ Rewards of distillation depend on the round and on earlier pulls: take either fo
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
 import math
@@ -30,7 +29,7 @@ from typing import Any, NamedTuple
 
 from optima_fast import bandit
 from optima_fast.entry import old_spelling
-from optima_fast.errors import UserError
+from optima_fast.errors import UserError, unknown
 
 NEAR = 5
 
@@ -194,9 +193,7 @@ def policies(text: str) -> list[str]:
         if bandit.gone(name):
             raise UserError(bandit.gone(name))
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}"
-            raise UserError(f"no policy {name!r}; {hint}")
+            raise unknown("policy", name, known)
     return names
 
 

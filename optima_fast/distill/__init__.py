@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from optima_fast.distill import recipes
 from optima_fast.distill.arms import arm_name, arm_space, arms, group_arms, parse_arm
-from optima_fast.distill.distiller import Distillable, Distiller, LayerLosses, LayerPair, StepLosses
+from optima_fast.distill.distiller import Distiller, LayerLosses, StepLosses
 from optima_fast.distill.headroom import Headroom
-from optima_fast.distill.matching import match_layers
+from optima_fast.distill.matching import LayerPair, match_layers
 from optima_fast.distill.measurement import Measurement
+from optima_fast.distill.protocols import Distillable
 from optima_fast.distill.reward import REWARDS, parse_reward, relative_drop
 
 __all__ = [

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from itertools import combinations, pairwise
 from typing import NamedTuple
 
-from optima_fast.errors import UserError
+from optima_fast.errors import UserError, unknown
 
 Arm = tuple[str, ...]
 
@@ -203,9 +202,7 @@ def _spans(
             )
         name, first, last = match.groups()
         if name not in modules:
-            near = difflib.get_close_matches(name, modules, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(modules)}"
-            raise ValueError(f"the model has no module {name!r}; {hint}")
+            raise unknown("module", name, modules)
         _, top = whole = (1, counts.get(name, _ALL[1]))
         span = (int(first), int(last or first)) if first else whole
         if not 1 <= span[0] <= span[1] <= top:

@@ -3,64 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from optima_fast.distill import maps
 from optima_fast.distill.arms import Arm, arm_layers
-from optima_fast.distill.maps import Maps, swapped
-from optima_fast.distill.matching import match_layers
+from optima_fast.distill.maps import Maps
+from optima_fast.distill.matching import LayerPair, given_layers, match_layers, matched
 from optima_fast.distill.measurement import Layers, Measurement
-from optima_fast.distill.queue import TokenQueue
+from optima_fast.distill.protocols import Batch, Distillable, Record
 from optima_fast.distill.tapped import Modules, TappedModel, TappedRecord, paths, summary
-from optima_fast.distill.weights import CROSS, ByLayer, Weights, by_layer
+from optima_fast.distill.terms import AttentionTerm, HiddenTerm, variances
+from optima_fast.distill.weights import Weights, by_layer
 from optima_fast.errors import UserError
-from optima_fast.losses import HIDDEN_LOSSES, QUEUED, UNPROJECTED
-from optima_fast.taps.records import Attention, Layer
-
-Batch = Mapping[str, Tensor]
-
-
-class Record(Protocol):
-    """What a model returns: its output, and the records of the layers asked for."""
-
-    @property
-    def logits(self) -> Any: ...
-
-    def layers(self, module: str) -> Sequence[Layer]: ...
-
-
-class Distillable(Protocol):
-    """What a :class:`Distiller` needs of a student or a teacher.
-
-    ``optima_fast.models.TaskModel`` is one; :meth:`Distiller.from_models` makes one of any model.
-    A request is a mapping from the name of a module to 0-based layers, ascending.
-    """
-
-    @property
-    def layer_counts(self) -> Mapping[str, int]: ...
-    @property
-    def widths(self) -> Mapping[str, int]: ...
-    @property
-    def __call__(self) -> Callable[..., Any]: ...
-
-    def record(
-        self, batch: Batch, taps: Mapping[str, Sequence[int]], *, lse: bool = False
-    ) -> Record: ...
-
-
-class LayerPair(NamedTuple):
-    """One student layer and the teacher layer it learns from, both 0-based."""
-
-    module: str
-    student: int
-    teacher: int
-
-    def __str__(self) -> str:
-        return f"{self.module} layer {self.student + 1} from teacher layer {self.teacher + 1}"
+from optima_fast.losses import HIDDEN_LOSSES
+from optima_fast.taps.records import Layer
 
 
 class StepLosses(NamedTuple):
@@ -92,9 +51,6 @@ class LayerLosses(NamedTuple):
 class _Records(NamedTuple):
     student: Record
     teacher: Record | None  # none where nothing of it is needed
-
-
-Matched = tuple[Layer, Layer]  # a student's and its teacher's
 
 
 class Distiller(nn.Module):
@@ -145,6 +101,8 @@ class Distiller(nn.Module):
         backend: of the losses, see :func:`optima_fast.hidden_mse`.
 
     Attributes:
+        hidden: the hidden states' term, with its options.
+        attention: the attention maps' term, likewise.
         summary: made by :meth:`from_models`: a line a pair, with shapes and what is compared.
 
     Raises:
@@ -224,31 +182,32 @@ class Distiller(nn.Module):
         # a tuple hides the models from nn.Module: neither belongs to this module's state
         self._models = (student, teacher)
         self.modules_matched = names
-        self.hidden_weight = hidden_weight
-        self.attention_weight = attention_weight
         self.prediction_weight = prediction_weight
         self.kl_weight = kl_weight
-        self._hidden_weights = by_layer("hidden_weight", hidden_weight, layers)
-        self._attention_weights = by_layer(
-            "attention_weight", attention_weight, layers, cross=cross_attention
-        )
-        self.attention_loss = attention_loss
-        self._maps = Maps(attention_loss, attention_scale, relation_heads, backend)
-        self._maps.check()
-        self.hidden_loss = hidden_loss
-        self.hidden_temperature = hidden_temperature
-        self.hidden_scale = hidden_scale
-        self.reduction = reduction
-        self.cross_attention = cross_attention
-        self.cross_both_ways = cross_both_ways
-        self.backend = backend
         self.summary = ""
+        self.hidden = HiddenTerm(
+            by_layer("hidden_weight", hidden_weight, layers),
+            reduction,
+            loss=hidden_loss,
+            scale=hidden_scale,
+            temperature=hidden_temperature,
+            backend=backend,
+        )
+        self.attention = AttentionTerm(
+            by_layer("attention_weight", attention_weight, layers, cross=cross_attention),
+            reduction,
+            loss=Maps(attention_loss, attention_scale, relation_heads, backend),
+            cross=cross_attention,
+            both_ways=cross_both_ways,
+            decoder=names[-1],
+        )
+        self.attention.loss.check()
         given = teacher_layers or {}
         self.pairs = {
             name: tuple(
                 LayerPair(name, s, t)
                 for s, t in (
-                    _given_layers(name, given[name], *counts[name])
+                    given_layers(name, given[name], *counts[name])
                     if name in given
                     else match_layers(*counts[name])
                 )
@@ -256,19 +215,12 @@ class Distiller(nn.Module):
             for name in names
         }
         self._selected: dict[Arm, tuple[LayerPair, ...]] = {}
-        self.projections = nn.ParameterDict()
-        for name in () if hidden_loss in UNPROJECTED else names:
-            d_s, d_t = student.widths[name], teacher.widths[name]
-            for pair in self.pairs[name] if projections == "all" or d_s != d_t else ():
-                # nn.Linear's own initialisation
-                self.projections[_key(pair)] = nn.Parameter(
-                    torch.empty(d_s, d_t).uniform_(-(d_s**-0.5), d_s**-0.5)
-                )
-        self.queues = nn.ModuleDict()
-        for pair in chain(*self.pairs.values()) if hidden_loss in QUEUED else ():
-            # a layer that is not compared remembers nothing, and is measured as 0
-            size = negatives if _weight(self._hidden_weights, pair, pair.module) else 0
-            self.queues[_key(pair)] = TokenQueue(size, teacher.widths[pair.module])
+        for name in names:
+            widths = student.widths[name], teacher.widths[name]
+            for pair in self.pairs[name]:
+                self.hidden.add(pair, widths, negatives, always=projections == "all")
+        self.projections = self.hidden.projections
+        self.queues = self.hidden.queues
         frozen = _module(teacher)
         if frozen is not None:
             frozen.eval().requires_grad_(False)
@@ -317,7 +269,7 @@ class Distiller(nn.Module):
             distiller = cls(*tapped, **{"projections": "needed", **options})
             chosen = distiller.selected(distiller.modules_matched)
             t = TappedRecord(None, distiller._requested(t.found))
-            layers = _matched(chosen, s, t)
+            layers = matched(chosen, s, t)
             distiller.summary = summary(chosen, layers)
             distiller.to(layers[0][0].hidden.device)
             with torch.no_grad():
@@ -431,11 +383,12 @@ class Distiller(nn.Module):
         maps = torch.zeros_like(step.hidden) if step.attention is None else step.attention
         assert records.teacher is not None and records.teacher.logits is not None
         unexplained = step.hidden
-        if self.hidden_scale == "none":
-            layers = _matched(step.pairs, records.student, records.teacher)
-            unexplained = unexplained / self._variances(layers)
+        if self.hidden.scale == "none":
+            layers = matched(step.pairs, records.student, records.teacher)
+            unexplained = unexplained / variances(layers)
         teacher = predict(records.teacher.logits, batch).float()
-        sums = (step.kl, self._reduce(step.hidden), self._reduce(maps), step.prediction)
+        reduced = self.hidden.reduced
+        sums = (step.kl, reduced(step.hidden), reduced(maps), step.prediction)
         stacked = torch.stack([term.double() for term in (*sums, teacher)])
         by_layer = torch.stack([step.hidden, maps, unexplained]).double()
         kl, hidden, attention, prediction, taught = stacked.tolist()
@@ -476,7 +429,7 @@ class Distiller(nn.Module):
 
     def _records(self, batch: Batch, arm: Arm, *, teacher_logits: bool) -> _Records:
         """What both models say of a batch, the teacher only as far as it is needed."""
-        lse = self._maps.softmax
+        lse = self.attention.loss.softmax
         # the student's request is always the whole one, so that no arm means another graph
         everything = {n: [p.student for p in self.pairs[n]] for n in self.modules_matched}
         student = self.student(batch, taps=everything, lse=lse)
@@ -526,157 +479,15 @@ class Distiller(nn.Module):
         *,
         whole: bool = False,
     ) -> LayerLosses:
-        layers = _matched(pairs, student, teacher)
-        hidden, total = self._hidden(pairs, layers, whole)
+        layers = matched(pairs, student, teacher)
+        hidden = self.hidden(pairs, layers, whole)
         if torch.is_grad_enabled():
-            self._remember(pairs, layers)
+            self.hidden.remember(pairs, layers)
         unfit = any(s.refusals or t.refusals for s, t in layers)
-        if unfit and not _any(self._attention_weights):
-            return LayerLosses(total, hidden, None, pairs)
-        attention, of_maps = self._attention(pairs, layers, whole)
-        return LayerLosses(total + of_maps, hidden, attention, pairs)
-
-    def _weighed(
-        self, losses: Tensor, owners: Sequence[int], count: int, weights: Sequence[float] | float
-    ) -> tuple[Tensor, Tensor]:
-        """Losses by layer, [count], and their weighted sum or mean.
-
-        Args:
-            losses: any number of values a layer.
-            owners: the layer of each.
-            count: number of layers.
-            weights: of each value, or of all.
-        """
-
-        def by_owner(values: Tensor) -> Tensor:
-            if list(owners) == list(range(count)):
-                return values
-            owner = torch.tensor(owners, device=values.device)
-            return values.new_zeros(count).index_add(0, owner, values)
-
-        layers = by_owner(losses)
-        if isinstance(weights, float):
-            return layers, weights * self._reduce(layers)
-        factors = torch.tensor(weights, dtype=losses.dtype, device=losses.device)
-        return layers, self._reduce(by_owner(losses * factors))
-
-    def _reduce(self, layers: Tensor) -> Tensor:
-        return layers.sum() if self.reduction == "sum" else layers.mean()
-
-    def _hidden(
-        self, pairs: Sequence[LayerPair], layers: Sequence[Matched], whole: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Each layer's loss, and what they add to the total."""
-        weights = self._hidden_weights
-        of = [_weight(weights, pair, pair.module) for pair in pairs]
-        chosen = [i for i in range(len(pairs)) if whole or of[i] or isinstance(weights, float)]
-        if not chosen:
-            return self._nothing(layers)
-        compared = [layers[i] for i in chosen]
-        given: list[Any] = [[s.hidden for s, _ in compared], [t.hidden for _, t in compared]]
-        options: dict[str, Any] = {"mask": [s.mask for s, _ in compared]}
-        if self.hidden_loss not in UNPROJECTED:
-            given.append([self._projection(pairs[i]) for i in chosen])
-        if self.hidden_loss in QUEUED:
-            queues = [self.queues[_key(pairs[i])] for i in chosen]
-            given.append([queue.tokens for queue in queues])
-            options["negatives_mask"] = [queue.counts for queue in queues]
-            options["temperature"] = self.hidden_temperature
-        else:
-            options["backend"] = self.backend
-        losses = HIDDEN_LOSSES[self.hidden_loss](*given, **options)
-        if self.hidden_scale == "variance":
-            losses = losses / self._variances(compared)
-        factors = weights if isinstance(weights, float) else [of[i] for i in chosen]
-        return self._weighed(losses, chosen, len(pairs), factors)
-
-    def _remember(self, pairs: Sequence[LayerPair], layers: Sequence[Matched]) -> None:
-        """Keep the teacher's tokens for later steps."""
-        for pair, (s, t) in zip(pairs, layers, strict=True) if self.queues else ():
-            queue = self.queues[_key(pair)]
-            assert isinstance(queue, TokenQueue)
-            if len(queue.tokens):
-                queue.push(t.hidden, s.mask)
-
-    def _nothing(self, layers: Sequence[Matched]) -> tuple[Tensor, Tensor]:
-        """No loss of any layer."""
-        zeros = torch.zeros(len(layers), device=layers[0][0].hidden.device)
-        return zeros, zeros.sum()
-
-    def _projection(self, pair: LayerPair) -> Tensor | None:
-        """None where widths agree and no projection was asked for."""
-        found: Tensor | None = self.projections.get(_key(pair))
-        return found
-
-    def _variances(self, layers: Sequence[Matched]) -> Tensor:
-        """Of the teacher's states, [L], as the pairs."""
-        return torch.stack([_variance(t.hidden, s.mask) for s, t in layers])
-
-    def _attention(
-        self, pairs: Sequence[LayerPair], layers: Sequence[Matched], whole: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Each layer's loss, that of its attentions together, and what they add to the total."""
-        weights = self._attention_weights
-        rows: list[tuple[Attention, Attention]] = []
-        owners: list[int] = []
-        factors: list[float] = []
-        for i, (pair, (s, t)) in enumerate(zip(pairs, layers, strict=True)):
-            of = [_weight(weights, pair, pair.module)]
-            if self.cross_attention:
-                decoder = pair.module == self.modules_matched[-1]
-                of.append(_weight(weights, pair, CROSS if decoder else pair.module))
-            if s.refusals or t.refusals:
-                if not any(of):
-                    continue
-                raise UserError(
-                    f"{pair}: the attention losses cannot represent "
-                    + "; ".join((*s.refusals, *t.refusals))
-                    + ". Set attention_weight=0, or leave the layer out of the arm"
-                )
-            if not s.attentions or len(s.attentions) != len(t.attentions):
-                raise UserError(
-                    f"{pair}: the student's layer has {len(s.attentions)} attentions and the "
-                    f"teacher's {len(t.attentions)}; set attention_weight=0"
-                )
-            own = zip((False, True), s.attentions, t.attentions, of, strict=False)
-            for cross, a, b, weight in own:
-                if not (whole or weight or isinstance(weights, float)):
-                    continue
-                if (a.causal, a.window) != (b.causal, b.window):
-                    raise UserError(
-                        f"{pair}: the student's attention has causal={a.causal} and "
-                        f"window={a.window}, the teacher's causal={b.causal} and "
-                        f"window={b.window}: their maps are of different pairs; set "
-                        "attention_weight=0, or leave the layer out of the arm"
-                    )
-                found = [(a, b)]
-                if cross and self.cross_both_ways:
-                    found.append((swapped(a), swapped(b)))
-                rows += found
-                owners += [i] * len(found)
-                factors += [weight] * len(found)
-        if not rows:
-            return self._nothing(layers)
-        losses = self._maps(*([row[i] for row in rows] for i in range(2)))
-        return self._weighed(
-            losses, owners, len(pairs), weights if isinstance(weights, float) else factors
-        )
-
-
-def _key(pair: LayerPair) -> str:
-    """What a pair's parameters and state are called."""
-    return f"{pair.module}_{pair.student}"
-
-
-def _weight(weights: float | ByLayer, pair: LayerPair, name: str) -> float:
-    if isinstance(weights, float):
-        return weights
-    return weights.get(name, weights[pair.module])[pair.student]
-
-
-def _any(weights: float | ByLayer) -> bool:
-    """Whether a layer has a weight."""
-    return bool(weights) if isinstance(weights, float) else any(map(any, weights.values()))
+        if unfit and not self.attention:
+            return LayerLosses(hidden.weighed, hidden.layers, None, pairs)
+        maps = self.attention(pairs, layers, whole)
+        return LayerLosses(hidden.weighed + maps.weighed, hidden.layers, maps.layers, pairs)
 
 
 def _module(model: object) -> nn.Module | None:
@@ -706,41 +517,8 @@ def _own_loss(output: Any, batch: Batch) -> Tensor:
     return loss
 
 
-def _given_layers(
-    name: str, layers: Sequence[int], students: int, teachers: int
-) -> list[tuple[int, int]]:
-    chosen = list(layers)
-    if len(chosen) != students or not all(0 <= i < teachers for i in chosen):
-        raise UserError(
-            f"teacher_layers[{name!r}] must be {students} layers from 0 to {teachers - 1}, one for "
-            f"each of the student's, got {chosen}"
-        )
-    if chosen != sorted(chosen):
-        raise UserError(f"teacher_layers[{name!r}] must not go back, got {chosen}")
-    return list(enumerate(chosen))
-
-
-def _matched(pairs: Sequence[LayerPair], student: Record, teacher: Record) -> list[Matched]:
-    """The records of each pair: both models' are of the first matched layers, in their order."""
-    names = {pair.module for pair in pairs}
-    of = {name: (student.layers(name), teacher.layers(name)) for name in names}
-    return [(of[p.module][0][p.student], of[p.module][1][p.student]) for p in pairs]
-
-
 def _by_module(pairs: Sequence[LayerPair], values: Sequence[float]) -> Layers:
     layers: Layers = {}
     for pair, value in zip(pairs, values, strict=True):
         layers.setdefault(pair.module, []).append(value)
     return layers
-
-
-def _variance(states: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean over features of the variance over counted tokens, at least 1e-6; [..., N, d]."""
-    flat = states.detach().float().flatten(0, -2)
-    if mask is None:
-        return flat.var(dim=0, correction=0).mean().clamp_min(1e-6)
-    keep = mask.flatten().unsqueeze(-1)
-    flat = torch.where(keep, flat, 0.0)
-    count = keep.sum().clamp_min(1)
-    mean = flat.sum(0) / count
-    return (torch.where(keep, flat - mean, 0.0).square().sum(0) / count).mean().clamp_min(1e-6)

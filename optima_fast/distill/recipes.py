@@ -6,12 +6,11 @@ the trainer: plain data, which any option given beside it overrides.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from optima_fast.errors import UserError
+from optima_fast.errors import unknown
 
 _LAST = {"last": 1.0}
 
@@ -114,9 +113,7 @@ def get(name: str) -> Recipe:
         UserError: there is none; the message gives the nearest name.
     """
     if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, 1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"a recipe must be one of {', '.join(RECIPES)}, got {name!r}{hint}")
+        raise unknown("recipe", name, RECIPES)
     return RECIPES[name]
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from optima_fast.distill.measurement import Layers, Measurement
-from optima_fast.errors import UserError
+from optima_fast.errors import UserError, unknown
 
 TERMS = ("kl", "hidden", "attention", "prediction")
 PAPER = TERMS[:3]
@@ -105,9 +104,8 @@ def parse_reward(text: str) -> Reward:
     for term in terms:
         if term not in TERMS:
             names = TERMS if len(terms) > 1 else (HEADROOM, *REWARDS, *TERMS)
-            near = difflib.get_close_matches(term, names, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"choose {known}"
-            raise UserError(f"reward {text!r}: no term {term!r}; {hint}")
+            what = "term of a reward" if len(terms) > 1 else "reward"
+            raise unknown(what, term, names, otherwise=f"choose {known}")
     if len(set(terms)) < len(terms):
         raise UserError(f"reward {text!r} repeats a term")
     return lambda before, after, context: relative_drop(

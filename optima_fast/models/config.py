@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from optima_fast.errors import UserError
+from optima_fast.errors import UserError, unknown
 
 _CHOICES = {
     "image_stem": ("plain", "clip"),
@@ -177,9 +176,7 @@ class CoCaConfig:
         names = [field.name for field in dataclasses.fields(cls)]
         for name in options:
             if name not in names:
-                near = difflib.get_close_matches(str(name), names, 1)
-                hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names)}"
-                raise UserError(f"a CoCa has no option {name!r}{hint}")
+                raise unknown("option of a CoCa", name, names)
         try:
             return cls(**options)
         except ValueError as error:

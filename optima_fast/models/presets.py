@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import replace
 
 from torch import nn
 
-from optima_fast.errors import UserError
+from optima_fast.errors import unknown
 from optima_fast.models.config import CoCaConfig
 from optima_fast.models.model import CoCa
 
@@ -109,9 +108,7 @@ def get(name: str) -> CoCaConfig:
         UserError: There is none; the message gives the nearest name.
     """
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, 1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(PRESETS)}"
-        raise UserError(f"there is no model preset {name!r}; {hint}")
+        raise unknown("model preset", name, PRESETS)
     return PRESETS[name]
 
 

@@ -7,8 +7,8 @@ layout.
 from pathlib import Path
 from typing import Any
 
-from optima_fast.errors import UserError
-from optima_fast.tasks.base import TaskData, unknown
+from optima_fast.errors import UserError, unknown
+from optima_fast.tasks.base import TaskData
 from optima_fast.tasks.split import Split
 from optima_fast.tasks.text import Vocabulary
 

@@ -2,8 +2,7 @@
 
 import abc
 import contextlib
-import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -11,18 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from optima_fast.errors import UserError
+from optima_fast.errors import unknown
 from optima_fast.tasks import blind
 from optima_fast.tasks.split import Split, to_device
 from optima_fast.tasks.tokenizers import Tokenizer
-
-
-def unknown(what: str, name: object, names: Iterable[str]) -> UserError:
-    """The error for a name that is none of `names`, with the nearest one."""
-    known = sorted(names)
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    return UserError(f"unknown {what} {name!r}{hint}; known: {', '.join(known)}")
 
 
 @contextlib.contextmanager

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optima_fast.errors import UserError
+from optima_fast.errors import UserError, unknown
 from optima_fast.tasks import digits_language as language
-from optima_fast.tasks.base import TaskData, unknown
+from optima_fast.tasks.base import TaskData
 from optima_fast.tasks.canvases import (
     CANVAS,
     CELL_CLASSES,

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optima_fast.errors import UserError
+from optima_fast.errors import UserError, unknown
+from optima_fast.models.pretrained import MEAN, STD
 from optima_fast.tasks import shards, tokenizers
 from optima_fast.tasks.annotations import (
     READERS,
@@ -29,9 +30,9 @@ from optima_fast.tasks.annotations import (
     Reading,
     Readings,
 )
-from optima_fast.tasks.base import TaskData, unknown
+from optima_fast.tasks.base import TaskData
 from optima_fast.tasks.coco import Coco
-from optima_fast.tasks.images import MEAN, STD, Augment, FolderImages, Preprocessing
+from optima_fast.tasks.images import Augment, FolderImages, Preprocessing
 from optima_fast.tasks.nlvr2 import CLASSES as NLVR2_CLASSES
 from optima_fast.tasks.nlvr2 import Nlvr2
 from optima_fast.tasks.snli_ve import CLASSES as SNLI_VE_CLASSES
@@ -176,7 +177,7 @@ def load(task: str, path: Path | str, *, seed: int = 0, **options: Any) -> TaskD
     chosen = Options(**options)
     for name in chosen.further:
         if name not in FURTHER.get(task, ()):
-            raise unknown(f"further split of {task}", name, FURTHER.get(task, ()))
+            raise unknown(f"split of {task}", name, FURTHER.get(task, ()))
     root = Path(path)
     listing = Listing()
     found = readings(task, root, listing)

@@ -11,12 +11,11 @@ from PIL import Image
 from torch import Tensor
 
 from optima_fast.errors import UserError
+from optima_fast.models.pretrained import MEAN, STD
 from optima_fast.tasks.shards import Member
 
-__all__ = ["MEAN", "STD", "Augment", "FolderImages", "Preprocessing", "UnreadableImages"]
+__all__ = ["Augment", "FolderImages", "Preprocessing", "UnreadableImages"]
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
 RESIZES = ("shortest", "longest", "squash")
 MAX_ASPECT = 100  # a thinner image is a damaged header, and would be scaled to gigabytes
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from optima_fast.errors import UserError
+from optima_fast.errors import UserError, unknown
 from optima_fast.tasks import folders, shards
 from optima_fast.tasks.annotations import (
     READERS,
@@ -13,7 +13,6 @@ from optima_fast.tasks.annotations import (
     Reading,
     Readings,
 )
-from optima_fast.tasks.base import unknown
 from optima_fast.tasks.downloads import DOWNLOADS, NOUNS, SIZES, Download, Size
 from optima_fast.tasks.images import Preprocessing
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -205,7 +204,9 @@ class TrainConfig:
             value = getattr(self, field.name)
             choices = field.metadata["choices"]
             if choices is not None and value not in (None, *choices):
-                raise UserError(no_choice(flag(field.name), str(value), choices))
+                raise UserError(
+                    f"{flag(field.name)} must be one of {', '.join(choices)}, got {str(value)!r}"
+                )
         self._check_numbers()
         self._check_weights()
         if self.reward == HEADROOM and self.reward_cost == "none":
@@ -281,7 +282,7 @@ class TrainConfig:
         if self.policy is not None and not bandit.gone(self.policy):
             known = policies.choices()
             if self.policy not in known:
-                raise UserError(no_choice("--policy", self.policy, known))
+                raise UserError(f"--policy must be one of {', '.join(known)}, got {self.policy!r}")
         if self.method == "headroom":
             for name, own in CHOICES["headroom"].items():
                 value = getattr(self, name)
@@ -472,12 +473,3 @@ def default_text(field: dataclasses.Field[Any]) -> str:
         paper = (_PAPER | _OWN).get(field.name, "by task")
         return f" (default {_DIGITS[field.name]} on digits, else {paper})"
     return ""
-
-
-def no_choice(what: str, got: str, choices: Sequence[str], *, list_all: bool = True) -> str:
-    """That ``got`` is none of ``choices``, with the nearest of them."""
-    near = difflib.get_close_matches(got, choices, 1, cutoff=0.5)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    if list_all:
-        return f"{what} must be one of {', '.join(choices)}, got {got!r}{hint}"
-    return f"unknown {what} {got}{hint or '; --help lists them'}"

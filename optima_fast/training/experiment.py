@@ -14,11 +14,10 @@ import torch
 import optima_fast
 from optima_fast import tasks
 from optima_fast.distill import Distiller
-from optima_fast.errors import UserError
+from optima_fast.errors import UserError, unknown
 from optima_fast.models import MODULES, CoCa, CoCaConfig, initialise, presets
 from optima_fast.models.task_model import TaskModel, build
 from optima_fast.tasks import TaskData, submissions
-from optima_fast.tasks.base import unknown
 from optima_fast.tasks.folders import FURTHER, SPLITS
 from optima_fast.tasks.shards import is_shards
 from optima_fast.tasks.workers import usable_cores
@@ -156,8 +155,8 @@ def load_data(config: TrainConfig, models: Models | None = None) -> TaskData:
             "digits",
             seed=config.data_seed,
             train_images=images,
-            validation_images=max(1, images // 20),
-            test_images=max(1, images // 10),
+            validation_images=max(2, images // 20),  # NLVR2 shows two at once
+            test_images=max(2, images // 10),
         )
     return _load_folder(config, (models or sources.plan(config)).reading(config))
 

@@ -17,9 +17,9 @@ import yaml
 
 from optima_fast.distill import recipes
 from optima_fast.entry import Parser
-from optima_fast.errors import UserError
+from optima_fast.errors import UserError, unknown
 from optima_fast.training import spelling
-from optima_fast.training.config import TrainConfig, default_text, flag, no_choice
+from optima_fast.training.config import TrainConfig, default_text, flag
 
 
 def parse(argv: Sequence[str] | None, *, prog: str, description: str) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def parse(argv: Sequence[str] | None, *, prog: str, description: str) -> dict[st
     known, rest = parser.parse_known_args(argv)
     if rest:
         names = [flag(f.name) for f in dataclasses.fields(TrainConfig)] + ["--config", "--help"]
-        raise UserError(no_choice("flag", rest[0].partition("=")[0], names, list_all=False))
+        raise unknown("flag", rest[0].partition("=")[0], names, otherwise="--help lists them")
     given = vars(known)
     path, dry = given.pop("config"), given.pop("dry_run", None)
     values = read_yaml(Path(path)) if path else {}
@@ -90,7 +90,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         key, line = str(_text(key_node)), key_node.start_mark.line + 1
         name = spelling.modern_name(key.replace("-", "_"))
         if name not in names:
-            raise UserError(no_choice(f"{path}: key", key, names, list_all=False))
+            hint = unknown("key", key, names, otherwise="--help lists them")
+            raise UserError(f"{path}: {hint}")
         if name in lines:
             raise UserError(
                 f"{path}: {key} is in line {lines[name]} and again in line {line}: keep one"

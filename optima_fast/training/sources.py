@@ -106,9 +106,7 @@ def find(name: str, flag: str) -> Source:
     try:
         return Source(name, presets.get(name))
     except UserError as error:
-        raise UserError(
-            f"{flag} {name!r} is no run folder and no checkpoint, and {error}"
-        ) from None
+        raise UserError(f"{flag} {name!r} is no run folder and no checkpoint: {error}") from None
 
 
 @dataclass(frozen=True)

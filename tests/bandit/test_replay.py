@@ -251,8 +251,8 @@ def test_a_policy_s_old_name_is_told_and_taken(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--policies", "tompson"], "no policy 'tompson'; did you mean thompson?"),
-        (["--policies", "thompson,zzz"], "no policy 'zzz'; choose from thompson, "),
+        (["--policies", "tompson"], "unknown policy 'tompson'; did you mean 'thompson'"),
+        (["--policies", "thompson,zzz"], "unknown policy 'zzz'; choose from thompson, "),
         (["--policies", ","], "--policies ',' names none; take all, or from"),
         (["--policies", "fixed"], "policy fixed has one arm"),
         (

@@ -65,8 +65,8 @@ def test_an_arm_is_read_back_from_its_name_in_any_order():
     [
         ("", "names no module; choose from image, text, multimodal"),
         ("+", "names no module"),
-        ("imag", "no module 'imag'; did you mean 'image'"),
-        ("image+audio", "no module 'audio'; choose from"),
+        ("imag", "unknown module 'imag'; did you mean 'image'"),
+        ("image+audio", "unknown module 'audio'; choose from"),
         ("image[0]", r"layers of image must be from 1 to 6, .*, got 'image\[0\]'"),
         ("image[2-7]", "from 1 to 6"),
         ("image[3-2]", "the first not after the last"),
@@ -75,7 +75,7 @@ def test_an_arm_is_read_back_from_its_name_in_any_order():
         ("image[1]2", "a member must be"),
         ("image[9999999]", "a member must be"),
         ("[1]", "a member must be"),
-        ("audio[1]", "no module 'audio'"),
+        ("audio[1]", "unknown module 'audio'"),
     ],
 )
 def test_a_wrong_arm_is_named(text, message):

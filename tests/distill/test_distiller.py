@@ -340,7 +340,7 @@ def test_wrong_calls_are_told(pair):
     with pytest.raises(ValueError, match="kl_weight is 0.5: pass divergence="):
         Distiller(student, teacher, kl_weight=0.5)(BATCH, (), predict=DATA.loss)
     for arm, message in (
-        (("audio",), "arm .'audio',.: the model has no module 'audio'; choose from image, text"),
+        (("audio",), "arm .'audio',.: unknown module 'audio'; choose from image, text"),
         (("image[3]",), r"layers of image must be from 1 to 2, .* got 'image\[3\]'"),
         (("image[2-1]",), "the first not after the last"),
         (("image[x]",), "a member must be MODULE, MODULE.LAYER. or"),

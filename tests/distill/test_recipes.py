@@ -115,5 +115,7 @@ def test_the_options_are_a_copy_and_unknown_names_are_told():
         assert set(recipes.settings(name, "nlvr2")) <= recipes.names()
     assert recipes.settings("dide", "vqa")["soft_labels"] == "bce"
     assert recipes.settings("dide", "nlvr2")["soft_labels"] == "kl"
-    with pytest.raises(UserError, match="got 'efficient-vlm'; did you mean efficientvlm"):
+    with pytest.raises(
+        UserError, match="unknown recipe 'efficient-vlm'; did you mean 'efficientvlm'"
+    ):
         recipes.get("efficient-vlm")

@@ -153,10 +153,10 @@ def test_measurements_of_parts_are_averaged_by_size():
     [
         ("", "names no term"),
         (",", "names no term"),
-        ("kl,hiden", "no term 'hiden'; did you mean 'hidden'"),
+        ("kl,hiden", "unknown term of a reward 'hiden'; did you mean 'hidden'"),
         ("dorp", "did you mean 'drop'"),
         ("normalized", "did you mean 'normalised'"),
-        ("kl,drop", "no term 'drop'; choose headroom, drop, normalised"),
+        ("kl,drop", "unknown term of a reward 'drop'; choose headroom, drop, normalised"),
         ("headrom", "did you mean 'headroom'"),
         ("kl,kl", "repeats a term"),
         (

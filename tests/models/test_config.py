@@ -69,16 +69,20 @@ def test_rejects(options: dict[str, Any], message: str) -> None:
 
 
 def test_unknown_options_are_named() -> None:
-    with pytest.raises(UserError, match="no option 'text_layer'; did you mean 'text_layers'"):
+    with pytest.raises(
+        UserError, match="unknown option of a CoCa 'text_layer'; did you mean 'text_layers'"
+    ):
         CoCaConfig.from_dict({"text_layer": 3})
-    with pytest.raises(UserError, match="no option 'zzz'; known: image_size, "):
+    with pytest.raises(UserError, match="unknown option of a CoCa 'zzz'; choose from image_size, "):
         CoCaConfig.from_dict({"zzz": 3})
 
 
 def test_unknown_presets_are_named() -> None:
-    with pytest.raises(UserError, match="no model preset 'coca_tiny'; did you mean 'coca_tiny"):
+    with pytest.raises(
+        UserError, match="unknown model preset 'coca_tiny'; did you mean 'coca_tiny"
+    ):
         presets.get("coca_tiny")
-    with pytest.raises(UserError, match="no model preset 'zzz'; known: coca_large, "):
+    with pytest.raises(UserError, match="unknown model preset 'zzz'; choose from coca_large, "):
         coca("zzz")
 
 

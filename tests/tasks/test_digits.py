@@ -188,13 +188,13 @@ def test_the_vocabulary_knows_training_words_only():
 @pytest.mark.parametrize(
     ("task", "options", "message"),
     [
-        ("vqa", {"train_image": 3}, r"'train_image' \(did you mean 'train_images'\?\)"),
+        ("vqa", {"train_image": 3}, r"'train_image'; did you mean 'train_images'"),
         ("vqa", {"train_images": 0}, "train_images .* must be an integer >= 1, got 0"),
         ("vqa", {"test_images": 2.5}, "test_images .* got 2.5"),
         ("vqa", {"texts_per_image": True}, "texts_per_image .* got True"),
         ("vqa", {"noise": -0.1}, r"noise .* must be in 0 \.\. 1, got -0.1"),
         ("vqa", {"annotator_error": "x"}, "annotator_error .* got 'x'"),
-        ("vqa", {"kinds": ("counts",)}, r"'counts' \(did you mean 'count'\?\)"),
+        ("vqa", {"kinds": ("counts",)}, r"'counts'; did you mean 'count'"),
         ("vqa", {"kinds": ()}, "kinds must be distinct and at least one"),
         ("vqa", {"kinds": ("count", "count")}, "kinds must be distinct"),
         ("vqa", {"kinds": ("count",)}, "texts_per_image must be at most 1"),

@@ -196,7 +196,7 @@ def test_the_command_line(tmp_path, capsys):
     assert doctor.main(["--task", "vqa", "--data", str(root)]) == 1
     assert "problem: no training annotations" in capsys.readouterr().out
     assert doctor.main(["--task", "vqb", "--data", str(root)]) == 2
-    assert "unknown task 'vqb' (did you mean 'vqa'?)" in capsys.readouterr().err
+    assert "unknown task 'vqb'; did you mean 'vqa'?" in capsys.readouterr().err
     for wrong in (["--task", "coco"], ["--task", "coco", "--data", ".", "--images", "-3"]):
         assert doctor.main(wrong) == 2
         assert capsys.readouterr().err.count("\n") == 1

@@ -191,7 +191,7 @@ def test_vqa_test_questions_are_read_on_demand_and_have_no_targets(tmp_path):
     assert not split.measurable
     with pytest.raises(ValueError, match="the test-std split has no targets: it can be predicted"):
         data.evaluate(torch.nn.Identity(), split)
-    with pytest.raises(UserError, match=r"unknown split 'test-sd' \(did you mean 'test-std'\?\)"):
+    with pytest.raises(UserError, match=r"unknown split 'test-sd'; did you mean 'test-std'"):
         data.split("test-sd")
 
 
@@ -199,7 +199,7 @@ def test_further_splits_that_are_not_there(tmp_path):
     root = make_vqa(tmp_path)
     with pytest.raises(UserError, match="has no test-dev split of vqa: its file is not there"):
         load("vqa", root, further=("test-dev",))
-    with pytest.raises(UserError, match="unknown further split of vqa 'test2'.*test-dev"):
+    with pytest.raises(UserError, match="unknown split of vqa 'test2'; did you mean 'test-std'"):
         load("vqa", root, further=("test2",))
     make_vqa_test(root)
     shutil.rmtree(root / "test2015")

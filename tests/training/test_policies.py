@@ -226,7 +226,7 @@ def test_a_fixed_arm_may_be_of_layers(tmp_path, arm, written, distilled):
     [
         ({"arm": "image[3]"}, r"arm 'image\[3\]': layers of image must be from 1 to 2, .*got"),
         ({"arm": "image[1"}, "a member must be MODULE, MODULE.LAYER. or MODULE.FIRST-LAST."),
-        ({"arm": "audio[1]"}, "the model has no module 'audio'"),
+        ({"arm": "audio[1]"}, "unknown module 'audio'"),
     ],
 )
 def test_a_fixed_arm_is_checked_against_the_student(settings, message):

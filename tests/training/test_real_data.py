@@ -88,7 +88,7 @@ def test_test_dev_is_predicted_without_metrics(vqa_run, tmp_path, capsys):
 def test_splits_that_are_not_there(vqa_run, capsys):
     assert evaluate.main([str(vqa_run.folder), "--split", "test-std"]) == 2
     assert "has no test-std split of vqa" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"unknown split 'tests' \(did you mean 'test'\?\)"):
+    with pytest.raises(UserError, match=r"unknown split 'tests'; did you mean 'test'"):
         experiment.evaluate(vqa_run.folder, split="tests")
 
 

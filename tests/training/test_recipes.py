@@ -45,7 +45,7 @@ def test_what_a_file_says_beside_a_recipe_overrides_it_and_a_flag_takes_another(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--recipe", "efficentvlm"], "--recipe must be one of .* did you mean efficientvlm"),
+        (["--recipe", "efficentvlm"], "--recipe must be one of efficientvlm, .* got 'efficentvlm'"),
         (["--recipe", "dide", "--method", "finetune"], "--recipe dide needs a teacher"),
         (["--recipe", "distilvlm", "--method", "headroom"], "headroom is a share of variance"),
         (["--hidden-loss", "gram"], "headroom is a share .* and gram does not: take --method"),

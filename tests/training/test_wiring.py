@@ -30,9 +30,9 @@ def test_settings_reach_distiller_optimizer_and_policy(tmp_path, monkeypatch):
         lr=0.01, head_lr=0.02, steps=20, warmup_steps=2, batch_size=5, reward_examples=24,
     )  # fmt: skip
     d = t.distiller
-    assert (d.hidden_weight, d.attention_weight, d.kl_weight) == (0.5, 0.25, 0.125)
-    assert (d.attention_loss, d.hidden_scale, d.reduction) == ("kl", "variance", "mean")
-    assert d.cross_attention
+    assert (d.hidden.weights, d.attention.weights, d.kl_weight) == (0.5, 0.25, 0.125)
+    assert (d.attention.loss.loss, d.hidden.scale, d.hidden.reduction) == ("kl", "variance", "mean")
+    assert d.attention.cross
     state = t.policy.state_dict()
     assert [state[k] for k in ("gamma", "init_rounds", "variance_scale", "seed")] == [
         0.7,
