@@ -114,6 +114,7 @@ def fetch(key):
     return os.getpid()
 if __name__ == "__main__":
     stopped = []
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background shells ignore it
     results = in_order(fetch, range(10**6), 2)
     pids = {next(results) for _ in range(8)}
     signal.signal(signal.SIGINT, lambda *_: stopped.append(1))  # not what the workers began with
