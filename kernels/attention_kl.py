@@ -49,6 +49,7 @@ from .attention_tiles import (
     width,
 )
 from .core import accumulator
+from .launcher import kernel
 from .layers import cdiv, groups, in_order, of_layers, pick, pointers, settle
 
 __all__ = ["attention_kl_backward", "attention_kl_forward", "not_served"]
@@ -81,7 +82,7 @@ def _logs(
     return s * (tl.cast(scale, ACC) * LOG2E) - lse[:, None]
 
 
-@triton.jit(do_not_specialize=["heads", "student_scale", "teacher_scale", "queries", "keys"])
+@kernel(["heads", "student_scale", "teacher_scale", "queries", "keys"])
 def _kl_forward_kernel(
     student,  # Heads
     teacher,
@@ -139,7 +140,7 @@ def _kl_forward_kernel(
     tl.store(sum_ptr + at, tl.sum(total) * LN2)
 
 
-@triton.jit(do_not_specialize=["heads", "student_scale", "teacher_scale", "queries", "keys"])
+@kernel(["heads", "student_scale", "teacher_scale", "queries", "keys"])
 def _kl_dq_kernel(
     student,  # Heads
     teacher,
@@ -203,7 +204,7 @@ def _kl_dq_kernel(
     store_rows(dq_ptr, alpha * dq, dq_stride[2], inside, STUDENT_D)
 
 
-@triton.jit(do_not_specialize=["heads", "student_scale", "teacher_scale", "queries", "keys"])
+@kernel(["heads", "student_scale", "teacher_scale", "queries", "keys"])
 def _kl_dk_kernel(
     student,  # Heads
     teacher,
@@ -366,7 +367,7 @@ def attention_kl_backward(
     factor = (grad * scales).to(scales.dtype).contiguous()
     gradients: list[list[Tensor | None]] = []
     with torch.cuda.device_of(student_q[0]):
-        for kernel, table, inputs, needs in (
+        for product, table, inputs, needs in (
             (_kl_dq_kernel, launch.DIVERGENCE_DQ, student_q, need_q),
             (_kl_dk_kernel, launch.DIVERGENCE_DK, student_k, need_k),
         ):
@@ -379,10 +380,10 @@ def attention_kl_backward(
             for form, layers in groups(forms):
                 x, y, dx = student.q[layers[0]], teacher.q[layers[0]], to[layers[0]]
                 chosen = config(table, max(width(x), width(y)), x, y).fitted(x.shape[2])
-                block = chosen.block_m if kernel is _kl_dq_kernel else chosen.block_n
+                block = chosen.block_m if product is _kl_dq_kernel else chosen.block_n
                 tiles = dx.shape[0] * dx.shape[1] * cdiv(dx.shape[2], block)
                 if tiles:
-                    kernel[(tiles, len(layers))](
+                    product[(tiles, len(layers))](
                         *_arguments(student, teacher, pairs, layers, student_lses, teacher_lses),
                         pointers(to, layers), of_layers(factor, layers),
                         *_sizes(student, teacher, layers[0]), form[3],

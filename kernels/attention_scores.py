@@ -47,6 +47,7 @@ from .attention_tiles import (
 )
 from .core import accumulator, add_product, device_refusals, dtype_refusals
 from .launch import LaunchConfig
+from .launcher import kernel
 from .layers import cdiv, groups, in_order, of_layers, pick, pointers, total
 
 
@@ -64,7 +65,7 @@ def _add_scores(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=[
+@kernel([
     "student_heads", "student_of", "student_scale", "teacher_heads", "teacher_of", "teacher_scale",
     "queries", "keys",
 ])  # fmt: skip
@@ -161,7 +162,7 @@ def _extent(ptr, length, BLOCK: tl.constexpr):
     return low, high
 
 
-@triton.jit(do_not_specialize=["heads", "of", "scale", "queries", "keys"])
+@kernel(["heads", "of", "scale", "queries", "keys"])
 def _scores_backward_kernel(
     r_ptrs,  # [B, Nq, stride_r]
     x_ptrs,  # [B, H, Nk, D] keys; TRANSPOSED: [B, H share, Nq, D] queries

@@ -42,6 +42,7 @@ from .core import (
     parts,
 )
 from .launch import LaunchConfig
+from .launcher import kernel
 from .layers import cdiv, groups, in_order, of_layers, pick, pointers, total
 
 MAX_STRIDE = 2**24  # a tile has at most 2**7 rows
@@ -58,7 +59,7 @@ def _measured(e, beta, SMOOTH: tl.constexpr):
     return terms, e
 
 
-@triton.jit(do_not_specialize=["tokens", "beta"])
+@kernel(["tokens", "beta"])
 def _hidden_forward_kernel(
     s_ptrs,  # [T, D_S] students, as all pointers one a layer
     t_ptrs,  # [T, D_T] teachers
@@ -121,7 +122,7 @@ def _hidden_forward_kernel(
             tl.store(e_tile, e, mask=in_rows[:, None] & cols[None, :])
 
 
-@triton.jit(do_not_specialize=["layers", "tokens", "beta"])
+@kernel(["layers", "tokens", "beta"])
 def _hidden_forward_tma_kernel(
     s_ptrs,  # as above: 2 bytes an element, rows at multiples of 16 bytes
     t_ptrs,
@@ -195,7 +196,7 @@ def _hidden_forward_tma_kernel(
                 tl.store(sum_ptr + at, measure)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@kernel(["tokens"])
 def _hidden_backward_kernel(
     e_ptrs,  # [T, D_T] residuals, contiguous, as all pointers one a layer
     w_ptrs,  # [D_S, D_T] projections, in the students' dtype
@@ -227,7 +228,7 @@ def _hidden_backward_kernel(
     tl.store(ds_tile, ds, mask=rows[:, None] & cols[None, :])
 
 
-@triton.jit(do_not_specialize=["layers", "tokens"])
+@kernel(["layers", "tokens"])
 def _hidden_backward_tma_kernel(
     e_ptrs,  # as above: 2 bytes an element, rows at multiples of 16 bytes
     w_ptrs,

@@ -59,6 +59,7 @@ from .attention_tiles import (
 )
 from .core import accumulator, device_refusals, dtype_refusals
 from .launch import LaunchConfig
+from .launcher import kernel
 from .layers import cdiv, groups, in_order, of_layers, pick, pointers, settle
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -108,7 +109,7 @@ def _index(
     return acc
 
 
-@triton.jit(do_not_specialize=["heads", "queries", "keys"])
+@kernel(["heads", "queries", "keys"])
 def _index_lse_kernel(
     model,  # Heads
     masks,  # Masks
@@ -153,7 +154,7 @@ def _index_lse_kernel(
     tl.store(part_ptr + queries + m, total, mask=m < queries - row)
 
 
-@triton.jit(do_not_specialize=["across", "queries"])
+@kernel(["across", "queries"])
 def _index_merge_kernel(
     part_ptr,  # [L, B, across, 2, Nq]
     lse_ptrs,  # [B, 2, Nq] out: the greatest, and the logarithm of the sum relative to it
@@ -187,7 +188,7 @@ def _index_merge_kernel(
     tl.store(lse_ptr + queries, tl.log2(tl.where(total == 0, 1.0, total)) * LN2, mask=rows)
 
 
-@triton.jit(do_not_specialize=["heads", "teacher_heads", "teacher_scale", "queries", "keys"])
+@kernel(["heads", "teacher_heads", "teacher_scale", "queries", "keys"])
 def _index_residual_kernel(
     model,  # Heads
     teacher,
@@ -256,7 +257,7 @@ def _index_residual_kernel(
         store_residual(r_ptr, chosen - p, stride_r, row, col, queries, SHIFT)
 
 
-@triton.jit(do_not_specialize=["heads", "queries", "keys"])
+@kernel(["heads", "queries", "keys"])
 def _index_dq_kernel(
     model,  # Heads
     masks,  # Masks
@@ -325,7 +326,7 @@ def _index_dq_kernel(
     store_rows(dq_ptr, w[:, None] * u, dq_stride[2], inside, D)
 
 
-@triton.jit(do_not_specialize=["heads", "queries", "keys", "chunk"])
+@kernel(["heads", "queries", "keys", "chunk"])
 def _index_dk_kernel(
     model,  # Heads
     masks,  # Masks

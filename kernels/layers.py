@@ -16,9 +16,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
+from .launcher import kernel
+
 K = TypeVar("K", bound=Hashable)
 
 MAX_LAYERS = 16  # of a launch: 8 pointers a layer are 1 KB of the 4 KB that arguments have
+FEW_LAYERS = 4
 TOTAL_BLOCK = 1024
 
 
@@ -49,7 +52,7 @@ def settle(x, SETTLE: tl.constexpr):
     return x
 
 
-@triton.jit(do_not_specialize=["tiles", "n"])
+@kernel(["tiles", "n"])
 def _total_kernel(
     sum_ptr,  # [L, tiles]
     count_ptr,  # [L, tiles] int32; unused without COUNTED
@@ -124,12 +127,13 @@ def groups(forms: Mapping[int, K]) -> list[tuple[K, list[int]]]:
 def pointers(
     tensors: Sequence[Tensor] | Mapping[int, Tensor], layers: Sequence[int]
 ) -> tuple[Tensor, ...]:
-    """What a launch passes of these layers, padded to a power of two with the first.
+    """What a launch passes of these layers, padded with the first to 4 or to ``MAX_LAYERS``.
 
     A launch of another number of layers then seldom needs another compilation.
     """
     chosen = [tensors[i] for i in layers]
-    return (*chosen, *chosen[:1] * (power_of_2(len(chosen)) - len(chosen)))
+    length = FEW_LAYERS if len(chosen) <= FEW_LAYERS else MAX_LAYERS
+    return (*chosen, *chosen[:1] * (length - len(chosen)))
 
 
 def in_order(found: Mapping[int, Tensor]) -> Tensor:

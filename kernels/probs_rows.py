@@ -40,6 +40,7 @@ from .attention_tiles import (
 )
 from .core import accumulator
 from .launch import LaunchConfig
+from .launcher import kernel
 from .layers import cdiv, groups, of_layers, pick, pointers, power_of_2, total
 
 TAIL_ROWS = tl.constexpr(16)
@@ -180,7 +181,7 @@ def _forward_block(
             store_residual(r_ptr, zeros, stride_r, row, BLOCK_N, queries, SHIFT)
 
 
-@triton.jit(do_not_specialize=[
+@kernel([
     "student_heads", "student_scale", "teacher_heads", "teacher_scale", "queries", "keys",
 ])  # fmt: skip
 def _rows_forward_kernel(
@@ -278,7 +279,7 @@ def _add_rows(
     return dk, dk_tail
 
 
-@triton.jit(do_not_specialize=["heads", "scale", "queries", "keys", "heads_at_once"])
+@kernel(["heads", "scale", "queries", "keys", "heads_at_once"])
 def _rows_backward_kernel(
     student,  # Heads
     masks,  # Masks

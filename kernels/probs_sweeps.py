@@ -41,6 +41,7 @@ from .attention_tiles import (
     width,
 )
 from .core import accumulator
+from .launcher import kernel
 from .layers import cdiv, groups, of_layers, pick, pointers, settle, total
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -72,7 +73,7 @@ def _lse_sweep(
     return top, total
 
 
-@triton.jit(do_not_specialize=["heads", "scale", "queries", "keys"])
+@kernel(["heads", "scale", "queries", "keys"])
 def _lse_kernel(
     model,  # Heads
     masks,  # Masks
@@ -123,7 +124,7 @@ def _lse_kernel(
     tl.store(lse_ptr + m, lse, mask=m < queries - row)
 
 
-@triton.jit(do_not_specialize=[
+@kernel([
     "student_heads", "student_scale", "teacher_heads", "teacher_scale", "queries", "keys",
 ])  # fmt: skip
 def _residual_kernel(
@@ -249,7 +250,7 @@ def _dq_sweep(
     return u, v, u_sum, v_sum
 
 
-@triton.jit(do_not_specialize=["heads", "scale", "queries", "keys"])
+@kernel(["heads", "scale", "queries", "keys"])
 def _dq_kernel(
     student,  # Heads
     masks,  # Masks
@@ -351,7 +352,7 @@ def _dk_sweep(
     return dk
 
 
-@triton.jit(do_not_specialize=["heads", "scale", "queries", "keys"])
+@kernel(["heads", "scale", "queries", "keys"])
 def _dk_kernel(
     student,  # Heads
     masks,  # Masks
@@ -438,7 +439,7 @@ def _dk_kernel(
     store_rows(dk_ptr, alpha * dk, dk_stride[2], inside, D)
 
 
-@triton.jit(do_not_specialize=["heads", "scale", "queries", "keys"])
+@kernel(["heads", "scale", "queries", "keys"])
 def _one_block_kernel(
     student,  # Heads
     masks,  # Masks
@@ -632,16 +633,16 @@ def gradients(
                 )  # fmt: skip
         return
     terms = {i: x.new_empty(x.shape[:3], dtype=dtype) for i in layers}
-    for kernel, table, out, length, heads in (
+    for product, table, out, length, heads in (
         (_dq_kernel, launch.PROBS_DQ, d_q, queries, H),
         (_dk_kernel, launch.PROBS_DK, d_k, keys, H // share),
     ):
         chosen = config(table, width(x), x).fitted(queries)
-        block = chosen.block_m if kernel is _dq_kernel else chosen.block_n
+        block = chosen.block_m if product is _dq_kernel else chosen.block_n
         tiles = B * heads * cdiv(length, block)
         for dx_stride, part in groups({i: strides(out[i]) for i in layers if i in out}):
             if tiles:
-                kernel[(tiles, len(part))](
+                product[(tiles, len(part))](
                     student.arguments(part),
                     pairs.arguments(x, queries, keys, part),
                     pointers(lses, part),

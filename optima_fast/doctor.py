@@ -85,9 +85,22 @@ def _machine() -> int:
         properties = torch.cuda.get_device_properties(index)
         print(f"cuda:{index} {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
         devices.append(f"cuda:{index}")
+    _kernels()
     _recipes()
     agree = [_losses_agree(device) for device in devices]
     return 0 if all(agree) else 1
+
+
+def _kernels() -> None:
+    """Who launches the Triton kernels, and which are compiled already."""
+    try:
+        from optima_fast.kernels import ahead, launcher
+    except ImportError as error:
+        print(f"kernels: none, as Triton does not import ({error})")
+        return
+    print(f"kernels are launched by {launcher.who()}")
+    for archive in ahead.archives():
+        print(f"kernels for {archive.path.stem}: {archive.summary()}")
 
 
 def _recipes() -> None:

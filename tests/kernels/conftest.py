@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
 import pytest
 from quick_interpreter import patch_once
 
@@ -43,3 +48,15 @@ def path(
     else:  # a program takes several heads, as where there are many
         monkeypatch.setattr(probs_rows, "ENOUGH_PROGRAMS", 1)
         monkeypatch.setattr(probs_rows, "HEADS_AT_ONCE", 2)
+
+
+@pytest.fixture(scope="session")
+def stub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a driver that loads nothing and writes launches down."""
+    compiler = shutil.which((sysconfig.get_config_var("CC") or "cc").split()[0])
+    if compiler is None:
+        pytest.skip("there is no C compiler")
+    folder = tmp_path_factory.mktemp("driver")
+    library, source = folder / "libcuda.so.1", Path(__file__).with_name("stub_driver.c")
+    subprocess.run([compiler, "-shared", "-fPIC", "-w", "-o", library, source], check=True)
+    return folder

@@ -6,7 +6,7 @@
 The launchers run as ever, on a CPU, with Triton told that it sees one of the chips: what they would
 launch is compiled and not launched. That needs kernels which are compiled, while TRITON_INTERPRET=1
 replaces them for good when they are imported; the tests therefore run this file in a process
-without it. To add an operator: an example in ``EXAMPLES``; its table entries are found from there.
+without it. ``kernels/cases.py`` calls them; the table entries are found from there.
 What was found is kept under build/resources until a kernel, this file or the compiler changes.
 """
 
@@ -21,7 +21,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
@@ -29,6 +29,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
+from optima_fast.kernels.cases import CASES, Case
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = (80, 90, 100)
@@ -105,130 +106,8 @@ MAY_SPILL: dict[tuple[str, int, str], tuple[int, str]] = {
     ("index_dk", 100, "32x32x16 w8 s1"): (24, FLOAT32),
 }
 
-LAYERS = 3  # padded to four
 CANDIDATE = "to be timed beside "
 
-
-def hidden_mse(dtype: torch.dtype, masked: bool, gradient: bool, quick: bool) -> None:
-    from optima_fast.kernels import hidden_mse as k
-
-    s = [torch.zeros(32, 64, dtype=dtype)] * LAYERS
-    t = [torch.zeros(32, 128, dtype=dtype)] * LAYERS
-    w = [torch.zeros(64, 128, dtype=dtype)] * LAYERS
-    masks = [torch.ones(32, dtype=torch.bool) if masked else None] * LAYERS
-    _, e, scales = k.hidden_mse_forward(s, t, w, masks, need_residual=gradient)
-    if gradient:
-        flags = {"need_student": [True] * LAYERS, "need_weight": [False] * LAYERS}
-        wider = torch.float32 if dtype == torch.float16 else None
-        k.hidden_mse_backward(scales, s, w, masks, e, scales, **flags, dtype=wider)
-
-
-def attention_scores(dtype: torch.dtype, masked: bool, gradient: bool, quick: bool) -> None:
-    from optima_fast.kernels import attention_scores as k
-
-    for n, contiguous in ((128, False), (64, True))[: 1 if quick else 2]:
-
-        def heads(count: int, width: int, n: int = n, c: bool = contiguous) -> list[torch.Tensor]:
-            x = torch.zeros((2, count, n, width) if c else (2, n, count, width), dtype=dtype)
-            return [x if c else x.transpose(1, 2)] * LAYERS
-
-        student, teacher = [heads(12, 64)] * 2, [heads(16, 64)] * 2
-        masks = [[torch.ones(2, n, dtype=torch.bool) if masked else None] * LAYERS] * 2
-        flags = {"causal": [False] * LAYERS, "student_scale": [0.125] * LAYERS}
-        _, r, scales = k.attention_scores_forward(
-            *student, *teacher, *masks, **flags, teacher_scale=[0.125] * LAYERS,
-            need_residual=gradient,
-        )  # fmt: skip
-        if gradient:
-            need = [True] * LAYERS
-            k.attention_scores_backward(
-                scales, *student, *masks, r, scales, **flags, need_q=need, need_k=need
-            )
-
-
-def attention_probs(dtype: torch.dtype, masked: bool, gradient: bool, quick: bool) -> None:
-    from optima_fast.kernels import attention_probs as k
-
-    # sweeps, rows with a tail, one block of queries, rows of 256, 128 and 64 keys
-    sizes = [(320, 320), (77, 77), (64, 320), (256, 256), (128, 128), (64, 64)]
-    widths = (64, 128)
-    if quick:
-        sizes, widths = sizes[:3], widths[:1]
-    for width, (n_q, n_k) in product(widths, sizes):
-        q, keys, teacher_q, teacher_k = (
-            [torch.zeros(2, n, heads, width, dtype=dtype).transpose(1, 2)] * LAYERS
-            for heads in (12, 16)
-            for n in (n_q, n_k)
-        )
-        masks = [
-            [torch.ones(2, n, dtype=torch.bool) if masked else None] * LAYERS for n in (n_q, n_k)
-        ]
-        flags = {"causal": [masked] * LAYERS, "student_scale": [0.125] * LAYERS}
-        _, r, lses, scales = k.attention_probs_forward(
-            q, keys, teacher_q, teacher_k, *masks, [None] * LAYERS, [None] * LAYERS, **flags,
-            teacher_scale=[0.125] * LAYERS, need_residual=gradient,
-        )  # fmt: skip
-        if gradient:
-            need = [True] * LAYERS
-            k.attention_probs_backward(
-                scales, q, keys, *masks, r, lses, scales, **flags, need_q=need, need_k=need
-            )
-
-
-def attention_kl(dtype: torch.dtype, masked: bool, gradient: bool, quick: bool) -> None:
-    from optima_fast.kernels import attention_kl as k
-    from optima_fast.kernels import attention_probs as probs
-
-    for width in (64,) if quick else (64, 128):
-        x = [torch.zeros(2, 320, 12, width, dtype=dtype).transpose(1, 2)] * LAYERS
-        masks = [[torch.ones(2, 320, dtype=torch.bool) if masked else None] * LAYERS] * 2
-        flags = {"causal": [masked] * LAYERS, "student_scale": [0.125] * LAYERS}
-        flags["teacher_scale"] = flags["student_scale"]
-        none = [None] * LAYERS
-        _, *lses, scales = k.attention_kl_forward(x, x, x, x, *masks, none, none, **flags)
-        if gradient:
-            need = [True] * LAYERS
-            k.attention_kl_backward(
-                scales, x, x, x, x, *masks, *lses, scales, **flags, need_q=need, need_k=need
-            )
-        probs.attention_probs_forward(
-            x, x, x, x, *masks, none, none, **flags, need_residual=gradient, divergence=True
-        )
-
-
-def indexer(dtype: torch.dtype, masked: bool, gradient: bool, quick: bool) -> None:
-    from optima_fast.kernels import indexer as k
-
-    n = 320
-    for width in (64,) if quick else (64, 128):
-        q, t_q, t_k = (
-            [torch.zeros(2, n, heads, width, dtype=dtype).transpose(1, 2)] * LAYERS
-            for heads in (16, 12, 4)
-        )
-        keys = [torch.zeros(2, n, width, dtype=dtype)] * LAYERS
-        w = [torch.zeros(2, n, 16, dtype=dtype).transpose(1, 2)] * LAYERS
-        masks = [[torch.ones(2, n, dtype=torch.bool) if masked else None] * LAYERS] * 2
-        flags = {"causal": [masked] * LAYERS}
-        _, r, lses, scales = k.indexer_forward(
-            q, keys, w, t_q, t_k, *masks, [None] * LAYERS, **flags,
-            teacher_scale=[0.125] * LAYERS, need_residual=gradient,
-        )  # fmt: skip
-        if gradient:
-            need = [True] * LAYERS
-            k.indexer_backward(
-                scales, q, keys, w, *masks, r, lses, scales, **flags,
-                need_q=need, need_k=need, need_weight=need,
-            )  # fmt: skip
-
-
-# an operator's launchers called on aligned data of each kind that a table tells apart
-EXAMPLES: dict[str, Callable[[torch.dtype, bool, bool, bool], None]] = {
-    "hidden_mse": hidden_mse,
-    "attention_scores": attention_scores,
-    "attention_probs": attention_probs,
-    "attention_kl": attention_kl,
-    "indexer": indexer,
-}
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 # instructions of the main loop at most, for bfloat16 on sm_90 where nothing is masked: what a
 # test of every pair or a product that waits would add to
@@ -304,19 +183,21 @@ def launched(
             found[binary.hash][-1].update(entries)
             entries.clear()
 
+    case = Case(DTYPES[dtype], widths=(64,) if quick else (64, 128), few=quick)
+    masked = case._replace(masked=True, causal=True)
     JITFunction.run, launch.lookup = compile_only, noting_lookup
     try:
-        EXAMPLES[op](DTYPES[dtype], False, True, quick)
+        CASES[op](case)
         if not quick:
-            EXAMPLES[op](DTYPES[dtype], True, True, quick)
-            EXAMPLES[op](DTYPES[dtype], False, False, quick)
+            CASES[op](masked)
+            CASES[op](case._replace(gradient=False))
             for name, table in launch.CANDIDATES.items():
                 place = getattr(launch, name)
                 for key, configs in table.items():
                     kept = place[key]
                     for config in configs:
                         place[key] = config
-                        EXAMPLES[op](DTYPES[dtype], True, True, quick)
+                        CASES[op](masked)
                     place[key] = kept
     finally:
         JITFunction.run, launch.lookup = run, lookup
@@ -445,7 +326,7 @@ def measured(op: str, arch: int, dtype: str, quick: bool) -> Iterator[Compiled]:
 def main(argv: list[str] | None = None) -> int:
     """Print a line a kernel; 1 if a check fails."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--op", choices=EXAMPLES, action="append")
+    parser.add_argument("--op", choices=CASES, action="append")
     parser.add_argument("--arch", type=int, choices=ARCHITECTURES, action="append")
     parser.add_argument("--dtype", choices=DTYPES, action="append")
     parser.add_argument("--quick", action="store_true", help="each kernel once, bf16 on sm_90")
@@ -457,7 +338,7 @@ def main(argv: list[str] | None = None) -> int:
         print(form.format(*head, "entries, failures"), flush=True)
     shards = [
         (op, arch, dtype)
-        for op in args.op or EXAMPLES
+        for op in args.op or CASES
         for arch, dtype in product(args.arch or ARCHITECTURES, args.dtype or DTYPES)
         if (arch, dtype) in ({QUICK} if args.quick else TELLING) or (args.arch and args.dtype)
     ]

@@ -1,0 +1,159 @@
+"""Kernels compiled ahead: what is compiled again, where it is found, when it does not count."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+ahead = pytest.importorskip("optima_fast.kernels.ahead")
+launcher = pytest.importorskip("optima_fast.kernels.launcher")
+
+ROOT = Path(__file__).resolve().parents[2]
+EVERY = len(ahead.CASES) * len(ahead.DTYPES) * len(ahead.LAYERS)  # parts of an architecture
+# in the compiler's place: writes down what it was asked for, and makes the file
+COMPILER = """#!{python}
+import sys
+from pathlib import Path
+command, *rest = sys.argv[sys.argv.index("optima_fast.kernels.ahead") + 1 :]
+path = Path(rest[0] if command == "merge" else rest[-1])
+path.parent.mkdir(parents=True, exist_ok=True)
+path.write_text(command)
+with open({log!r}, "a") as log:
+    print(command, *rest[: 1 if command == "merge" else -1], file=log)
+"""
+
+
+@pytest.fixture
+def build(tmp_path, monkeypatch):
+    """A build of copied sources by a compiler that only writes down what it was asked for."""
+    pytest.importorskip("ninja", reason="ninja is not installed")
+    sources, log = tmp_path / "kernels", tmp_path / "log"
+    shutil.copytree(ahead.HERE, sources, ignore=shutil.ignore_patterns("cubins", "__pycache__"))
+    compiler = tmp_path / "a compiler"
+    compiler.write_text(COMPILER.format(python=sys.executable, log=str(log)))
+    compiler.chmod(0o755)
+    monkeypatch.setattr(ahead, "HERE", sources)
+    monkeypatch.setattr(ahead.sys, "executable", str(compiler))
+
+    def run(*archs: int) -> list[str]:
+        log.write_text("")
+        ahead.build(archs, tmp_path / "work", tmp_path / "out", jobs=4)
+        return log.read_text().splitlines()
+
+    return SimpleNamespace(run=run, sources=sources, out=tmp_path / "out")
+
+
+def touch(path: Path) -> None:
+    later = time.time() + 100
+    os.utime(path, (later, later))
+
+
+def test_only_what_changed_is_compiled_again(build, capfd):
+    first = build.run(80, 90)
+    assert len(first) == len(set(first)) == 2 * (EVERY + 1)
+    assert "part 90 attention_probs fp16 16" in first
+    assert {path.name for path in build.out.iterdir()} == {"sm_80.zip", "sm_90.zip"}
+    assert not build.run(80, 90)
+    touch(build.sources / "hidden_mse.py")
+    again = build.run(90)
+    assert {line.split()[2] for line in again if line.startswith("part")} == {"hidden_mse"}
+    assert sum(line.startswith("merge") for line in again) == 1
+    touch(build.sources / "launch.py")  # all share it
+    assert len(build.run(90)) == EVERY + 1
+
+
+def test_another_triton_compiles_anew(build, monkeypatch, capfd):
+    import triton
+
+    build.run(90)
+    monkeypatch.setattr(triton, "__version__", "99")
+    assert len(build.run(90)) == EVERY + 1
+
+
+@pytest.fixture(scope="session")
+def part(tmp_path_factory) -> Path:
+    """A part as it is compiled, for a chip that is not there."""
+    if isinstance(launcher.extension(), str):
+        pytest.skip("the extension _launch is not built")
+    path = tmp_path_factory.mktemp("ahead") / "part.zip"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_DISABLE_LINE_INFO": "1"}
+    env.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "optima_fast.kernels.ahead", "part"]
+    command += ["90", "hidden_mse", "bf16", "4", str(path)]
+    subprocess.run(command, check=True, env=env, cwd=ROOT)
+    return path
+
+
+@pytest.fixture(scope="session")
+def archive_file(part, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("cubins") / "sm_90.zip"
+    ahead.merge([part], path)
+    return path
+
+
+def test_an_archive_gives_each_part_s_binaries(part, archive_file):
+    archive = ahead.Archive(archive_file)
+    assert archive.problem == ""
+    with zipfile.ZipFile(part) as file:
+        names = set(file.namelist()) - {ahead.INDEX}
+        codes = {name: file.read(name) for name in names}
+    assert set(archive.variants) == names
+    assert all(code.startswith(b"\x7fELF") for code in codes.values())
+    ahead.digest, digest = (lambda kernel, key: key.decode()), ahead.digest
+    try:
+        for name, code in codes.items():
+            found, (entry, threads, shared, scratch) = archive.find("any", name.encode())
+            assert found == code
+            assert entry.encode() in code
+            assert threads in (128, 256)
+            assert 0 <= shared <= 227 << 10
+            assert scratch >= 0
+        assert archive.find("any", b"another") is None
+    finally:
+        ahead.digest = digest
+    assert f"{len(names)} variants compiled ahead, " in archive.summary()
+
+
+def test_kernels_from_an_archive_are_launched_as_triton_s_are(archive_file, stub):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "LD_LIBRARY_PATH": str(stub)}
+    env.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "tests/kernels/launches.py", str(stub), "--op", "hidden_mse"]
+    command += ["--cubins", str(archive_file.parent)]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 compiled ahead, 0 now" in done.stdout
+
+
+def test_an_archive_that_does_not_count_says_why(archive_file, tmp_path, monkeypatch):
+    missing = ahead.Archive(tmp_path / "sm_89.zip")
+    assert missing.problem == "none compiled ahead (OPTIMA_FAST_CUDA=89 does, see setup.py)"
+    assert missing.find("kernel", b"key") is None
+    damaged = tmp_path / "sm_90.zip"
+    damaged.write_bytes(archive_file.read_bytes()[:1000])
+    assert f"{damaged} cannot be read: " in ahead.Archive(damaged).problem
+    monkeypatch.setattr(ahead, "sources", lambda: "another hash")
+    stale = ahead.Archive(archive_file)
+    assert stale.problem == f"{archive_file} was compiled from other sources: install again"
+    assert not stale.variants
+    assert "Triton compiles them when they are first called" in stale.summary()
+
+
+def test_the_doctor_lists_archives_and_devices_without_one(archive_file, monkeypatch):
+    monkeypatch.setattr(ahead, "FOLDER", archive_file.parent)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: [(8, 0), (9, 0)][i])
+    ahead.archive.cache_clear()
+    try:
+        assert [x.path.stem for x in ahead.archives()] == ["sm_80", "sm_90"]
+    finally:
+        ahead.archive.cache_clear()
