@@ -9,7 +9,7 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.
 # modules are compiled when they are first imported, not all of them now: half the time
 INSTALL := $(RUN) -m pip install --disable-pip-version-check --quiet --no-compile -c $(CONSTRAINTS)
 
-.PHONY: demo test test-all lint bench bench-compare gpu resources mutants sanitize dist clean
+.PHONY: demo test test-all lint bench bench-compare gpu resources mutants sanitize dist hub clean
 
 demo: $(DEMO_STAMP)  ## two students side by side, then DEMO="--seed 2"
 	$(RUN) -m optima_fast.demo $(DEMO)
@@ -55,6 +55,9 @@ sanitize: $(STAMP)  ## the bandit's tests on an extension built with ASan and UB
 
 dist: $(STAMP)  ## sdist and wheel
 	$(RUN) -m build
+
+hub: $(STAMP)  ## a repository for Hugging Face's kernels, then HUB="--repo OWNER/optima-fast"
+	$(RUN) hub/lay_out.py build/hub $(HUB)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info optima_fast/*.so .mypy_cache .pytest_cache .ruff_cache
