@@ -158,8 +158,9 @@ def problems(files: dict[str, str]) -> list[str]:
             inside = isinstance(node, ast.ImportFrom) and node.level > 0
             if not inside and top not in OUTSIDE:
                 found.append(f"{place}:{node.lineno} imports {name}")
-        for part in ast.walk(ast.parse(text)):
-            if isinstance(part, ast.Constant) and str(part.value).startswith(f"{PACKAGE}::"):
+        constants = [x for x in ast.walk(ast.parse(text)) if isinstance(x, ast.Constant)]
+        for part in constants:
+            if isinstance(part.value, str) and part.value.startswith(f"{PACKAGE}::"):
                 found.append(f"{place}:{part.lineno} names an operator {part.value}")
     return found
 
@@ -259,7 +260,8 @@ def main() -> None:
     parser.add_argument("--repo", default=NOWHERE, help="where it will be published")
     given = parser.parse_args()
     lay_out(given.folder, repo=given.repo)
-    print(f"{given.folder}: version {VERSION}; `kernel-builder upload {given.folder}` publishes it")
+    upload = f"kernel-builder upload {given.folder} --repo-id {given.repo}"
+    print(f"{given.folder}: version {VERSION}; to publish it: {upload}")
 
 
 if __name__ == "__main__":

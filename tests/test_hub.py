@@ -208,7 +208,8 @@ def test_versions_of_the_loader_that_want_a_folder_of_its_name_find_the_same(rep
 def test_it_says_where_it_will_be_published(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["lay_out.py", str(tmp_path), "--repo", "me/optima-fast"])
     lay_out.main()
-    assert f"kernel-builder upload {tmp_path}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.endswith(f"kernel-builder upload {tmp_path} --repo-id me/optima-fast\n")
     assert 'repo-id = "me/optima-fast"' in (tmp_path / "build.toml").read_text()
     card = (tmp_path / "CARD.md").read_text()
     assert 'get_kernel("me/optima-fast", version=0, trust_remote_code=True)' in card
