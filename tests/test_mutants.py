@@ -31,18 +31,18 @@ def test_what_no_longer_applies_is_named(tmp_path) -> None:
 @pytest.fixture
 def small_tree(tmp_path, monkeypatch):
     """A tree of one module and its test instead of this one; returns what judges a fault there."""
-    (tmp_path / "kernels").mkdir()
-    (tmp_path / "kernels" / "sums.py").write_text("def add(a, b):\n    return a + b\n")
+    (tmp_path / "sources").mkdir()
+    (tmp_path / "sources" / "sums.py").write_text("def add(a, b):\n    return a + b\n")
     (tmp_path / "test_sums.py").write_text(
-        "from kernels.sums import add\n\ndef test_add():\n    assert add(1, 2) == 3\n"
+        "from sources.sums import add\n\ndef test_add():\n    assert add(1, 2) == 3\n"
     )
     monkeypatch.setattr(mutants, "ROOT", tmp_path)
-    monkeypatch.setattr(mutants, "COPIED", ("kernels", "test_sums.py"))
+    monkeypatch.setattr(mutants, "COPIED", ("sources", "test_sums.py"))
     monkeypatch.setattr(mutants.misfit, "__defaults__", (tmp_path,))
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # pytest alone starts at once
 
     def judged(original: str, fault: str) -> str:
-        mutant = mutants.Mutant("m", "kernels/sums.py", original, fault, ("test_sums.py",))
+        mutant = mutants.Mutant("m", "sources/sums.py", original, fault, ("test_sums.py",))
         return mutants.judge(mutant)[0]
 
     return judged
@@ -53,4 +53,4 @@ def test_verdicts(small_tree, tmp_path) -> None:
     assert small_tree("a + b", "b + a") == "SURVIVED"
     assert small_tree("def add(a, b):", "def add(a, b:").startswith("NOT RUN")
     assert small_tree("a * b", "a").startswith("DOES NOT APPLY")
-    assert (tmp_path / "kernels" / "sums.py").read_text().endswith("return a + b\n")
+    assert (tmp_path / "sources" / "sums.py").read_text().endswith("return a + b\n")

@@ -126,7 +126,8 @@ def test_an_editable_install_and_a_raw_checkout_find_the_kernels(checkout, tmp_p
 def test_another_package_named_kernels_is_not_hidden_by_the_checkout(tmp_path):
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("whose = 'another project'\n")
-    code = f"import sys; sys.path.append({str(tmp_path)!r}); import kernels; print(kernels.whose)"
+    # behind the checkout, before an installed package of that name
+    code = f"import sys; sys.path.insert(1, {str(tmp_path)!r}); import kernels; print(kernels.whose)"
     assert run(sys.executable, "-c", code, cwd=ROOT).stdout == "another project\n"
     assert not list((ROOT / "kernels").rglob("__init__.py"))
 
