@@ -127,7 +127,8 @@ def test_another_package_named_kernels_is_not_hidden_by_the_checkout(tmp_path):
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("whose = 'another project'\n")
     # behind the checkout, before an installed package of that name
-    code = f"import sys; sys.path.insert(1, {str(tmp_path)!r}); import kernels; print(kernels.whose)"
+    before = f"import sys; sys.path.insert(1, {str(tmp_path)!r})"
+    code = f"{before}; import kernels; print(kernels.whose)"
     assert run(sys.executable, "-c", code, cwd=ROOT).stdout == "another project\n"
     assert not list((ROOT / "kernels").rglob("__init__.py"))
 
