@@ -202,6 +202,7 @@ def write_ninja(archs: Sequence[int], work: Path, out: Path) -> Path:
     path = work / "build.ninja"
     with path.open("w", encoding="utf-8") as file:
         rules = ninja.Writer(file)
+        rules.variable("builddir", str(work))  # of ninja's own log
         command = f"{this} part $arch $op $dtype $layers $out # Triton {triton.__version__}"
         rules.rule("part", command, description="sm_$arch: $op, $dtype, up to $layers layers")
         rules.rule("merge", f"{this} merge $out $in", description="$out")
