@@ -18,6 +18,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 import zipfile
 from collections.abc import Sequence
 from functools import cache
@@ -95,6 +96,11 @@ class Archive:
             return f"{self.problem}; Triton compiles them when they are first called"
         size = self.path.stat().st_size / 2**20
         return f"{len(self.variants)} variants compiled ahead, {size:.1f} MiB"
+
+    def refuse(self, problem: str) -> None:
+        """Warn once, and find nothing from now on."""
+        self.problem, self.variants = problem, {}
+        warnings.warn(self.summary(), RuntimeWarning, stacklevel=2)
 
     def find(self, kernel: str, key: bytes) -> tuple[bytes, list[Any]] | None:
         """The binary of a variant, and its entry, threads, shared memory and scratch."""
