@@ -68,8 +68,9 @@ def driver_of_triton() -> Any:
 class Both:
     """In the place of ``Kernel.launch``: launch twice, and compare."""
 
-    def __init__(self, stub: Stub, rounds: int) -> None:
+    def __init__(self, stub: Stub, direct: Any, rounds: int) -> None:
         self.stub = stub
+        self.direct = direct
         self.rounds = rounds
         self.found: dict[str, list[Any]] = {}
         self.wrong: list[str] = []
@@ -80,7 +81,7 @@ class Both:
         launches, times = [], []
         for launch in (
             lambda: kernel.jit[grid](*args, **named),
-            lambda: launch_direct(kernel, grid, args, named),
+            lambda: self.direct(kernel, grid, args, named),
         ):
             before = self.stub.library.stub_launches()
             launch()
@@ -92,10 +93,6 @@ class Both:
         if launches[0] != launches[1]:
             self.wrong.append(f"{kernel.__name__} {grid}: {launches[0]} {launches[1]}")
         self.found.setdefault(kernel.__name__, []).append((len(launches[0][2]), times))
-
-
-def launch_direct(kernel: Any, grid: Any, args: Any, named: Any) -> None:
-    LAUNCH(kernel, grid, args, named)
 
 
 def time_of(call: Any, rounds: int) -> float:
@@ -110,6 +107,26 @@ def time_of(call: Any, rounds: int) -> float:
     return statistics.median(spent) / 1000
 
 
+def prepare(args: argparse.Namespace) -> Any:
+    """Make both launchers take the stub; returns ours."""
+    from optima_fast.kernels import ahead, core, launch, launcher
+
+    os.environ["TRITON_LIBCUDA_PATH"] = args.folder
+    scratch = torch.zeros(1 << 20, dtype=torch.int8)
+    driver_of_triton()
+    core.triton.set_allocator(lambda size, alignment, stream: scratch)
+    launch.capability = lambda x: divmod(ARCH, 10)
+    module = launcher.extension()
+    if isinstance(module, str):
+        raise SystemExit(module)
+    module.configure(lambda: 0, lambda device: STREAM, lambda size: scratch, launcher.TYPES)
+    launcher._chosen = "asked to" if args.first == "triton" else module
+    launcher.architecture = lambda: ARCH
+    if args.cubins:
+        ahead.FOLDER = args.cubins
+    return launcher
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", help="of libcuda.so.1, built from stub_driver.c")
@@ -118,34 +135,23 @@ def main() -> int:
     parser.add_argument("--cubins", type=Path, help="a folder of archives to take kernels from")
     parser.add_argument("--masked", action="store_true", help="with masks and causality too")
     parser.add_argument("--rounds", type=int, default=0, help="timed calls of either launcher")
+    parser.add_argument(
+        "--first", choices=["triton", "direct"], help="launch all once by this one alone, timed"
+    )
     args = parser.parse_args()
-    os.environ["TRITON_LIBCUDA_PATH"] = args.folder
-
-    from optima_fast.kernels import ahead, core, launch, launcher
-
-    scratch = torch.zeros(1 << 20, dtype=torch.int8)
-    driver_of_triton()
-    core.triton.set_allocator(lambda size, alignment, stream: scratch)
-    launch.capability = lambda x: divmod(ARCH, 10)
-    module = launcher.extension()
-    if isinstance(module, str):
-        print(module)
-        return 1
-    module.configure(lambda: 0, lambda device: STREAM, lambda size: scratch, launcher.TYPES)
-    launcher._chosen = module
-    launcher.architecture = lambda: ARCH
-    if args.cubins:
-        ahead.FOLDER = args.cubins
-    global LAUNCH
-    LAUNCH = launcher.Kernel.launch
-    both = Both(Stub(args.folder), args.rounds)
-    launcher.Kernel.launch = lambda self, grid, a, named: both(self, grid, a, named)
+    launcher = prepare(args)
+    both = Both(Stub(args.folder), launcher.Kernel.launch, args.rounds)
+    if not args.first:
+        launcher.Kernel.launch = lambda self, grid, a, named: both(self, grid, a, named)
+    start = time.perf_counter()
     for layers in args.layers or [3]:
         case = Case(torch.bfloat16, layers=layers, few=True, widths=(64,))
         for op in args.op or CASES:
             CASES[op](case)
             if args.masked:
                 CASES[op](case._replace(masked=True, causal=True))
+    if args.first:
+        print(f"{time.perf_counter() - start:.2f} s")
     for name, found in both.found.items():
         line = f"{name.strip('_').removesuffix('_kernel'):22} {len(found):3} launches"
         if args.rounds:

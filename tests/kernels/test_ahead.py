@@ -122,6 +122,8 @@ def test_an_archive_gives_each_part_s_binaries(part, archive_file):
     finally:
         ahead.digest = digest
     assert f"{len(names)} variants compiled ahead, " in archive.summary()
+    assert archive.find("any", b"key") is None
+    assert ahead.digest("one", b"key") != ahead.digest("another", b"key")
 
 
 def launches(stub: Path, folder: Path) -> subprocess.CompletedProcess[str]:
