@@ -25,6 +25,7 @@ from optima_fast.kernels.cases import CASES, Case
 
 ARCH = 90
 STREAM = 0x5EED
+DEVICE = 0
 SIZES = {"64": 8, "32": 4, "16": 2, "8": 1}
 
 
@@ -92,7 +93,16 @@ class Both:
                 times.append(time_of(launch, self.rounds))
         if launches[0] != launches[1]:
             self.wrong.append(f"{kernel.__name__} {grid}: {launches[0]} {launches[1]}")
-        self.found.setdefault(kernel.__name__, []).append((len(launches[0][2]), times))
+        self.found.setdefault(kernel.__name__, []).append(times)
+        self.on_another_device(kernel, grid, args, named)
+
+    def on_another_device(self, kernel: Any, grid: Any, args: Any, named: Any) -> None:
+        """What one device has loaded is of no use to another."""
+        global DEVICE
+        DEVICE = 1
+        if kernel._launcher(grid, args, named) is None:
+            self.wrong.append(f"{kernel.__name__}: launched on a device that has not loaded it")
+        DEVICE = 0
 
 
 def time_of(call: Any, rounds: int) -> float:
@@ -119,7 +129,7 @@ def prepare(args: argparse.Namespace) -> Any:
     module = launcher.extension()
     if isinstance(module, str):
         raise SystemExit(module)
-    module.configure(lambda: 0, lambda device: STREAM, lambda size: scratch, launcher.TYPES)
+    module.configure(lambda: DEVICE, lambda device: STREAM, lambda size: scratch, launcher.TYPES)
     launcher._chosen = "asked to" if args.first == "triton" else module
     launcher.architecture = lambda: ARCH
     if args.cubins:
@@ -156,7 +166,7 @@ def main() -> int:
         line = f"{name.strip('_').removesuffix('_kernel'):22} {len(found):3} launches"
         if args.rounds:
             line += "".join(
-                f"  {who} {statistics.median(times[i] for _, times in found):6.1f} us"
+                f"  {who} {statistics.median(times[i] for times in found):6.1f} us"
                 for i, who in enumerate(("Triton", "direct"))
             )
         print(line)
