@@ -9,7 +9,8 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.
 # modules are compiled when they are first imported, not all of them now: half the time
 INSTALL := $(RUN) -m pip install --disable-pip-version-check --quiet --no-compile -c $(CONSTRAINTS)
 
-.PHONY: demo test test-all lint bench bench-compare gpu resources mutants sanitize dist hub clean
+.PHONY: demo test test-all lint bench bench-compare gpu resources launches mutants \
+	sanitize dist hub clean
 
 demo: $(DEMO_STAMP)  ## two students side by side, then DEMO="--seed 2"
 	$(RUN) -m optima_fast.demo $(DEMO)
@@ -46,6 +47,12 @@ gpu:  ## checks and benches on a CUDA device, then GPU="--call 2"; takes PYTHON 
 
 resources: $(STAMP)  ## registers, spills and shared memory of every kernel, without a GPU
 	PYTHONPATH=. $(RUN) tests/kernels/resources.py
+
+launches: $(STAMP)  ## host time of every kernel's launch by Triton and by the extension, without a GPU
+	mkdir -p build/driver
+	$(CC) -shared -fPIC -w -o build/driver/libcuda.so.1 tests/kernels/stub_driver.c
+	LD_LIBRARY_PATH=build/driver PYTHONPATH=. $(RUN) tests/kernels/launches.py build/driver \
+		--layers 12 --rounds 200 $(LAUNCHES)
 
 mutants: $(STAMP)  ## planted faults, each of which a test must catch
 	$(RUN) tests/mutants.py

@@ -29,6 +29,8 @@ def extensions() -> list[Extension]:
     if mode not in ("auto", "0", "1"):
         raise SystemExit(f"OPTIMA_FAST_EXT must be auto, 0 or 1, got {mode!r}")
     if mode == "0":
+        if os.environ.get("OPTIMA_FAST_CUDA", "0").strip().lower() not in ("", "0", "off"):
+            raise SystemExit("OPTIMA_FAST_CUDA needs the extensions, got OPTIMA_FAST_EXT=0")
         return []
     try:
         from pybind11.setup_helpers import Pybind11Extension
@@ -101,9 +103,10 @@ class BuildExtensions(build_ext):
         except Exception as error:
             if os.environ.get("OPTIMA_FAST_CUDA_REQUIRE") == "1":
                 raise SystemExit(f"no kernels compiled ahead: {error}") from error
-            warnings.warn(f"no kernels compiled ahead: {error}", stacklevel=1)
+            print(f"warning: no kernels compiled ahead: {error}", file=sys.stderr)
 
     def compile_kernels(self, archs: list[int]) -> None:
+        print("kernels are compiled ahead for", *(f"sm_{arch}" for arch in archs), flush=True)
         for module in ("torch", "triton", "ninja"):
             try:
                 __import__(module)

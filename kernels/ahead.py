@@ -18,6 +18,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 import zipfile
 from collections.abc import Sequence
 from functools import cache
@@ -95,6 +96,11 @@ class Archive:
             return f"{self.problem}; Triton compiles them when they are first called"
         size = self.path.stat().st_size / 2**20
         return f"{len(self.variants)} variants compiled ahead, {size:.1f} MiB"
+
+    def refuse(self, problem: str) -> None:
+        """Warn once, and find nothing from now on."""
+        self.problem, self.variants = problem, {}
+        warnings.warn(self.summary(), RuntimeWarning, stacklevel=2)
 
     def find(self, kernel: str, key: bytes) -> tuple[bytes, list[Any]] | None:
         """The binary of a variant, and its entry, threads, shared memory and scratch."""
@@ -202,6 +208,7 @@ def write_ninja(archs: Sequence[int], work: Path, out: Path) -> Path:
     path = work / "build.ninja"
     with path.open("w", encoding="utf-8") as file:
         rules = ninja.Writer(file)
+        rules.variable("builddir", str(work))  # of ninja's own log
         command = f"{this} part $arch $op $dtype $layers $out # Triton {triton.__version__}"
         rules.rule("part", command, description="sm_$arch: $op, $dtype, up to $layers layers")
         rules.rule("merge", f"{this} merge $out $in", description="$out")

@@ -176,14 +176,18 @@ class Kernel:
         self, key: bytes, grid: tuple[int, ...], args: Sequence[Any], named: dict[str, Any]
     ) -> None:
         """Find a variant that was compiled ahead, or compile it, and load it on the device."""
-        ready = archive(architecture()).find(self.__name__, key)
-        if ready is None:
-            compiled = self.jit.run(*args, grid=grid, warmup=True, **named)
-            found = Binary.of(compiled)
-        else:
-            found = Binary(ready[0], *ready[1])
-        SERVED["ahead" if ready else "compiled"] += 1
-        self._launcher.add(key, found.code, *found.plain())
+        ready = archive(architecture())
+        found = ready.find(self.__name__, key)
+        if found is not None:
+            try:
+                self._launcher.add(key, found[0], *found[1])
+                SERVED["ahead"] += 1
+                return
+            except RuntimeError as error:  # a driver older than the compiler, say
+                ready.refuse(f"{ready.path} does not load: {error}")
+        binary = Binary.of(self.jit.run(*args, grid=grid, warmup=True, **named))
+        self._launcher.add(key, binary.code, *binary.plain())
+        SERVED["compiled"] += 1
 
 
 def parameters(jit: JITFunction[Any]) -> list[tuple[str, bool, bool, bool, Any]]:

@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from optima_fast import entry
 from optima_fast.demo import pair, teachers
@@ -102,7 +103,8 @@ def test_the_wheel_from_the_sdist_holds_one_top_level_name_and_everything(wheel)
     data = ["py.typed", "tasks/clip_merges.txt.gz", "tasks/clip_merges.LICENSE"]
     data += [f"demo/{path.name}" for task in pair.TASKS[:1] for path in teachers.files(task)]
     assert {f"optima_fast/{name}" for name in data} <= set(names)
-    assert any(n.startswith("optima_fast/_bandit.") and n.endswith(".so") for n in names)
+    for extension in ("_bandit", "_launch"):
+        assert any(n.startswith(f"optima_fast/{extension}.") and n.endswith(".so") for n in names)
 
 
 def test_the_wheel_works_away_from_the_checkout_and_its_losses_need_torch_alone(wheel, tmp_path):
@@ -145,6 +147,108 @@ def test_without_a_compiler_it_installs_in_python_unless_told_to_fail(checkout, 
     assert "/bin/false" in failed.stderr
     wrong = run(*build, cwd=checkout, check=False, env={"OPTIMA_FAST_EXT": "yes"})
     assert "OPTIMA_FAST_EXT must be auto, 0 or 1, got 'yes'" in wrong.stderr
+
+
+# in the place of the kernels' compiler
+AHEAD = """
+import sys
+from pathlib import Path
+_, command, *archs = sys.argv
+out = Path(archs[archs.index("--out") + 1])
+out.mkdir(parents=True)
+for arch in archs[: archs.index("--work")]:
+    (out / f"sm_{arch}.zip").write_text("binaries")
+"""
+
+
+@pytest.fixture
+def cuda_build(tmp_path):
+    """``setup.py build`` with settings: what it printed, and the archives that are in the build."""
+    project, tools = tmp_path / "project", tmp_path / "tools"
+    tools.mkdir()
+    compiler = tools / "c++"  # an extension is any file
+    compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done; touch "$2"\n')
+    compiler.chmod(0o755)
+    junk = shutil.ignore_patterns(".*", "*.so", "__pycache__", "cubins")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "kernels"):
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, project / name, ignore=junk)
+        else:
+            project.mkdir(exist_ok=True)
+            shutil.copy(source, project / name)
+    for name in ("optima_fast", "optima_fast/tasks"):
+        (project / name).mkdir(exist_ok=True)
+        shutil.copy(ROOT / name / "__init__.py", project / name)
+    shutil.copy(ROOT / "optima_fast/tasks/clip_merges.LICENSE", project / "optima_fast/tasks")
+    (project / "kernels" / "ahead.py").write_text(AHEAD)
+
+    def build(missing: str = "", **settings: str):
+        path = tools / (missing or "nothing")
+        if missing:
+            path.mkdir(exist_ok=True)
+            (path / f"{missing}.py").write_text("raise ImportError('it is not installed')")
+        env = {"CC": str(compiler), "CXX": str(compiler), "PYTHONPATH": str(path), **settings}
+        shutil.rmtree(project / "build", ignore_errors=True)
+        done = run(sys.executable, "setup.py", "build", cwd=project, check=False, env=env)
+        archives = (project / "build").glob("lib*/optima_fast/kernels/cubins/*")
+        return done, sorted(archive.stem for archive in archives)
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("settings", "archives"),
+    [
+        ({"OPTIMA_FAST_CUDA": "80;90"}, ["sm_80", "sm_90"]),
+        ({"OPTIMA_FAST_CUDA": " 100, 90,90 "}, ["sm_100", "sm_90"]),
+        (
+            {"OPTIMA_FAST_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "8.0;9.0a 10.0+PTX"},
+            ["sm_100", "sm_80", "sm_90"],
+        ),
+        ({"OPTIMA_FAST_CUDA": "0"}, []),
+        ({}, []),
+    ],
+)
+def test_kernels_are_compiled_ahead_for_what_is_named(cuda_build, settings, archives):
+    done, found = cuda_build(**settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert found == archives
+    assert ("kernels are compiled ahead for sm_" in done.stdout) == bool(archives)
+    assert "no kernels compiled ahead" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"missing": "ninja"}, "needs ninja (it is not installed): install it, and optima_fast"),
+        ({"missing": "triton"}, "needs triton (it is not installed): install it, and optima_fast"),
+        ({"OPTIMA_FAST_CUDA": "hopper"}, "must be numbers from 80 on, as OPTIMA_FAST_CUDA=80;90"),
+        ({"OPTIMA_FAST_CUDA": "75"}, "OPTIMA_FAST_CUDA=80;90, got '75'"),
+        pytest.param(
+            {"OPTIMA_FAST_CUDA": "1", "TORCH_CUDA_ARCH_LIST": ""},
+            'there is none: name them, as OPTIMA_FAST_CUDA="90"',
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_a_build_without_a_piece_says_which_and_goes_on_unless_told_not_to(
+    cuda_build, settings, message
+):
+    settings = {"OPTIMA_FAST_CUDA": "90", **settings}
+    done, found = cuda_build(**settings)
+    assert (done.returncode, found) == (0, [])
+    assert message in done.stderr
+    assert done.stderr.count("no kernels compiled ahead: ") == 1
+    done, found = cuda_build(**settings, OPTIMA_FAST_CUDA_REQUIRE="1")
+    assert (done.returncode, found) == (1, [])
+    assert message in done.stderr.splitlines()[-1]
+
+
+def test_kernels_compiled_ahead_need_the_extensions(cuda_build):
+    done, _ = cuda_build(OPTIMA_FAST_CUDA="90", OPTIMA_FAST_EXT="0")
+    assert done.returncode == 1
+    assert "OPTIMA_FAST_CUDA needs the extensions, got OPTIMA_FAST_EXT=0" in done.stderr
 
 
 def test_importing_the_package_needs_only_python(tmp_path):

@@ -25,6 +25,7 @@ from optima_fast.kernels.cases import CASES, Case
 
 ARCH = 90
 STREAM = 0x5EED
+DEVICE = 0
 SIZES = {"64": 8, "32": 4, "16": 2, "8": 1}
 
 
@@ -68,8 +69,9 @@ def driver_of_triton() -> Any:
 class Both:
     """In the place of ``Kernel.launch``: launch twice, and compare."""
 
-    def __init__(self, stub: Stub, rounds: int) -> None:
+    def __init__(self, stub: Stub, direct: Any, rounds: int) -> None:
         self.stub = stub
+        self.direct = direct
         self.rounds = rounds
         self.found: dict[str, list[Any]] = {}
         self.wrong: list[str] = []
@@ -80,7 +82,7 @@ class Both:
         launches, times = [], []
         for launch in (
             lambda: kernel.jit[grid](*args, **named),
-            lambda: launch_direct(kernel, grid, args, named),
+            lambda: self.direct(kernel, grid, args, named),
         ):
             before = self.stub.library.stub_launches()
             launch()
@@ -91,11 +93,16 @@ class Both:
                 times.append(time_of(launch, self.rounds))
         if launches[0] != launches[1]:
             self.wrong.append(f"{kernel.__name__} {grid}: {launches[0]} {launches[1]}")
-        self.found.setdefault(kernel.__name__, []).append((len(launches[0][2]), times))
+        self.found.setdefault(kernel.__name__, []).append(times)
+        self.on_another_device(kernel, grid, args, named)
 
-
-def launch_direct(kernel: Any, grid: Any, args: Any, named: Any) -> None:
-    LAUNCH(kernel, grid, args, named)
+    def on_another_device(self, kernel: Any, grid: Any, args: Any, named: Any) -> None:
+        """What one device has loaded is of no use to another."""
+        global DEVICE
+        DEVICE = 1
+        if kernel._launcher(grid, args, named) is None:
+            self.wrong.append(f"{kernel.__name__}: launched on a device that has not loaded it")
+        DEVICE = 0
 
 
 def time_of(call: Any, rounds: int) -> float:
@@ -110,6 +117,26 @@ def time_of(call: Any, rounds: int) -> float:
     return statistics.median(spent) / 1000
 
 
+def prepare(args: argparse.Namespace) -> Any:
+    """Make both launchers take the stub; returns ours."""
+    from optima_fast.kernels import ahead, core, launch, launcher
+
+    os.environ["TRITON_LIBCUDA_PATH"] = args.folder
+    scratch = torch.zeros(1 << 20, dtype=torch.int8)
+    driver_of_triton()
+    core.triton.set_allocator(lambda size, alignment, stream: scratch)
+    launch.capability = lambda x: divmod(ARCH, 10)
+    module = launcher.extension()
+    if isinstance(module, str):
+        raise SystemExit(module)
+    module.configure(lambda: DEVICE, lambda device: STREAM, lambda size: scratch, launcher.TYPES)
+    launcher._chosen = "asked to" if args.first == "triton" else module
+    launcher.architecture = lambda: ARCH
+    if args.cubins:
+        ahead.FOLDER = args.cubins
+    return launcher
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", help="of libcuda.so.1, built from stub_driver.c")
@@ -118,39 +145,28 @@ def main() -> int:
     parser.add_argument("--cubins", type=Path, help="a folder of archives to take kernels from")
     parser.add_argument("--masked", action="store_true", help="with masks and causality too")
     parser.add_argument("--rounds", type=int, default=0, help="timed calls of either launcher")
+    parser.add_argument(
+        "--first", choices=["triton", "direct"], help="launch all once by this one alone, timed"
+    )
     args = parser.parse_args()
-    os.environ["TRITON_LIBCUDA_PATH"] = args.folder
-
-    from optima_fast.kernels import ahead, core, launch, launcher
-
-    scratch = torch.zeros(1 << 20, dtype=torch.int8)
-    driver_of_triton()
-    core.triton.set_allocator(lambda size, alignment, stream: scratch)
-    launch.capability = lambda x: divmod(ARCH, 10)
-    module = launcher.extension()
-    if isinstance(module, str):
-        print(module)
-        return 1
-    module.configure(lambda: 0, lambda device: STREAM, lambda size: scratch, launcher.TYPES)
-    launcher._chosen = module
-    launcher.architecture = lambda: ARCH
-    if args.cubins:
-        ahead.FOLDER = args.cubins
-    global LAUNCH
-    LAUNCH = launcher.Kernel.launch
-    both = Both(Stub(args.folder), args.rounds)
-    launcher.Kernel.launch = lambda self, grid, a, named: both(self, grid, a, named)
+    launcher = prepare(args)
+    both = Both(Stub(args.folder), launcher.Kernel.launch, args.rounds)
+    if not args.first:
+        launcher.Kernel.launch = lambda self, grid, a, named: both(self, grid, a, named)
+    start = time.perf_counter()
     for layers in args.layers or [3]:
         case = Case(torch.bfloat16, layers=layers, few=True, widths=(64,))
         for op in args.op or CASES:
             CASES[op](case)
             if args.masked:
                 CASES[op](case._replace(masked=True, causal=True))
+    if args.first:
+        print(f"{time.perf_counter() - start:.2f} s")
     for name, found in both.found.items():
         line = f"{name.strip('_').removesuffix('_kernel'):22} {len(found):3} launches"
         if args.rounds:
             line += "".join(
-                f"  {who} {statistics.median(times[i] for _, times in found):6.1f} us"
+                f"  {who} {statistics.median(times[i] for times in found):6.1f} us"
                 for i, who in enumerate(("Triton", "direct"))
             )
         print(line)

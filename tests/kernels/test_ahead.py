@@ -122,16 +122,35 @@ def test_an_archive_gives_each_part_s_binaries(part, archive_file):
     finally:
         ahead.digest = digest
     assert f"{len(names)} variants compiled ahead, " in archive.summary()
+    assert archive.find("any", b"key") is None
+    assert ahead.digest("one", b"key") != ahead.digest("another", b"key")
 
 
-def test_kernels_from_an_archive_are_launched_as_triton_s_are(archive_file, stub):
+def launches(stub: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Every launch of hidden states' loss by both launchers, ours from a folder of archives."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "LD_LIBRARY_PATH": str(stub)}
     env.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "tests/kernels/launches.py", str(stub), "--op", "hidden_mse"]
-    command += ["--cubins", str(archive_file.parent)]
+    command += ["--cubins", str(folder)]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "3 compiled ahead, 0 now" in done.stdout
+    return done
+
+
+def test_kernels_from_an_archive_are_launched_as_triton_s_are(archive_file, stub):
+    assert "3 compiled ahead, 0 now" in launches(stub, archive_file.parent).stdout
+
+
+def test_binaries_that_the_driver_refuses_are_compiled_now(archive_file, stub, tmp_path):
+    refused = tmp_path / "sm_90.zip"
+    with zipfile.ZipFile(archive_file) as old, zipfile.ZipFile(refused, "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            new.writestr(name, content if name == ahead.INDEX else b"?" * len(content))
+    done = launches(stub, tmp_path)
+    assert "0 compiled ahead, 3 now" in done.stdout
+    assert done.stderr.count("RuntimeWarning") == 1
+    assert f"{refused} does not load: loading _hidden_forward_tma_kernel: an error" in done.stderr
 
 
 def test_an_archive_that_does_not_count_says_why(archive_file, tmp_path, monkeypatch):

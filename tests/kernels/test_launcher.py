@@ -77,6 +77,7 @@ CALLS = [
     ((X, X, (X, X[1:]), 3), {"C": 1}),
     ((X, X, (X, X, X), 3), {"C": 1}),
     ((X, X, ((X, X),), 3), {"C": 1}),
+    ((X, X, (X, (X,)), 3), {"C": 1}),
     ((X, X.half(), (X, X), 3), {"C": 1}),
     ((X, X.bool(), (X, X), 3), {"C": 1}),
     ((X, 1, (X, X), 3), {"C": 1}),  # part of the kernel
@@ -196,3 +197,35 @@ def test_a_stale_or_missing_extension_is_not_taken(monkeypatch):
     stale.ABI = 0
     monkeypatch.setattr(optima_fast, "_launch", stale, raising=False)
     assert launcher.extension().endswith("is of another version (0, not 1)")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_both_launchers_give_the_same_bits_on_a_device(undecided):
+    import optima_fast
+
+    torch.manual_seed(0)
+    layers = 3
+    sizes = [(layers, 2, 4, 77, 64)] * 2 + [(layers, 2, 6, 77, 64)] * 2
+    heads = [[*torch.randn(size, device="cuda", dtype=torch.bfloat16)] for size in sizes]
+    states = [[*torch.randn(layers, 2, 77, n, device="cuda").bfloat16()] for n in (64, 128)]
+    weights = [*torch.randn(layers, 64, 128, device="cuda").bfloat16()]
+    found = []
+    for how in ("triton", "direct"):
+        undecided.setattr(launcher, "_chosen", None)
+        undecided.setenv(launcher.VARIABLE, how)
+        inputs = [[x.clone().requires_grad_() for x in y] for y in (*heads[:2], states[0], weights)]
+        q, k, h, w = inputs
+        losses = [
+            optima_fast.hidden_mse(h, states[1], w, backend="triton"),
+            *(
+                optima_fast.attention_mse(
+                    q, k, *heads[2:], target=target, causal=True, backend="triton"
+                )
+                for target in ("scores", "probs")
+            ),
+            optima_fast.attention_kl(q, k, *heads[2:], causal=True, backend="triton"),
+        ]
+        torch.stack([loss.sum() for loss in losses]).sum().backward()
+        found.append([*losses, *(x.grad for y in inputs for x in y)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
