@@ -64,7 +64,7 @@ dist: $(STAMP)  ## sdist and wheel
 	$(RUN) -m build
 
 hub: $(STAMP)  ## a repository for Hugging Face's kernels, then HUB="--repo OWNER/optima-fast"
-	$(RUN) hub/lay_out.py build/hub $(HUB)
+	$(RUN) kernels/hub/lay_out.py build/hub $(HUB)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info optima_fast/*.so .mypy_cache .pytest_cache .ruff_cache

@@ -98,7 +98,7 @@ def test_the_wheel_from_the_sdist_holds_one_top_level_name_and_everything(wheel)
         names = [n for n in archive.namelist() if ".dist-info/" not in n]
     assert {n.partition("/")[0] for n in names} == {"optima_fast"}
     sources = {str(p.relative_to(ROOT)) for p in (ROOT / "optima_fast").rglob("*.py")}
-    sources |= {f"optima_fast/{p.relative_to(ROOT)}" for p in (ROOT / "kernels").rglob("*.py")}
+    sources |= {f"optima_fast/{p.relative_to(ROOT)}" for p in (ROOT / "kernels").glob("*.py")}
     assert sources <= set(names)
     data = ["py.typed", "tasks/clip_merges.txt.gz", "tasks/clip_merges.LICENSE"]
     data += [f"demo/{path.name}" for task in pair.TASKS[:1] for path in teachers.files(task)]

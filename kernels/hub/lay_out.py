@@ -1,6 +1,6 @@
 """The losses as a repository for Hugging Face's ``kernels``, which loads them without an install.
 
-    python hub/lay_out.py build/hub    # what `make hub` runs; nothing is published
+    python kernels/hub/lay_out.py build/hub    # what `make hub` runs; nothing is published
 
 The folder gets ``build.toml``, ``CARD.md`` and ``torch-ext/optima_fast``, which ``kernel-builder``
 builds from, and ``build/torch-cpu`` and ``build/torch-cuda``, which it would build, and which
@@ -28,7 +28,7 @@ from pathlib import Path
 import optima_fast
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
+ROOT = HERE.parents[1]
 PACKAGE = "optima_fast"
 NAME = "optima-fast"
 NOWHERE = f"OWNER/{NAME}"  # until somebody says where it will be published
