@@ -13,6 +13,7 @@ OPTIMA_FAST_CUDA_REQUIRE=1      fail the install if that fails; by default it wa
 """
 
 import glob
+import importlib.util
 import os
 import re
 import subprocess
@@ -108,13 +109,11 @@ class BuildExtensions(build_ext):
     def compile_kernels(self, archs: list[int]) -> None:
         print("kernels are compiled ahead for", *(f"sm_{arch}" for arch in archs), flush=True)
         for module in ("torch", "triton", "ninja"):
-            try:
-                __import__(module)
-            except ImportError as error:
+            if importlib.util.find_spec(module) is None:
                 raise RuntimeError(
-                    f"OPTIMA_FAST_CUDA needs {module} ({error}): install it, and optima_fast with "
-                    "pip install --no-build-isolation"
-                ) from error
+                    f"OPTIMA_FAST_CUDA needs {module}, which is not installed: install it, and "
+                    "optima_fast with pip install --no-build-isolation"
+                )
         root = Path.cwd() if self.inplace else Path(self.build_lib).resolve()
         kernels = Path.cwd() / "kernels" if self.inplace else root / "optima_fast" / "kernels"
         paths = [str(root), os.environ.get("PYTHONPATH", "")]

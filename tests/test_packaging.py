@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import site
 import subprocess
@@ -13,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 
 from optima_fast import entry
@@ -185,9 +187,8 @@ def cuda_build(tmp_path):
 
     def build(missing: str = "", **settings: str):
         path = tools / (missing or "nothing")
-        if missing:
-            path.mkdir(exist_ok=True)
-            (path / f"{missing}.py").write_text("raise ImportError('it is not installed')")
+        path.mkdir(exist_ok=True)
+        (path / "sitecustomize.py").write_text(f"import sys; sys.modules[{missing!r}] = None")
         env = {"CC": str(compiler), "CXX": str(compiler), "PYTHONPATH": str(path), **settings}
         shutil.rmtree(project / "build", ignore_errors=True)
         done = run(sys.executable, "setup.py", "build", cwd=project, check=False, env=env)
@@ -197,52 +198,68 @@ def cuda_build(tmp_path):
     return build
 
 
-@pytest.mark.parametrize(
-    ("settings", "archives"),
-    [
-        ({"OPTIMA_FAST_CUDA": "80;90"}, ["sm_80", "sm_90"]),
-        ({"OPTIMA_FAST_CUDA": " 100, 90,90 "}, ["sm_100", "sm_90"]),
-        (
-            {"OPTIMA_FAST_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "8.0;9.0a 10.0+PTX"},
-            ["sm_100", "sm_80", "sm_90"],
-        ),
-        ({"OPTIMA_FAST_CUDA": "0"}, []),
-        ({}, []),
-    ],
-)
-def test_kernels_are_compiled_ahead_for_what_is_named(cuda_build, settings, archives):
-    done, found = cuda_build(**settings)
+def test_kernels_are_compiled_ahead_for_what_is_named(cuda_build):
+    done, found = cuda_build(OPTIMA_FAST_CUDA="80;90")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert found == archives
-    assert ("kernels are compiled ahead for sm_" in done.stdout) == bool(archives)
+    assert found == ["sm_80", "sm_90"]
+    assert "kernels are compiled ahead for sm_80 sm_90" in done.stdout
     assert "no kernels compiled ahead" not in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"missing": "ninja"}, "needs ninja (it is not installed): install it, and optima_fast"),
-        ({"missing": "triton"}, "needs triton (it is not installed): install it, and optima_fast"),
-        ({"OPTIMA_FAST_CUDA": "hopper"}, "must be numbers from 80 on, as OPTIMA_FAST_CUDA=80;90"),
-        ({"OPTIMA_FAST_CUDA": "75"}, "OPTIMA_FAST_CUDA=80;90, got '75'"),
-        pytest.param(
-            {"OPTIMA_FAST_CUDA": "1", "TORCH_CUDA_ARCH_LIST": ""},
-            'there is none: name them, as OPTIMA_FAST_CUDA="90"',
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
-        ),
-    ],
-)
-def test_a_build_without_a_piece_says_which_and_goes_on_unless_told_not_to(
-    cuda_build, settings, message
-):
-    settings = {"OPTIMA_FAST_CUDA": "90", **settings}
+def test_a_build_without_a_piece_says_which_and_goes_on_unless_told_not_to(cuda_build):
+    settings = {"missing": "ninja", "OPTIMA_FAST_CUDA": "90"}
+    message = "no kernels compiled ahead: OPTIMA_FAST_CUDA needs ninja, which is not installed: "
     done, found = cuda_build(**settings)
     assert (done.returncode, found) == (0, [])
-    assert message in done.stderr
-    assert done.stderr.count("no kernels compiled ahead: ") == 1
+    assert done.stderr.count(message) == 1
     done, found = cuda_build(**settings, OPTIMA_FAST_CUDA_REQUIRE="1")
     assert (done.returncode, found) == (1, [])
     assert message in done.stderr.splitlines()[-1]
+
+
+@pytest.fixture
+def architectures(monkeypatch):
+    """What setup.py reads from its environment."""
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    for name in ("OPTIMA_FAST_CUDA", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(name, raising=False)
+    return runpy.run_path(str(ROOT / "setup.py"))["architectures"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "archs"),
+    [
+        ({"OPTIMA_FAST_CUDA": " 100, 90,90 "}, [90, 100]),
+        (
+            {"OPTIMA_FAST_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "8.0;9.0a 10.0+PTX"},
+            [80, 90, 100],
+        ),
+        ({"OPTIMA_FAST_CUDA": "0", "TORCH_CUDA_ARCH_LIST": "8.0"}, []),
+        ({"TORCH_CUDA_ARCH_LIST": "8.0"}, []),
+    ],
+)
+def test_architectures_are_named(architectures, monkeypatch, settings, archs):
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    assert architectures() == archs
+
+
+def test_architectures_are_those_of_the_machine(architectures, monkeypatch):
+    monkeypatch.setenv("OPTIMA_FAST_CUDA", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match='there is none: name them, as OPTIMA_FAST_CUDA="90"'):
+        architectures()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: [(9, 0), (8, 6)][i])
+    assert architectures() == [86, 90]
+
+
+@pytest.mark.parametrize("name", ["hopper", "75"])
+def test_other_architectures_are_refused(architectures, monkeypatch, name):
+    monkeypatch.setenv("OPTIMA_FAST_CUDA", name)
+    with pytest.raises(RuntimeError, match=f"as OPTIMA_FAST_CUDA=80;90, got '{name}'"):
+        architectures()
 
 
 def test_kernels_compiled_ahead_need_the_extensions(cuda_build):
