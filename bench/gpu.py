@@ -25,6 +25,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
@@ -202,6 +203,12 @@ def steps(args: argparse.Namespace, folder: Path, seconds: float) -> list[Job]:
     return [Job("step", script(args, "bench_step.py", *words))]
 
 
+def by_triton(args: argparse.Namespace, folder: Path, seconds: float) -> list[Job]:
+    """The six cases launched by Triton, whose ``wall_ms`` stands beside that of ``six``."""
+    (job,) = card("losses", "--providers", "triton")(args, folder, seconds)
+    return [job._replace(environment={"OPTIMA_FAST_LAUNCHER": "triton"})]
+
+
 def without_a_clock(args: argparse.Namespace, folder: Path, seconds: float) -> list[Job]:
     """Side by side what times nothing: compilers, those of a step too, and the tests."""
     suites = ("--suite", "headline", "others-card")
@@ -233,8 +240,9 @@ CALLS: dict[str, dict[str, Part]] = {
         "check": Part(45, check),
         "races": Part(20, races, race_figures),
         "kernels": Part(30, card("kernels", "--suite", "six", "others-card")),
-        "candidates": Part(75, card("candidates", "--suite", "others-card", "six")),
+        "candidates": Part(60, card("candidates", "--suite", "others-card", "six")),
         "six": Part(60, card("losses", "--providers", *MAIN)),
+        "six-by-triton": Part(15, by_triton),
     },
     "2": {
         "compile-and-test": Part(100, without_a_clock, test_figures),
@@ -260,6 +268,28 @@ MORE: dict[str, Part] = {
 PARTS = {**CALLS["1"], **CALLS["2"], **MORE}
 
 
+def built_launcher() -> str:
+    """Who launches kernels; the extension is built first where a compiler is, in ten seconds."""
+    if importlib.util.find_spec("triton") is None:
+        return "nobody: Triton is not installed"
+    code = "from optima_fast.kernels import launcher; print(launcher.who())"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    compiler = shutil.which("c++")
+    if importlib.util.find_spec("optima_fast._launch") is None and compiler is not None:
+        torch_headers = Path(torch.__file__).parent / "include"  # pybind11's are among them
+        target = ROOT / "optima_fast" / f"_launch{sysconfig.get_config_var('EXT_SUFFIX')}"
+        command = [compiler, "-O2", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden"]
+        command += ["-I", sysconfig.get_path("include"), "-I", str(torch_headers)]
+        command += [str(ROOT / "csrc" / "launch.cpp"), "-o", str(target), "-ldl"]
+        built = subprocess.run(command, capture_output=True, text=True)
+        if built.returncode:
+            print(built.stderr[-2000:])
+    asked = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    return asked.stdout.strip() or asked.stderr.strip()[-300:]
+
+
 def machine(device: str) -> Row:
     """Card, driver, clocks and versions."""
     head, dirty = commit()
@@ -277,6 +307,7 @@ def machine(device: str) -> Row:
         "nvidia_smi": card_state(),
     }
     if device == "cuda":
+        facts["launcher"] = built_launcher()
         p = torch.cuda.get_device_properties(0)
         facts["card"] = p.name
         facts["multiprocessors"] = p.multi_processor_count

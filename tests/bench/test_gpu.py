@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -89,7 +90,7 @@ def test_a_call_fits_its_time_and_blockwise_is_no_contender_there():
     for parts in gpu.CALLS.values():
         assert sum(part.seconds for part in parts.values()) <= gpu.CALL_SECONDS
     assert list(gpu.CALLS["1"]) == [
-        "ceilings", "compile", "check", "races", "kernels", "candidates", "six",
+        "ceilings", "compile", "check", "races", "kernels", "candidates", "six", "six-by-triton",
     ]  # fmt: skip
     assert "blockwise" not in {*gpu.MAIN, *gpu.MORE_OF_MAIN}
     assert set(gpu.WHY_EMPTY) <= set(gpu.PARTS)
@@ -252,3 +253,23 @@ def test_a_file_from_before_keeps_its_other_parts(tmp_path):
     second.save("b", {"status": "done"})
     assert set(json.loads(second.path.read_text())["parts"]) == {"a", "b"}
     assert [p.name for p in tmp_path.iterdir()] == [second.path.name]
+
+
+def test_the_launcher_is_built_where_it_is_not(tmp_path, monkeypatch):
+    """From torch's own copy of pybind11's headers."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    if shutil.which("c++") is None:
+        pytest.skip("there is no C++ compiler")
+    for name in ("optima_fast", "kernels"):
+        shutil.copytree(
+            gpu.ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__")
+        )
+    shutil.copytree(gpu.ROOT / "csrc", tmp_path / "csrc")
+    find = gpu.importlib.util.find_spec
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(
+        gpu.importlib.util, "find_spec", lambda x: None if x.endswith("_launch") else find(x)
+    )
+    said = gpu.built_launcher()
+    assert len(list((tmp_path / "optima_fast").glob("_launch*.so"))) == 1
+    assert said in ("Triton (there is no CUDA driver)", "the extension optima_fast._launch")
