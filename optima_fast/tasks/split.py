@@ -311,6 +311,10 @@ class Loaded:
     errors: Mapping[int, str]
 
 
-def to_device(batch: Mapping[str, Tensor], device: torch.device | str) -> Batch:
-    """The batch with every tensor on `device`."""
+def to_device(
+    batch: Mapping[str, Tensor], device: torch.device | str, *, wait: bool = True
+) -> Batch:
+    """The batch with every tensor on `device`; a copy to CUDA is not waited for unless asked to."""
+    if not wait and torch.device(device).type == "cuda":
+        return {name: x.pin_memory().to(device, non_blocking=True) for name, x in batch.items()}
     return {name: value.to(device) for name, value in batch.items()}

@@ -68,20 +68,42 @@ class Adafactor(Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None, *, good: Tensor | None = None
+    ) -> float | None:
+        """One update of every parameter that has a gradient.
+
+        Args:
+            closure: as of every optimizer.
+            good: bool scalar on the device: where it is False no parameter changes, whatever the
+                gradients hold, and nothing waits to know. What is kept of gradients does change.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            kept: Any = 1.0 - group["lr"] * group["weight_decay"]
+            if good is not None:
+                kept = torch.full((), kept, dtype=torch.float64, device=good.device)
+                kept = torch.where(good, kept, 1.0)
             for p in group["params"]:
-                if p.grad is not None:
-                    self._update(p, p.grad, self.state[p], group)
+                if p.grad is None:
+                    continue
+                if good is not None:
+                    p.grad.masked_fill_(~good, 0.0)
+                momentum = self._momentum(p, p.grad, self.state[p], group)
+                if group["weight_decay"]:
+                    p.mul_(kept)
+                if good is None:
+                    p.sub_(momentum)
+                else:
+                    p.addcmul_(momentum, good.to(momentum.dtype), value=-1.0)
         return loss
 
     @staticmethod
-    def _update(p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    def _momentum(p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+        """What is to be taken off, apart from the decay of weights."""
         lr, (beta1, beta2), eps = group["lr"], group["betas"], group["eps"]
         if not state:
             state["step"] = 0
@@ -108,8 +130,5 @@ class Adafactor(Optimizer):
             x = grad * second.rsqrt()
         rms = x.norm() / max(1, x.numel()) ** 0.5
         x.mul_((1.0 - beta1) * lr / (rms / group["clip_threshold"]).clamp_min_(1.0))
-        momentum = state["momentum"]
-        momentum.mul_(beta1).add_(x)
-        if group["weight_decay"]:
-            p.mul_(1.0 - lr * group["weight_decay"])
-        p.sub_(momentum)
+        momentum: Tensor = state["momentum"]
+        return momentum.mul_(beta1).add_(x)

@@ -37,6 +37,7 @@ from optima_fast.training.interrupts import Interrupted, Stop
 from optima_fast.training.rewards import RewardMeter, reward_batches, training_sampler
 from optima_fast.training.run import Run
 from optima_fast.training.schedule import lr_at
+from optima_fast.training.watch import Watch
 
 _DISTILLER = (
     *("hidden_weight", "attention_weight", "prediction_weight", "kl_weight"),
@@ -104,6 +105,7 @@ class Trainer:
         self.round_began = 0.0
         self.last_metric: float | None = None
         self.left_out = 0
+        self.watch = Watch(self.device)
         self._stop = Stop()
         self._batches: Generator[Loaded, None, None] | None = None
 
@@ -161,7 +163,8 @@ class Trainer:
 
         Raises:
             Interrupted: Ctrl-C; a checkpoint was saved.
-            UserError: a loss or gradient is not finite, or a file cannot be written.
+            UserError: a loss or gradient is not finite, which is seen at the next log line, or a
+                file cannot be written.
         """
         config = self.config
         assert config.log_every and config.eval_every and config.checkpoint_every
@@ -223,19 +226,16 @@ class Trainer:
                 self.step, peak=group["peak"], warmup=config.warmup_steps, steps=self.steps
             )
         loaded = self._next_batch()
-        batch = to_device(loaded.batch, self.device)
+        batch = to_device(loaded.batch, self.device, wait=False)
         self.student.train()
         with self._autocast():
             losses = self._losses(batch)
-        if not bool(torch.isfinite(losses.total)):
-            self._not_finite(losses, loaded.index)
         losses.total.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(
             [p for group in self.optimizer.param_groups for p in group["params"]], config.clip
         )
-        if not bool(torch.isfinite(norm)):
-            self._not_finite(losses, loaded.index)
-        self.optimizer.step()
+        good = self.watch.note(self.step + 1, losses, norm, loaded.index)
+        self.optimizer.step(good=good)
         self.optimizer.zero_grad()
         self.seconds["distill"] += time.perf_counter() - began
         return losses
@@ -264,29 +264,22 @@ class Trainer:
             return torch.autocast(self.device.type, torch.bfloat16)
         return contextlib.nullcontext()
 
-    def _not_finite(self, losses: StepLosses, indices: Tensor) -> None:
-        """Say which term, layer and batch; the weights are those of the step before."""
-        terms = [("prediction", losses.prediction), ("kl", losses.kl)]
-        for name, layers in (("hidden", losses.hidden), ("attention", losses.attention)):
-            if layers is not None:
-                pairs = zip(losses.pairs, layers, strict=True)
-                terms += [(f"{name} of {pair}", value) for pair, value in pairs]
-        bad = [(n, float(v.detach())) for n, v in terms if v is not None and not v.isfinite().all()]
-        where, value = bad[0] if bad else ("the gradient norm", float("nan"))
+    def _check(self) -> None:
+        """Wait for the device, and stop if a step was not finite: none was taken from it on."""
+        began = time.perf_counter()
+        bad = self.watch.read()
+        self.seconds["distill"] += time.perf_counter() - began
+        if bad is None:
+            return
         path = self.run.folder / "nonfinite.json"
-        examples = indices.tolist()
-        report = {
-            "step": self.step + 1,
-            "terms": [n for n, _ in bad] or [where],
-            "examples": examples,
-        }
+        report = {"step": bad.step, "terms": bad.terms, "examples": bad.examples}
         checkpoints.write_json(path, report)
         last = checkpoints.latest_checkpoint(self.run.checkpoints)
         kept = f"last good checkpoint: {last}" if last else "there is no checkpoint yet"
         raise UserError(
-            f"step {self.step + 1}: {where} is {value}, so no step was taken; training examples "
-            f"{', '.join(map(str, examples[:4]))}, ... (all in {path}); {kept}; "
-            "a lower --lr (--teacher-lr where it is the teacher that trains) may help"
+            f"step {bad.step}: {bad.terms[0]} is {bad.value}, so no step was taken from there on; "
+            f"training examples {', '.join(map(str, bad.examples[:4]))}, ... (all in {path}); "
+            f"{kept}; a lower --lr (--teacher-lr where it is the teacher that trains) may help"
         )
 
     # ------------------------------------------------------------------ rounds of the bandit
@@ -347,6 +340,7 @@ class Trainer:
     def _measure(self) -> Measurement:
         """All losses of the full model on the reward's examples."""
         assert self.meter is not None
+        self._check()
         began = time.perf_counter()
         measured = self.meter.measure(self.device)
         self.seconds["reward"] += time.perf_counter() - began
@@ -372,6 +366,7 @@ class Trainer:
 
     def _log(self, losses: StepLosses, stage: Stage, seconds_a_step: float) -> None:
         assert self.config.batch_size is not None
+        self._check()
         rate = self.config.batch_size * self.data.train.group / seconds_a_step
         line: dict[str, Any] = {
             "step": self.step,
@@ -404,6 +399,7 @@ class Trainer:
         stage.update(self.step, shown)
 
     def _evaluate(self) -> None:
+        self._check()
         began = time.perf_counter()
         metrics = self.data.evaluate(self.student, self.data.validation, device=self.device)
         self.last_metric = metrics[self.data.metric_name]
@@ -412,6 +408,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint, see :func:`optima_fast.training.snapshot.save`."""
+        self._check()
         return snapshot.save(self)
 
     def resume(self, path: Path) -> None:

@@ -255,6 +255,7 @@ def test_a_file_from_before_keeps_its_other_parts(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == [second.path.name]
 
 
+@pytest.mark.slow
 def test_the_launcher_is_built_where_it_is_not(tmp_path, monkeypatch):
     """From torch's own copy of pybind11's headers."""
     pytest.importorskip("triton", reason="Triton is not installed")

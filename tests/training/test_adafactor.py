@@ -123,3 +123,30 @@ def test_a_parameter_without_gradient_does_not_move():
 def test_settings_are_checked(options, message):
     with pytest.raises(ValueError, match=message):
         Adafactor([nn.Parameter(torch.ones(1))], **options)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_where_the_device_says_no_nothing_is_taken(decay):
+    torch.manual_seed(0)
+    start = [torch.randn(5, 3), torch.randn(7)]
+    plain, flagged = ([nn.Parameter(x.clone()) for x in start] for _ in range(2))
+    optimizers = [Adafactor(p, lr=0.05, weight_decay=decay) for p in (plain, flagged)]
+    for _ in range(3):
+        for a, b in zip(plain, flagged, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        optimizers[0].step()
+        optimizers[1].step(good=torch.tensor(True))
+        assert all(torch.equal(a, b) for a, b in zip(plain, flagged, strict=True))
+    for harm in (float("nan"), float("inf")):
+        for b in flagged:
+            b.grad = torch.full_like(b, harm)
+        optimizers[1].step(good=torch.tensor(False))
+        assert all(torch.equal(a, b) for a, b in zip(plain, flagged, strict=True))
+
+
+def test_a_first_step_that_is_not_taken():
+    p = nn.Parameter(torch.ones(2, 3))
+    p.grad = torch.full_like(p, float("nan"))
+    Adafactor([p], lr=0.05).step(good=torch.tensor(False))
+    assert torch.equal(p, torch.ones(2, 3))

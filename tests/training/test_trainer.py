@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 from small_run import rounds, trainer, untimed
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from optima_fast.errors import UserError
 from optima_fast.training import checkpoints
@@ -193,6 +194,61 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path, monkeypatch, 
     assert report["examples"] == t.sampler.at(3).tolist()
     good = checkpoints.load_checkpoint(checkpoints.latest_checkpoint(t.run.checkpoints))
     assert all(p.isfinite().all() for p in good["student"].values())
+
+
+def test_what_a_step_broke_is_seen_at_the_next_line_and_no_later_step_is_taken(tmp_path):
+    t = trainer(tmp_path, method="layerwise", steps=20, checkpoint_every=20, log_every=5)
+    step, kept, whole = t._train_step, {}, t.data.loss
+
+    def strike():
+        if t.step == 1:
+            _break_gradient(t)
+            kept.update({n: p.clone() for n, p in t.student.state_dict().items()})
+        losses = step()
+        object.__setattr__(t.data, "loss", whole)  # only that one
+        return losses
+
+    t._train_step = strike
+    with pytest.raises(UserError, match=r"step 2: the gradient norm is nan, so no step was taken"):
+        t.fit()
+    assert t.step == 5
+    assert all(torch.equal(p, kept[n]) for n, p in t.student.state_dict().items())
+
+
+class NothingIsRead(TorchDispatchMode):
+    """An error where a value goes to the host, which on CUDA would wait for the device."""
+
+    READS = frozenset(
+        {"_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2", "is_nonzero"}
+    )
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket.__name__ not in self.READS, f"{func} reads a tensor"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "layerwise", "attention_loss": "probs", "cross_attention": True},
+        {"method": "optima", "hidden_scale": "variance", "kl_weight": 1.0},
+        {"method": "kd"},
+        {"method": "finetune"},
+    ],
+)
+@pytest.mark.parametrize("task", ["vqa", "coco"])
+def test_no_step_waits_for_the_device(tmp_path, task, settings):
+    t = trainer(tmp_path, task=task, steps=20, **settings)
+    if t.policy is not None:
+        t._begin_round()
+    t._next_batch()  # drawn by a generator of the CPU
+    batch = t._next_batch()
+    t._next_batch = lambda: batch
+    with NothingIsRead():
+        t._train_step()
+        t._train_step()
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NothingIsRead():
+        t._check()
 
 
 def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):
