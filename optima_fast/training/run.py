@@ -246,11 +246,27 @@ class Run:
         known: dict[str, Any] = self._described("pixels")
         return {name: tuple(v) if isinstance(v, list) else v for name, v in known.items()}
 
+    def task(self) -> str:
+        """What the run's student was trained to do."""
+        return str(self._described("task"))
+
+    def classes(self) -> tuple[str, ...]:
+        """The classes or answers of its logits, in order; () for captions."""
+        return tuple(self._described("classes"))
+
     def load_coca(self) -> CoCa:
         """The run's student without its head."""
+        return self.load_student().coca
+
+    def load_student(self) -> TaskModel:
+        """The run's student, whatever data it is to see.
+
+        Raises:
+            UserError: its files are missing or damaged.
+        """
         model = self._build()
         checkpoints.load_weights(self.weights_path, model)
-        return model.coca
+        return model
 
     def check_weights(self) -> None:
         """Raise unless the weights are there, whole, and those of the model that is described.
@@ -284,9 +300,7 @@ class Run:
             UserError: as :meth:`check_fits`, or its weights are missing or damaged.
         """
         self.check_fits(data)
-        model = build(self.model_config(), data.head, data.num_classes)
-        checkpoints.load_weights(self.weights_path, model)
-        return model
+        return self.load_student()
 
     def check_fits(self, data: TaskData) -> None:
         """Raise unless the run's student was trained for this task, tokenizer and images.
@@ -294,14 +308,14 @@ class Run:
         Raises:
             UserError: it was not, or the file that describes it is missing or damaged.
         """
-        task, head, classes = map(self._described, ("task", "head", "num_classes"))
+        task, head, classes = self.task(), self._described("head"), self._described("num_classes")
         coca, tokenizer = self.model_config(), self.tokenizer()
         if (task, head) != (data.task, data.head):
             raise UserError(
                 f"{self.folder} holds a model for {task} ({head} head), not for {data.task} "
                 f"({data.head} head): take a run of {data.task}"
             )
-        if tuple(self._described("classes")) != data.classes:
+        if self.classes() != data.classes:
             raise UserError(
                 f"{self.folder} was trained on other classes or answers ({classes}) than those of "
                 f"the data ({data.num_classes}): use the same --data and --data-seed"
