@@ -8,7 +8,6 @@ image, one image (NLVR2: two, left and right) is shown with each text.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -67,7 +66,7 @@ def _main(argv: Sequence[str] | None) -> int:
     entries = list(listed.values()) or _paired(arguments.image, arguments.text, student.images)
     folder = arguments.list.parent if listed else Path()
     questions = [_question(entry, folder) for entry in entries]
-    for asked, place in itertools.zip_longest(questions, listed, fillvalue=""):
+    for asked, place in zip(questions, listed or [""] * len(questions), strict=True):
         try:
             student.check(asked)
         except UserError as error:

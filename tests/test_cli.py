@@ -124,6 +124,11 @@ def _raise(error: BaseException) -> int:
             2,
             "error: No module named 'kornia': pip install 'optima-fast[data]'",
         ),
+        (
+            lambda: _raise(ModuleNotFoundError("No module named 'onnx'", name="onnx")),
+            2,
+            "error: No module named 'onnx': pip install 'optima-fast[export]'",
+        ),
         (lambda: 1, 1, ""),
     ],
 )

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from optima_fast.errors import UserError
-from optima_fast.models import CoCa, CoCaConfig
+from optima_fast.models import CoCa, CoCaConfig, programs
+from optima_fast.models.programs import Exported
 from optima_fast.models.task_model import TaskModel, build
 from optima_fast.tasks import TaskData, tokenizers
 from optima_fast.tasks.images import FolderImages
@@ -130,6 +131,11 @@ class Run:
     def remember(self, data: TaskData) -> None:
         """Write what tells the data from any other."""
         checkpoints.write_json(self.data_path, _parts(data))
+
+    def data(self) -> dict[str, dict[str, Any]]:
+        """The number of examples and a hash of each split, by name; {} where it is not known."""
+        value: dict[str, dict[str, Any]] = {}
+        return checkpoints.read_json(self.data_path) if self.data_path.is_file() else value
 
     def check_data(self, data: TaskData) -> None:
         """Raise if there is a checkpoint to go on from that was trained on other data.
@@ -256,13 +262,27 @@ class Run:
 
     def load_coca(self) -> CoCa:
         """The run's student without its head."""
-        return self.load_student().coca
+        return self.load_weights().coca
 
-    def load_student(self) -> TaskModel:
-        """The run's student, whatever data it is to see.
+    def load_student(self) -> TaskModel | Exported:
+        """The run's student to be asked, from its weights or the program that it was exported as.
 
         Raises:
             UserError: its files are missing or damaged.
+        """
+        for name in programs.FILES.values():
+            path = self.folder / name
+            if path.is_file():
+                images = 2 if self._described("head") == "pair" else 1
+                length, pad_id = self._described("text_length"), self.model_config().pad_id
+                return programs.read(path, images, length, pad_id)
+        return self.load_weights()
+
+    def load_weights(self) -> TaskModel:
+        """The run's student, from its weights alone.
+
+        Raises:
+            UserError: they are missing or damaged.
         """
         model = self._build()
         checkpoints.load_weights(self.weights_path, model)
@@ -300,7 +320,7 @@ class Run:
             UserError: as :meth:`check_fits`, or its weights are missing or damaged.
         """
         self.check_fits(data)
-        return self.load_student()
+        return self.load_weights()
 
     def check_fits(self, data: TaskData) -> None:
         """Raise unless the run's student was trained for this task, tokenizer and images.
