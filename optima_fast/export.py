@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import importlib
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -74,7 +75,7 @@ def _main(argv: Sequence[str] | None) -> int:
         hint = f"choose from {', '.join(FORMATS)}; --out FOLDER says where"
         raise unknown("format --to", kind, FORMATS, otherwise=hint)
 
-    from optima_fast.training import sources
+    from optima_fast.training import card, sources
     from optima_fast.training.display import Display
 
     if kind == "onnx":
@@ -105,10 +106,11 @@ def _main(argv: Sequence[str] | None) -> int:
         display.note(note)
     if arguments.push_to_hub:
         display.note(f"uploaded to {_push(arguments.push_to_hub, folder, arguments.private)}")
-    if kind == "open_clip":
+    if kind == "open_clip" or source.run is None:
         display.note(f"next: open_clip.create_model('local-dir:{folder}')")
     else:
-        display.note(f"next: python -m optima_fast.predict {folder} --image FILE")
+        asked = card.ASKED[source.run.task()]
+        display.note(f"next: python -m optima_fast.predict {shlex.quote(str(folder))} {asked}")
     return 0
 
 
@@ -152,7 +154,7 @@ def _run(run: Run, kind: str, partial: Path) -> str:
     run.summary()  # raises unless the run is finished
     model, length = run.load_weights().eval(), int(run.reading()["text_length"])
     made = Run(partial)
-    made.begin(_portable(run.config()))
+    made.begin(portable(run.config()))
     for path in (run.model_path, run.summary_path, run.data_path):
         if path.is_file():
             shutil.copyfile(path, made.folder / path.name)
@@ -245,7 +247,7 @@ def _compare(model: TaskModel, again: nn.Module, length: int) -> str:
     return f"checked: the student's logits {exactly}, the same {answers} answers"
 
 
-def _portable(config: TrainConfig) -> TrainConfig:
+def portable(config: TrainConfig) -> TrainConfig:
     """Settings without where things lie on this machine."""
     names = ("data", "teacher", "student", "student_init", "tokenizer", "extra_images")
     given = {name: getattr(config, name) for name in names}
@@ -258,7 +260,7 @@ def _card(run: Run, kind: str, name: str, checked: str, licence: str, partial: P
     from optima_fast.training import card, checkpoints
 
     text = card.write(
-        run, _portable(run.config()), name=name, kind=kind, checked=checked, licence=licence
+        run, portable(run.config()), name=name, kind=kind, checked=checked, licence=licence
     )
     checkpoints.write_text(partial / "README.md", text)
 

@@ -107,6 +107,8 @@ def write(kind: str, path: Path, model: TaskModel, length: int) -> None:
         program = torch.export.export(
             Program(model).eval(), (images, text), dynamic_shapes=({0: rows}, {0: rows})
         )
+        for node in program.graph.nodes:
+            node.meta.pop("stack_trace", None)  # paths of this machine
         if kind == "torch-export":
             torch.export.save(program, path)
             return
@@ -118,6 +120,8 @@ def write(kind: str, path: Path, model: TaskModel, length: int) -> None:
             verbose=False,
         )
         assert made is not None
+        for node in made.model.graph:
+            node.metadata_props.clear()  # of use to debug the tracer, a third of a small file
         size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
         made.save(path, external_data=size > ONNX_BYTES)
 
@@ -142,7 +146,8 @@ def read(path: Path, images: int, length: int, pad_id: int) -> Exported:
 
 def _torch(path: Path) -> Call:
     program: Call = torch.export.load(path).module()
-    return program
+    # as a plain function: such modules refuse eval()
+    return lambda images, text: program(images, text)
 
 
 def _onnx(path: Path) -> Call:

@@ -22,7 +22,7 @@ _TASKS = {
     "coco": ("image-to-text", "image captioning"),
 }
 _DATA = {"vqa": "VQA v2", "snli_ve": "SNLI-VE", "nlvr2": "NLVR2", "coco": "COCO captions"}
-_ASKED = {
+ASKED = {
     "vqa": '--image FILE --text "..."',
     "snli_ve": '--image FILE --text "..."',
     "nlvr2": '--image LEFT --image RIGHT --text "..."',
@@ -89,7 +89,7 @@ def write(
         ]
     else:
         evaluate = f"python -m optima_fast.evaluate .{moved}"
-        ask = f"python -m optima_fast.predict . {_ASKED[summary['task']]}"
+        ask = f"python -m optima_fast.predict . {ASKED[summary['task']]}"
         parts += ["In this folder, to ask it, to measure it again, to make it again:"]
         parts += [_block("sh", f"{ask}\n{evaluate}\n{command}\n")]
     return "\n\n".join(parts) + "\n"
