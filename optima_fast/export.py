@@ -248,12 +248,15 @@ def _compare(model: TaskModel, again: nn.Module, length: int) -> str:
 
 
 def portable(config: TrainConfig) -> TrainConfig:
-    """Settings without where things lie on this machine."""
+    """Settings without where things lie on this machine, and what they run on."""
     names = ("data", "teacher", "student", "student_init", "tokenizer", "extra_images")
     given = {name: getattr(config, name) for name in names}
-    short = {k: Path(v).name for k, v in given.items() if v and Path(v).expanduser().is_absolute()}
-    hidden: dict[str, Any] = {**short, "out": None, "cache": None, "resume": "auto"}
-    return dataclasses.replace(config, **hidden)
+    usual: dict[str, Any] = {
+        k: Path(v).name for k, v in given.items() if v and Path(v).expanduser().is_absolute()
+    }
+    usual |= {"out": None, "cache": None, "resume": "auto"}
+    usual |= {"device": "auto", "threads": 0, "workers": "auto"}
+    return dataclasses.replace(config, **usual)
 
 
 def _card(run: Run, kind: str, name: str, checked: str, licence: str, partial: Path) -> None:

@@ -55,11 +55,17 @@ def _main(argv: Sequence[str] | None) -> int:
     if arguments.list is not None and arguments.text:
         parser.error("--text goes with --image: the texts of --list are in its lines")
 
+    from optima_fast.models.pretrained import CONFIG_FILE
     from optima_fast.training import experiment
     from optima_fast.training.asking import Student
     from optima_fast.training.run import Run
 
     run = Run(arguments.model)
+    if not run.exists() and (run.folder / CONFIG_FILE).is_file():
+        raise UserError(
+            f"{run.folder} is a model of open_clip, without a task's head: give the run folder, "
+            "or one that was exported --to safetensors, torch-export or onnx"
+        )
     config = dataclasses.replace(run.config(), device=arguments.device)
     listed = {} if arguments.list is None else _lines(arguments.list)
     student = Student(run, experiment.prepare(config))

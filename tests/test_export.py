@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -210,7 +211,10 @@ def test_photographs_in_the_form_of_open_clip_as_a_program(
     edit(run.model_path, lambda model: model.update(pixels=pixels))
     assert export.main([str(run.folder), "--to=torch-export"]) == 0
     assert "the same 7 answers" in capsys.readouterr().out
-    assert "with mean (0.1, 0.2, 0.3) and std (0.4" in (tmp_path / "run-torch-export/README.md").read_text()
+    assert (
+        "with mean (0.1, 0.2, 0.3) and std (0.4"
+        in (tmp_path / "run-torch-export/README.md").read_text()
+    )
     assert export.main([str(run.folder), "--to=open_clip"]) == 0
     card = (tmp_path / "run-open_clip/README.md").read_text()
     assert "library_name: open_clip" in card
@@ -273,8 +277,9 @@ def test_the_card_says_what_the_run_did_and_its_command_does_it_again(
 
 def test_folders_of_this_machine_are_not_told() -> None:
     config = TrainConfig(task="vqa", data="/home/me/vqav2", teacher="hf-hub:org/name", out="/x")
-    public = export.portable(config)
+    public = export.portable(dataclasses.replace(config, device="cuda:7", threads=3))
     assert (public.data, public.teacher, public.out) == ("vqav2", "hf-hub:org/name", None)
+    assert (public.device, public.threads) == ("auto", 0)
     assert export.portable(TrainConfig(data="data/vqav2")).data == "data/vqav2"
 
 

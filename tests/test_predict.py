@@ -187,3 +187,6 @@ def test_a_mistake_is_one_line_before_any_answer(runs, tmp_path, capsys, monkeyp
         assert (done.out, done.err[:7], done.err.count("\n")) == ("", "error: ", 1)
     assert predict.main(["gone", *image, "--text=x"]) == 2
     assert "gone holds no run" in capsys.readouterr().err
+    Path("open_clip_config.json").write_text("{}")
+    assert predict.main([".", *image, "--text=x"]) == 2
+    assert "is a model of open_clip, without a task's head" in capsys.readouterr().err
