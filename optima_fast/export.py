@@ -255,7 +255,7 @@ def portable(config: TrainConfig) -> TrainConfig:
         k: Path(v).name for k, v in given.items() if v and Path(v).expanduser().is_absolute()
     }
     usual |= {"out": None, "cache": None, "resume": "auto"}
-    usual |= {"device": "auto", "threads": 0, "workers": "auto"}
+    usual |= {"device": "auto", "workers": "auto"}
     return dataclasses.replace(config, **usual)
 
 
