@@ -70,6 +70,8 @@ def _main(argv: Sequence[str] | None) -> int:
     )
     parser.add_argument("--private", action="store_true", help="a new repository is private")
     arguments = parser.parse_args(argv)
+    if arguments.private and not arguments.push_to_hub:
+        parser.error("--private goes with --push-to-hub ORG/NAME")
     kind = arguments.to
     if kind not in FORMATS:
         hint = f"choose from {', '.join(FORMATS)}; --out FOLDER says where"

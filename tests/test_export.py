@@ -368,6 +368,7 @@ def test_what_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert error.count("\n") == 1
         assert sorted(tmp_path.rglob("*")) == before
     for flags, message in (
+        (["--to=onnx", "--private"], "--private goes with --push-to-hub"),
         (["--to=onx"], "unknown format --to 'onx'; did you mean 'onnx'?"),
         ([f"--to={tmp_path}"], "--out FOLDER says where"),
         (["--to=safetensors", f"--out={tmp_path}/out"], "is not finished: there is no summary"),

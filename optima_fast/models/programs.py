@@ -157,7 +157,9 @@ def _torch(path: Path) -> Call:
 def _onnx(path: Path) -> Call:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def call(images: Tensor, text: Tensor) -> Tensor:
         given = {"images": images.numpy(), "text": text.numpy()}

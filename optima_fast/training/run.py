@@ -270,13 +270,12 @@ class Run:
         Raises:
             UserError: its files are missing or damaged.
         """
-        for name in programs.FILES.values():
-            path = self.folder / name
-            if path.is_file():
-                images = 2 if self._described("head") == "pair" else 1
-                length, pad_id = self._described("text_length"), self.model_config().pad_id
-                return programs.read(path, images, length, pad_id)
-        return self.load_weights()
+        program = self._program()
+        if program is None:
+            return self.load_weights()
+        images = 2 if self._described("head") == "pair" else 1
+        length, pad_id = self._described("text_length"), self.model_config().pad_id
+        return programs.read(program, images, length, pad_id)
 
     def load_weights(self) -> TaskModel:
         """The run's student, from its weights alone.
@@ -298,7 +297,18 @@ class Run:
             model = self._build()
         checkpoints.check_weights(self.weights_path, model)
 
+    def _program(self) -> Path | None:
+        """The program that the student was exported as, if this is such a folder."""
+        paths = (self.folder / name for name in programs.FILES.values())
+        return next((path for path in paths if path.is_file()), None)
+
     def _build(self) -> TaskModel:
+        program = self._program()
+        if program is not None:
+            raise UserError(
+                f"{self.folder} holds {program.name}, a program that can only be asked: give the "
+                "run that it was exported from, or export that --to safetensors"
+            )
         head, classes = self._described("head"), self._described("num_classes")
         return build(self.model_config(), head, classes)
 
