@@ -1,11 +1,11 @@
-"""``optima-fast demo|train|evaluate|report|export|doctor``."""
+"""``optima-fast demo|train|evaluate|predict|report|export|doctor``."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 
-COMMANDS = ("demo", "train", "evaluate", "report", "export", "doctor")
+COMMANDS = ("demo", "train", "evaluate", "predict", "report", "export", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,6 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from optima_fast.train import main as run
     elif command == "evaluate":
         from optima_fast.evaluate import main as run
+    elif command == "predict":
+        from optima_fast.predict import main as run
     elif command == "report":
         from optima_fast.report import main as run
     elif command == "export":

@@ -12,8 +12,9 @@ from typing import NoReturn
 
 from optima_fast.errors import UserError
 
-# what is in the extra [data]; all else that may be missing is in [train]
+# what is in the extras [data] and [export]; all else that may be missing is in [train]
 OF_DATA = ("ftfy", "huggingface_hub", "kornia", "sentencepiece", "tokenizers", "webdataset")
+OF_EXPORT = ("onnx", "onnxruntime", "onnxscript")
 
 
 class Parser(argparse.ArgumentParser):
@@ -61,6 +62,7 @@ def guarded(body: Callable[[], int]) -> int:
         package = (error.name or "").partition(".")[0]
         if package in ("optima_fast", "torch"):
             raise
-        extra = "data" if package in OF_DATA else "train"
+        extras = {"data": OF_DATA, "export": OF_EXPORT}
+        extra = next((name for name, held in extras.items() if package in held), "train")
         print(f"error: {error}: pip install 'optima-fast[{extra}]'", file=sys.stderr)
         return 2

@@ -56,6 +56,15 @@ def trainer(tmp_path: Path, **settings: Any) -> Trainer:
     return Trainer(config, data, student, teacher, run, QUIET)
 
 
+def finetuned(folder: Path, task: str, data: str | Path = "digits", **settings: Any) -> Run:
+    """A finished run of a few steps without a teacher, on the digits or a folder of ``task``."""
+    given: dict[str, Any] = {"task": task, "data": str(data), "method": "finetune", "steps": 4}
+    if data != "digits":
+        given |= {"train_images": None, "tokenizer": "words", "image_size": 36, "workers": "0"}
+        given |= {"student": "digits_student", "lr": 3e-3}
+    return experiment.run(small(folder, **{**given, "init_rounds": None, **settings}), QUIET)[0]
+
+
 def rounds(t: Trainer) -> list[dict[str, Any]]:
     """The lines of rounds that were rewarded."""
     return [line for line in t.run.metrics() if "reward" in line]

@@ -124,6 +124,11 @@ def _raise(error: BaseException) -> int:
             2,
             "error: No module named 'kornia': pip install 'optima-fast[data]'",
         ),
+        (
+            lambda: _raise(ModuleNotFoundError("No module named 'onnx'", name="onnx")),
+            2,
+            "error: No module named 'onnx': pip install 'optima-fast[export]'",
+        ),
         (lambda: 1, 1, ""),
     ],
 )
@@ -151,11 +156,12 @@ def test_a_module_of_our_own_that_is_missing_is_a_bug():
         ("report", ["/no/run"], "error: /no/run holds no run"),
         ("evaluate", [], "error: the following arguments are required: RUN"),
         ("report", [], "error: the following arguments are required: RUN"),
+        ("predict", [], "error: the following arguments are required: MODEL"),
         ("export", ["run"], "error: the following arguments are required: --to"),
         ("doctor", ["--task", "vqa"], "error: --task and --data go together"),
         ("doctor", ["--images", "all"], "error: --images is for a data set"),
         ("cli", ["train", "--setps", "3"], "error: unknown flag '--setps'"),
-        ("cli", ["trian"], "usage: optima-fast {demo,train,evaluate,report,export,doctor}"),
+        ("cli", ["trian"], "usage: optima-fast {demo,train,evaluate,predict,report,export,doctor}"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_two(
@@ -184,7 +190,7 @@ def test_each_command_is_its_module(command, capsys):
 
 def test_help_lists_every_setting(capsys):
     assert cli.main(["--help"]) == 0
-    assert "{demo,train,evaluate,report,export,doctor}" in capsys.readouterr().out
+    assert "{demo,train,evaluate,predict,report,export,doctor}" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stopped:
         train.main(["--help"])
     assert stopped.value.code == 0

@@ -283,8 +283,12 @@ def test_what_is_missing_is_told_by_the_extra_that_has_it():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
         "optional-dependencies"
     ]
-    names = {re.split(r"[\[>=]", text)[0].replace("-", "_") for text in extras["data"]}
-    assert names == {"optima_fast", *entry.OF_DATA}
+    names = {
+        extra: {re.split(r"[\[>=]", text)[0].replace("-", "_") for text in extras[extra]}
+        for extra in ("data", "export")
+    }
+    assert names["data"] == {"optima_fast", *entry.OF_DATA}
+    assert names["export"] == {"optima_fast", "huggingface_hub", *entry.OF_EXPORT}
 
 
 def test_an_unknown_public_name_is_an_attribute_error():

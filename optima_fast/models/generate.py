@@ -7,12 +7,13 @@ import math
 import torch
 from torch import Tensor
 
+from optima_fast.models.programs import Exported
 from optima_fast.models.task_model import TaskModel
 
 
 @torch.no_grad()
 def greedy(
-    model: TaskModel,
+    model: TaskModel | Exported,
     images: Tensor,
     *,
     bos_id: int,
@@ -21,11 +22,10 @@ def greedy(
 ) -> Tensor:
     """Greedy decoding.
 
-    Each token is the most likely one given those before it, the padding id excluded. The images
-    are encoded once; keys and values of all tokens so far are kept.
+    Each token is the most likely one given those before it, the padding id excluded.
 
     Args:
-        model: Anything with a CoCa; its softmax is used, not its head.
+        model: Of captions; of any other task model the CoCa's softmax is used, not the head.
         images: ``[I, C, H, W]``.
         bos_id: The first token.
         eos_id: The token that ends a caption.
@@ -35,21 +35,17 @@ def greedy(
         ``[I, n]`` int64, n at most ``max_length``: ``bos_id``, the caption, ``eos_id`` if it came
         in time, then padding.
     """
-    coca = model.coca
-    longest = coca.config.text_length + 1
-    if not 1 <= max_length <= longest:
+    if not 1 <= max_length <= model.longest:
         raise ValueError(
-            f"max_length must be from 1 to text_length + 1 = {longest}, got {max_length}"
+            f"max_length must be from 1 to text_length + 1 = {model.longest}, got {max_length}"
         )
-    pad_id = coca.config.pad_id
-    tokens = coca.encode_images(images)
+    follow = model.follow(images)
     text = torch.full((images.shape[0], 1), bos_id, device=images.device)
     ended = torch.zeros(images.shape[0], 1, dtype=torch.bool, device=images.device)
-    past = coca.new_past()
     while text.shape[1] < max_length and not bool(ended.all()):
-        logits = coca.token_logits(coca.extend(tokens, text[:, -1:], past))
-        logits[..., pad_id] = -math.inf
-        following = logits.argmax(-1).masked_fill(ended, pad_id)
+        logits = follow(text)
+        logits[:, model.pad_id] = -math.inf
+        following = logits.argmax(-1, keepdim=True).masked_fill(ended, model.pad_id)
         ended = ended | (following == eos_id)
         text = torch.cat([text, following], dim=1)
     return text

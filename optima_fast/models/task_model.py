@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -55,6 +55,7 @@ class TaskModel(nn.Module):
         self.layer_counts = coca.layer_counts
         self.widths = coca.widths
         self.attention_cap = coca.config.attention_cap
+        self.pad_id, self.longest = coca.config.pad_id, coca.config.text_length + 1
 
     def forward(
         self, batch: Mapping[str, Tensor], *, taps: TapRequest | None = None, lse: bool = False
@@ -71,6 +72,18 @@ class TaskModel(nn.Module):
         run = MODULES if "multimodal" in taps else tuple(taps)
         out = self._run(batch, taps, lse, run)
         return TaskOutput(None, out.taps, out.masks)
+
+    def follow(self, images: Tensor) -> Callable[[Tensor], Tensor]:
+        """What scores the next token of captions that are written one token after the other.
+
+        The images are encoded once; keys and values of all tokens so far are kept.
+
+        Returns:
+            A function of all ids so far, ``[I, n]``, one more in each call, to ``[I, vocab_size]``.
+        """
+        coca = self.coca
+        tokens, past = coca.encode_images(images), coca.new_past()
+        return lambda text: coca.token_logits(coca.extend(tokens, text[:, -1:], past))[:, 0]
 
     def _run(
         self,

@@ -29,6 +29,7 @@ TONES = 4  # 2/5, 3/5, 4/5 and 5/5 of full brightness
 EMPTY = 10  # label of a cell without a digit that can be seen: nothing there, or covered
 CELL_CLASSES = 11
 PATCH_LEVEL = 128
+MEAN, STD = 0.125, 0.25  # what pixels are normalised with: black is -1/2, white 3 1/2
 SHARES = {"train": 0.60, "validation": 0.15, "test": 0.25}
 
 Rng = np.random.Generator
@@ -135,7 +136,7 @@ class Canvases:
 
     def images(self) -> ArrayImages:
         """The canvases as float32 images `[n, 1, 24, 24]`, black -1/2 and white 3 1/2."""
-        return ArrayImages(torch.from_numpy(self.image)[:, None], mean=0.125, std=0.25)
+        return ArrayImages(torch.from_numpy(self.image)[:, None], mean=MEAN, std=STD)
 
     def cells(self) -> Tensor:
         """Label of each cell, int64 `[n, 4]`: its digit, `EMPTY` for empty and for covered ones."""

@@ -356,7 +356,8 @@ def evaluate(
         task = load_data(config)
     else:
         task = _load_folder(config, run.reading(), further=() if split in SPLITS else (split,))
-    model = run.load_model(task).to(where)
+    run.check_fits(task)
+    model = run.load_student().to(where)
     part = task.split(split)
     said = task.predict(model, part, device=where)
     if file is not None:

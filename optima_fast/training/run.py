@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from optima_fast.errors import UserError
-from optima_fast.models import CoCa, CoCaConfig
+from optima_fast.models import CoCa, CoCaConfig, programs
+from optima_fast.models.programs import Exported
 from optima_fast.models.task_model import TaskModel, build
 from optima_fast.tasks import TaskData, tokenizers
 from optima_fast.tasks.images import FolderImages
@@ -130,6 +131,11 @@ class Run:
     def remember(self, data: TaskData) -> None:
         """Write what tells the data from any other."""
         checkpoints.write_json(self.data_path, _parts(data))
+
+    def data(self) -> dict[str, dict[str, Any]]:
+        """The number of examples and a hash of each split, by name; {} where it is not known."""
+        value: dict[str, dict[str, Any]] = {}
+        return checkpoints.read_json(self.data_path) if self.data_path.is_file() else value
 
     def check_data(self, data: TaskData) -> None:
         """Raise if there is a checkpoint to go on from that was trained on other data.
@@ -246,11 +252,40 @@ class Run:
         known: dict[str, Any] = self._described("pixels")
         return {name: tuple(v) if isinstance(v, list) else v for name, v in known.items()}
 
+    def task(self) -> str:
+        """What the run's student was trained to do."""
+        return str(self._described("task"))
+
+    def classes(self) -> tuple[str, ...]:
+        """The classes or answers of its logits, in order; () for captions."""
+        return tuple(self._described("classes"))
+
     def load_coca(self) -> CoCa:
         """The run's student without its head."""
+        return self.load_weights().coca
+
+    def load_student(self) -> TaskModel | Exported:
+        """The run's student to be asked, from its weights or the program that it was exported as.
+
+        Raises:
+            UserError: its files are missing or damaged.
+        """
+        program = self._program()
+        if program is None:
+            return self.load_weights()
+        images = 2 if self._described("head") == "pair" else 1
+        length, pad_id = self._described("text_length"), self.model_config().pad_id
+        return programs.read(program, images, length, pad_id)
+
+    def load_weights(self) -> TaskModel:
+        """The run's student, from its weights alone.
+
+        Raises:
+            UserError: they are missing or damaged.
+        """
         model = self._build()
         checkpoints.load_weights(self.weights_path, model)
-        return model.coca
+        return model
 
     def check_weights(self) -> None:
         """Raise unless the weights are there, whole, and those of the model that is described.
@@ -262,7 +297,18 @@ class Run:
             model = self._build()
         checkpoints.check_weights(self.weights_path, model)
 
+    def _program(self) -> Path | None:
+        """The program that the student was exported as, if this is such a folder."""
+        paths = (self.folder / name for name in programs.FILES.values())
+        return next((path for path in paths if path.is_file()), None)
+
     def _build(self) -> TaskModel:
+        program = self._program()
+        if program is not None:
+            raise UserError(
+                f"{self.folder} holds {program.name}, a program that can only be asked: give the "
+                "run that it was exported from, or export that --to safetensors"
+            )
         head, classes = self._described("head"), self._described("num_classes")
         return build(self.model_config(), head, classes)
 
@@ -284,9 +330,7 @@ class Run:
             UserError: as :meth:`check_fits`, or its weights are missing or damaged.
         """
         self.check_fits(data)
-        model = build(self.model_config(), data.head, data.num_classes)
-        checkpoints.load_weights(self.weights_path, model)
-        return model
+        return self.load_weights()
 
     def check_fits(self, data: TaskData) -> None:
         """Raise unless the run's student was trained for this task, tokenizer and images.
@@ -294,14 +338,14 @@ class Run:
         Raises:
             UserError: it was not, or the file that describes it is missing or damaged.
         """
-        task, head, classes = map(self._described, ("task", "head", "num_classes"))
+        task, head, classes = self.task(), self._described("head"), self._described("num_classes")
         coca, tokenizer = self.model_config(), self.tokenizer()
         if (task, head) != (data.task, data.head):
             raise UserError(
                 f"{self.folder} holds a model for {task} ({head} head), not for {data.task} "
                 f"({data.head} head): take a run of {data.task}"
             )
-        if tuple(self._described("classes")) != data.classes:
+        if self.classes() != data.classes:
             raise UserError(
                 f"{self.folder} was trained on other classes or answers ({classes}) than those of "
                 f"the data ({data.num_classes}): use the same --data and --data-seed"

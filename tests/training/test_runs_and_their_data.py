@@ -184,3 +184,11 @@ def test_unreadable_images_are_counted_in_whole_numbers_where_they_are_skipped(c
     config.write_text(config.read_text().replace("image_errors: fail", "image_errors: skip"))
     assert evaluate.main(command) == 0
     assert " left_out 2 " in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
+def test_a_program_teaches_nobody(done, tmp_path):
+    shutil.copytree(done / "run", tmp_path / "program")
+    (tmp_path / "program" / "student.safetensors").rename(tmp_path / "program" / "student.onnx")
+    for read in (Run(tmp_path / "program").check_weights, Run(tmp_path / "program").load_coca):
+        with pytest.raises(UserError, match="student.onnx, a program that can only be asked: give"):
+            read()
