@@ -163,6 +163,7 @@ def test_an_exported_student_has_the_metrics_of_its_run(
     same_answers(digits_run.folder, folder, tmp_path, ["--text=what is the largest digit"], capsys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["nlvr2", "coco"])
 def test_pairs_and_captions_as_programs(
     task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
