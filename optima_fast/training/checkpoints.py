@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from optima_fast.errors import UserError
 
+DIGEST = "sha256"  # in the metadata of a file of weights
 KEEP = 2  # checkpoints of a run; the one before the newest survives a damaged newest
 
 
@@ -76,9 +77,12 @@ def save_weights(path: Path, model: nn.Module) -> None:
 
 
 def save_state(path: Path, state: Mapping[str, Tensor]) -> None:
-    """A state dict as safetensors, in the flavour that other readers take for PyTorch's."""
+    """A state dict as safetensors, in the flavour that other readers take for PyTorch's.
+
+    Its metadata hold a digest, since a bit that turned over in a weight is a weight too.
+    """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    data = safetensors.torch.save(plain, {"format": "pt"})
+    data = safetensors.torch.save(plain, {"format": "pt", DIGEST: _sha256(plain)})
     write_atomically(path, lambda file: file.write(data))
 
 
@@ -88,8 +92,14 @@ def load_weights(path: Path, model: nn.Module) -> None:
     Raises:
         UserError: no such file, a damaged one, or weights of another model.
     """
-    with _reading(path):
-        state = safetensors.torch.load_file(path)
+    with _reading(path), safetensors.safe_open(path, framework="pt") as file:
+        recorded = (file.metadata() or {}).get(DIGEST)
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if recorded is not None and recorded != _sha256(state):
+        raise UserError(
+            f"{path} is damaged: its weights are not those that were written; take a copy of it, "
+            "or train again"
+        )
     _check_shapes(path, model, {name: value.shape for name, value in state.items()})
     model.load_state_dict(state)
 
@@ -107,10 +117,16 @@ def check_weights(path: Path, model: nn.Module) -> None:
 
 def digest(model: nn.Module) -> str:
     """SHA-256 of the model's parameters and buffers."""
+    return _sha256(model.state_dict(), ordered=False)
+
+
+def _sha256(state: Mapping[str, Tensor], *, ordered: bool = True) -> str:
+    """Of names and values; ``ordered``: by name, as files do not keep an order."""
     total = hashlib.sha256()
-    for name, value in model.state_dict().items():
+    for name in sorted(state) if ordered else state:
+        values: Any = state[name].detach().cpu().reshape(-1).view(torch.uint8).numpy()
         total.update(name.encode())
-        total.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        total.update(values)
     return total.hexdigest()
 
 

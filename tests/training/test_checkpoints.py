@@ -7,6 +7,7 @@ import resource
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -109,6 +110,26 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path, capsys):
     with pytest.raises(UserError, match="damaged"):
         checkpoints.load_checkpoint(tmp_path / "step-00000001.pt")
     assert "executed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", [-1, -17, -25])
+def test_a_bit_that_turned_over_is_seen(tmp_path, place):
+    path, model = tmp_path / "w.safetensors", nn.Linear(3, 2)
+    checkpoints.save_weights(path, model)
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+    before = model.weight.clone()
+    with pytest.raises(UserError, match="is damaged: its weights are not those that were written"):
+        checkpoints.load_weights(path, model)
+    assert torch.equal(model.weight, before)
+
+
+def test_weights_of_another_writer_have_no_digest(tmp_path):
+    one, two = nn.Linear(3, 2), nn.Linear(3, 2)
+    safetensors.torch.save_file(one.state_dict(), tmp_path / "w.safetensors")
+    checkpoints.load_weights(tmp_path / "w.safetensors", two)
+    assert torch.equal(one.weight, two.weight)
 
 
 def test_weights_round_trip_and_are_strict(tmp_path):
