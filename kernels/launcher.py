@@ -4,7 +4,7 @@
 ``name[grid](*args, **options)``. A C++ extension writes the arguments down in one pass, with a key
 of all that Triton compiles a variant for: dtypes, multiples of 16, ones, constants, options. What
 the key has been seen for is enqueued by one call of the driver. Anything else is looked up among
-what was compiled ahead of time (aot.py), or compiled by Triton now.
+what was compiled ahead of time (ahead.py), or compiled by Triton now.
 
 ``OPTIMA_FAST_LAUNCHER``: ``auto`` (default) goes this way on a CUDA device where the extension was
 built; ``triton`` leaves launching to Triton, for its profiler's sake; ``direct`` is an error where
@@ -58,12 +58,10 @@ class Binary:
         return [self.entry, self.threads, self.shared, self.scratch]
 
     @classmethod
-    def of(cls, compiled: Any) -> Binary:
-        """What Triton's CompiledKernel holds.
+    def of(cls, compiled: Any) -> Binary | None:
+        """What Triton's CompiledKernel holds; None if a plain launch does not give what it needs.
 
-        Raises:
-            NotImplementedError: it needs clusters, a cooperative grid or other things that a plain
-                launch does not give.
+        That may be clusters, a cooperative grid, a profiler's memory.
         """
         found = compiled.metadata
         for name, plain in (
@@ -73,7 +71,7 @@ class Binary:
             ("profile_scratch_size", 0),
         ):
             if getattr(found, name, plain) != plain:
-                raise NotImplementedError(f"{found.name} has {name}={getattr(found, name)}")
+                return None
         scratch = getattr(found, "global_scratch_size", 0)
         return cls(
             compiled.asm["cubin"], found.name, 32 * found.num_warps, found.shared, int(scratch or 0)
@@ -124,6 +122,12 @@ def chosen() -> Any:
     return _chosen
 
 
+def leave_to_triton(why: str) -> None:
+    """Launch nothing from now on but through Triton."""
+    global _chosen
+    _chosen = why
+
+
 def who() -> str:
     """Who launches kernels, and why."""
     found = chosen()
@@ -155,6 +159,7 @@ class Kernel:
         self.jit = jit
         self.__name__ = jit.__name__
         self._launcher: Any = None
+        self._plain = True  # whether a plain launch is enough
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return lambda *args, **named: self.launch(grid, args, named)
@@ -162,32 +167,44 @@ class Kernel:
     def launch(self, grid: tuple[int, ...], args: Sequence[Any], named: dict[str, Any]) -> None:
         """Enqueue it on the current stream of the current device."""
         module = chosen()
-        if isinstance(module, str):
+        if isinstance(module, str) or not self._plain:
             self.jit[grid](*args, **named)
             return
         if self._launcher is None:
             self._launcher = module.Launcher(self.__name__, parameters(self.jit))
         key = self._launcher(grid, args, named)
-        if key is not None:
-            self.load(key, grid, args, named)
+        if key is None:
+            return
+        self._plain = self.load(key, grid, args, named)
+        if self._plain:
             self._launcher(grid, args, named)
+        else:
+            self.jit[grid](*args, **named)
 
     def load(
         self, key: bytes, grid: tuple[int, ...], args: Sequence[Any], named: dict[str, Any]
-    ) -> None:
-        """Find a variant that was compiled ahead, or compile it, and load it on the device."""
+    ) -> bool:
+        """Find a variant that was compiled ahead, or compile it, and load it on the device.
+
+        Returns:
+            False where Triton compiled what only it can launch: nothing was loaded.
+        """
         ready = archive(architecture())
         found = ready.find(self.__name__, key)
         if found is not None:
             try:
                 self._launcher.add(key, found[0], *found[1])
                 SERVED["ahead"] += 1
-                return
+                return True
             except RuntimeError as error:  # a driver older than the compiler, say
                 ready.refuse(f"{ready.path} does not load: {error}")
-        binary = Binary.of(self.jit.run(*args, grid=grid, warmup=True, **named))
+        compiled = self.jit.run(*args, grid=grid, warmup=True, **named)
+        binary = Binary.of(compiled)
+        if binary is None:
+            return False
         self._launcher.add(key, binary.code, *binary.plain())
         SERVED["compiled"] += 1
+        return True
 
 
 def parameters(jit: JITFunction[Any]) -> list[tuple[str, bool, bool, bool, Any]]:

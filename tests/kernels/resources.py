@@ -25,10 +25,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
+from optima_fast.kernels.ahead import pretend
 from optima_fast.kernels.cases import CASES, Case
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,22 +134,6 @@ class Compiled(NamedTuple):
     wide_copies: int  # of 16 bytes, or by TMA
     entries: list[str]  # of the launch tables
     failures: list[str]
-
-
-def pretend(arch: int) -> None:
-    """Tell Triton and the launchers that the device is one of this architecture."""
-    from optima_fast.kernels import launch
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.driver import driver
-
-    driver.set_active(
-        SimpleNamespace(
-            get_current_target=lambda: GPUTarget("cuda", arch, 32),
-            get_current_device=lambda: arch,  # kernels are cached by device
-            get_current_stream=lambda device: 0,
-        )
-    )
-    launch.capability = lambda x: divmod(arch, 10)
 
 
 def launched(

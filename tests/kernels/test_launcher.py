@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -197,6 +198,42 @@ def test_a_stale_or_missing_extension_is_not_taken(monkeypatch):
     stale.ABI = 0
     monkeypatch.setattr(optima_fast, "_launch", stale, raising=False)
     assert launcher.extension().endswith("is of another version (0, not 1)")
+
+
+@pytest.mark.parametrize(
+    "needs", [{"num_ctas": 2}, {"launch_cooperative_grid": True}, {"profile_scratch_size": 64}, {}]
+)
+def test_what_a_plain_launch_does_not_give_is_left_to_triton(monkeypatch, needs):
+    calls = []
+
+    class Jit:
+        __name__, params = "kernel", ()
+
+        def __getitem__(self, grid):
+            return lambda *args, **named: calls.append("triton")
+
+        def run(self, *args, grid, warmup, **named):
+            metadata = {"name": "kernel", "num_warps": 4, "shared": 0, "num_ctas": 1, **needs}
+            return SimpleNamespace(metadata=SimpleNamespace(**metadata), asm={"cubin": b"code"})
+
+    class Launcher:
+        def __init__(self, name, parameters):
+            self.loaded = False
+
+        def __call__(self, grid, args, named):
+            calls.append("direct")
+            return None if self.loaded else b"key"
+
+        def add(self, key, code, entry, threads, shared, scratch):
+            self.loaded = (key, code, entry, threads) == (b"key", b"code", "kernel", 128)
+
+    monkeypatch.setattr(launcher, "_chosen", SimpleNamespace(Launcher=Launcher))
+    monkeypatch.setattr(launcher, "architecture", lambda: 1)
+    kernel = launcher.Kernel(Jit())
+    kernel[(1,)]()
+    kernel[(1,)]()
+    expected = ["direct", "triton", "triton"] if needs else ["direct", "direct", "direct"]
+    assert calls == expected
 
 
 @pytest.mark.gpu
