@@ -4,7 +4,8 @@
 It needs no GPU: the host's side of every case in cases.py runs on a CPU for each architecture,
 dtype and number of layers, and what it would launch is compiled. Ninja runs these parts side by
 side, and only those whose sources changed. An architecture's binaries are one archive in
-``kernels/cubins``. One that other sources made does not count.
+``kernels/cubins``, or in the user's cache, where ``python -m optima_fast.doctor --warm`` puts it.
+One that other sources made does not count.
 
 A kernel that is asked for with other dtypes, widths of a head or strides than the cases have is
 compiled by Triton when it is first called, as all are without an archive.
@@ -78,9 +79,7 @@ class Archive:
             with zipfile.ZipFile(path) as file:
                 content = json.loads(file.read(INDEX))
         except FileNotFoundError:
-            self.problem = (
-                f"none compiled ahead (OPTIMA_FAST_CUDA={path.stem[3:]} does, see setup.py)"
-            )
+            self.problem = "none compiled ahead, which python -m optima_fast.doctor --warm does"
             return
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             self.problem = f"{path} cannot be read: {error}"
@@ -114,17 +113,30 @@ class Archive:
         return self._members[member][start : start + size], rest
 
 
+def cached() -> Path:
+    """The folder of archives that the user made: ``$OPTIMA_FAST_CACHE`` or ~/.cache/optima_fast."""
+    chosen = os.environ.get("OPTIMA_FAST_CACHE")
+    return (Path(chosen) if chosen else Path.home() / ".cache" / "optima_fast") / "cubins"
+
+
 @cache
 def archive(arch: int) -> Archive:
-    """That of an architecture, such as 90."""
-    return Archive(FOLDER / f"sm_{arch}.zip")
+    """That of an architecture, such as 90: the package's, or else the user's."""
+    own, made = (Archive(folder / f"sm_{arch}.zip") for folder in (FOLDER, cached()))
+    return made if own.problem and made.path.exists() else own
+
+
+def devices() -> list[int]:
+    """The architectures of the GPUs that are there."""
+    found = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    return sorted({10 * major + minor for major, minor in found})
 
 
 def archives() -> list[Archive]:
     """All that there are, and one for each device that has none."""
-    devices = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
-    found = {int(path.stem.removeprefix("sm_")) for path in FOLDER.glob("sm_*.zip")}
-    return [archive(arch) for arch in sorted(found | {10 * x + y for x, y in devices})]
+    paths = [path for folder in (FOLDER, cached()) for path in folder.glob("sm_*.zip")]
+    found = {int(path.stem.removeprefix("sm_")) for path in paths}
+    return [archive(arch) for arch in sorted(found.union(devices()))]
 
 
 def pretend(arch: int) -> None:

@@ -7,6 +7,7 @@ there of each split, what is missing, and where to download it.
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from optima_fast.entry import Parser, guarded
+from optima_fast.errors import UserError
 
 PACKAGES = ("torch", "triton", "xformers", "numpy", "scikit-learn", "safetensors", "rich")
 
@@ -36,7 +38,17 @@ def _main(argv: Sequence[str] | None) -> int:
         metavar="N|all",
         help="try to decode N images of each split, or all of them (default 0)",
     )
+    parser.add_argument(
+        "--warm",
+        metavar="SM",
+        type=int,
+        nargs="*",
+        help="compile the Triton kernels now, for the GPUs that are there or for such as 80 90, "
+        "so that no run has to",
+    )
     arguments = parser.parse_args(argv)
+    if arguments.warm is not None:
+        return _warm(arguments.warm)
     if arguments.task is None and arguments.data is None:
         if arguments.images:
             parser.error("--images is for a data set: give --task and --data too")
@@ -44,6 +56,27 @@ def _main(argv: Sequence[str] | None) -> int:
     if arguments.task is None or arguments.data is None:
         parser.error("--task and --data go together")
     return _data(arguments.task, arguments.data, arguments.images)
+
+
+def _warm(archs: Sequence[int]) -> int:
+    from optima_fast.kernels import ahead
+
+    named = list(archs) or ahead.devices()
+    if not named:
+        raise UserError(
+            "--warm compiles for the GPU that is there, and there is none: name one, 90"
+        )
+    for arch in named:
+        if arch < 80:
+            raise UserError(f"--warm takes architectures from 80 on, such as 90, got {arch}")
+    importlib.import_module("ninja")
+    folder = ahead.cached()
+    ahead.build(named, folder / "build", folder)
+    ahead.archive.cache_clear()
+    for arch in named:
+        found = ahead.archive(arch)
+        print(f"kernels for sm_{arch}: {found.summary()}, {found.path}")
+    return 0
 
 
 def _count(text: str) -> int:
@@ -99,8 +132,8 @@ def _kernels() -> None:
         print(f"kernels: none, as Triton does not import ({error})")
         return
     print(f"kernels are launched by {launcher.who()}")
-    for archive in ahead.archives():
-        print(f"kernels for {archive.path.stem}: {archive.summary()}")
+    for found in ahead.archives():
+        print(f"kernels for {found.path.stem}: {found.summary()}")
 
 
 def _recipes() -> None:

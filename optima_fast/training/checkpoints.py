@@ -83,7 +83,14 @@ def save_state(path: Path, state: Mapping[str, Tensor]) -> None:
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     data = safetensors.torch.save(plain, {"format": "pt", DIGEST: _sha256(plain)})
-    write_atomically(path, lambda file: file.write(data))
+    # the library writes metadata in any order; equal weights are to be equal files
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    write_atomically(path, lambda file: file.write(head) and file.write(data[start:]))
 
 
 def load_weights(path: Path, model: nn.Module) -> None:

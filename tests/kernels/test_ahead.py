@@ -14,6 +14,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from optima_fast import doctor
+
 pytest.importorskip("triton", reason="Triton is not installed")
 ahead = pytest.importorskip("optima_fast.kernels.ahead")
 launcher = pytest.importorskip("optima_fast.kernels.launcher")
@@ -155,7 +157,7 @@ def test_binaries_that_the_driver_refuses_are_compiled_now(archive_file, stub, t
 
 def test_an_archive_that_does_not_count_says_why(archive_file, tmp_path, monkeypatch):
     missing = ahead.Archive(tmp_path / "sm_89.zip")
-    assert missing.problem == "none compiled ahead (OPTIMA_FAST_CUDA=89 does, see setup.py)"
+    assert missing.problem == "none compiled ahead, which python -m optima_fast.doctor --warm does"
     assert missing.find("kernel", b"key") is None
     damaged = tmp_path / "sm_90.zip"
     damaged.write_bytes(archive_file.read_bytes()[:1000])
@@ -167,12 +169,61 @@ def test_an_archive_that_does_not_count_says_why(archive_file, tmp_path, monkeyp
     assert "Triton compiles them when they are first called" in stale.summary()
 
 
-def test_the_doctor_lists_archives_and_devices_without_one(archive_file, monkeypatch):
-    monkeypatch.setattr(ahead, "FOLDER", archive_file.parent)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: [(8, 0), (9, 0)][i])
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """The package's archives and the user's, both empty."""
+    package, user = tmp_path / "package", tmp_path / "cache"
+    package.mkdir()
+    monkeypatch.setattr(ahead, "FOLDER", package)
+    monkeypatch.setenv("OPTIMA_FAST_CACHE", str(user))
+    (user / "cubins").mkdir(parents=True)
     ahead.archive.cache_clear()
-    try:
-        assert [x.path.stem for x in ahead.archives()] == ["sm_80", "sm_90"]
-    finally:
+    yield package, user / "cubins"
+    ahead.archive.cache_clear()
+
+
+def test_the_package_s_archive_comes_before_the_user_s(folders, archive_file):
+    package, user = folders
+    assert "none compiled ahead" in ahead.archive(90).problem
+    for folder in (user, package):
+        shutil.copy(archive_file, folder)
         ahead.archive.cache_clear()
+        assert ahead.archive(90).path.parent == folder
+        assert ahead.archive(90).problem == ""
+    (package / "sm_90.zip").write_bytes(b"damaged")
+    ahead.archive.cache_clear()
+    assert ahead.archive(90).path.parent == user
+
+
+def test_the_doctor_lists_archives_and_devices_without_one(folders, archive_file, monkeypatch):
+    shutil.copy(archive_file, folders[1])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: [(8, 0), (9, 0), (8, 0)][i])
+    assert [x.path.stem for x in ahead.archives()] == ["sm_80", "sm_90"]
+
+
+def test_the_doctor_compiles_for_what_is_there(folders, archive_file, monkeypatch, capsys):
+    asked = []
+
+    def build(archs, work, out):
+        asked.append((list(archs), work.parent, out))
+        for arch in archs:
+            shutil.copy(archive_file, out / f"sm_{arch}.zip")
+
+    monkeypatch.setattr(ahead, "build", build)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert doctor.main(["--warm"]) == 2
+    assert "there is none: name one, 90" in capsys.readouterr().err
+    assert doctor.main(["--warm", "90", "75"]) == 2
+    assert "from 80 on, such as 90, got 75" in capsys.readouterr().err
+    assert not asked
+    assert doctor.main(["--warm", "90"]) == 0
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (8, 6))
+    assert doctor.main(["--warm"]) == 0
+    assert asked == [([90], folders[1], folders[1]), ([86], folders[1], folders[1])]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(" variants")[0] for line in lines] == [
+        f"kernels for sm_90: {len(ahead.archive(90).variants)}",
+        f"kernels for sm_86: {len(ahead.archive(90).variants)}",
+    ]

@@ -125,6 +125,13 @@ def test_a_bit_that_turned_over_is_seen(tmp_path, place):
     assert torch.equal(model.weight, before)
 
 
+def test_equal_weights_are_equal_files(tmp_path):
+    model = nn.Linear(3, 2)
+    for i in range(6):  # the library's order of metadata is drawn anew each time
+        checkpoints.save_weights(tmp_path / f"{i}.safetensors", model)
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+
+
 def test_weights_of_another_writer_have_no_digest(tmp_path):
     one, two = nn.Linear(3, 2), nn.Linear(3, 2)
     safetensors.torch.save_file(one.state_dict(), tmp_path / "w.safetensors")
