@@ -16,11 +16,13 @@ import re
 import statistics
 import sys
 import time
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from optima_fast.kernels.ahead import DTYPES
 from optima_fast.kernels.cases import CASES, Case
 
 ARCH = 90
@@ -142,6 +144,7 @@ def main() -> int:
     parser.add_argument("folder", help="of libcuda.so.1, built from stub_driver.c")
     parser.add_argument("--op", action="append", choices=CASES)
     parser.add_argument("--layers", type=int, action="append", help="default: 3")
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="default: bf16")
     parser.add_argument("--cubins", type=Path, help="a folder of archives to take kernels from")
     parser.add_argument("--masked", action="store_true", help="with masks and causality too")
     parser.add_argument("--rounds", type=int, default=0, help="timed calls of either launcher")
@@ -154,8 +157,8 @@ def main() -> int:
     if not args.first:
         launcher.Kernel.launch = lambda self, grid, a, named: both(self, grid, a, named)
     start = time.perf_counter()
-    for layers in args.layers or [3]:
-        case = Case(torch.bfloat16, layers=layers, few=True, widths=(64,))
+    for layers, dtype in product(args.layers or [3], args.dtype or ["bf16"]):
+        case = Case(DTYPES[dtype], layers=layers, few=True, widths=(64,))
         for op in args.op or CASES:
             CASES[op](case)
             if args.masked:

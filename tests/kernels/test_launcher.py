@@ -36,7 +36,10 @@ def run(stub: Path, *arguments: object, **variables: str) -> subprocess.Complete
     "arguments",
     [
         ("--op", "hidden_mse", "--op", "attention_scores"),
-        pytest.param(("--masked", "--layers", "1", "--layers", "12"), marks=pytest.mark.slow),
+        pytest.param(
+            ("--masked", "--layers=1", "--layers=12", "--dtype=bf16", "--dtype=fp32"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_driver_gets_what_triton_s_launcher_gives_it(stub, arguments):
