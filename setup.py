@@ -25,12 +25,25 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 
+def asked_for() -> str:
+    """OPTIMA_FAST_CUDA; "" where nothing is to be compiled ahead."""
+    given = os.environ.get("OPTIMA_FAST_CUDA", "").strip().lower()
+    return "" if given in ("0", "off") else given
+
+
+def without_kernels(why: object) -> None:
+    """Go on without kernels compiled ahead, with a line, unless they are required."""
+    if os.environ.get("OPTIMA_FAST_CUDA_REQUIRE") == "1":
+        raise SystemExit(f"no kernels compiled ahead: {why}")
+    print(f"warning: no kernels compiled ahead: {why}", file=sys.stderr)
+
+
 def extensions() -> list[Extension]:
     mode = os.environ.get("OPTIMA_FAST_EXT") or "auto"
     if mode not in ("auto", "0", "1"):
         raise SystemExit(f"OPTIMA_FAST_EXT must be auto, 0 or 1, got {mode!r}")
     if mode == "0":
-        if os.environ.get("OPTIMA_FAST_CUDA", "0").strip().lower() not in ("", "0", "off"):
+        if asked_for():
             raise SystemExit("OPTIMA_FAST_CUDA needs the extensions, got OPTIMA_FAST_EXT=0")
         return []
     try:
@@ -39,6 +52,8 @@ def extensions() -> list[Extension]:
         if mode == "1":
             raise
         warnings.warn("no pybind11: no extension of optima_fast is built", stacklevel=1)
+        if asked_for():
+            without_kernels("they need the extensions, and pybind11 is not installed")
         return []
     found = [
         Pybind11Extension(
@@ -67,9 +82,7 @@ def extensions() -> list[Extension]:
 
 def architectures() -> list[int]:
     """What OPTIMA_FAST_CUDA names, as 80 or 90."""
-    given = os.environ.get("OPTIMA_FAST_CUDA", "").strip().lower()
-    if given in ("", "0", "off"):
-        return []
+    given = asked_for()
     if given in ("1", "auto"):
         # as torch.utils.cpp_extension reads it: "8.0;9.0a 10.0+PTX"
         given = os.environ.get("TORCH_CUDA_ARCH_LIST", "").lower().replace(".", "")
@@ -102,9 +115,7 @@ class BuildExtensions(build_ext):
             if archs:
                 self.compile_kernels(archs)
         except Exception as error:
-            if os.environ.get("OPTIMA_FAST_CUDA_REQUIRE") == "1":
-                raise SystemExit(f"no kernels compiled ahead: {error}") from error
-            print(f"warning: no kernels compiled ahead: {error}", file=sys.stderr)
+            without_kernels(error)
 
     def compile_kernels(self, archs: list[int]) -> None:
         print("kernels are compiled ahead for", *(f"sm_{arch}" for arch in archs), flush=True)
@@ -115,17 +126,13 @@ class BuildExtensions(build_ext):
                     "optima_fast with pip install --no-build-isolation"
                 )
         root = Path.cwd() if self.inplace else Path(self.build_lib).resolve()
+        if not list((root / "optima_fast").glob("_launch*.so")):
+            raise RuntimeError("they need the extension _launch, which was not built: see above")
         kernels = Path.cwd() / "kernels" if self.inplace else root / "optima_fast" / "kernels"
         paths = [str(root), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "optima_fast.kernels.ahead",
-            "build",
-            *map(str, archs),
-        ]
+        command = [sys.executable, "-P", "-m", "optima_fast.kernels.ahead", "build"]
+        command += [str(arch) for arch in archs]
         command += ["--work", str(Path(self.build_temp).resolve() / "cubins")]
         command += ["--out", str(kernels / "cubins")]
         try:

@@ -183,7 +183,7 @@ def compile_part(arch: int, op: str, dtype: str, layers: int, path: Path) -> Non
     with zipfile.ZipFile(path, "w") as file:
         for name, (_, binary) in found.items():
             file.writestr(name, binary.code)
-        index = {name: [kernel, *binary.plain()] for name, (kernel, binary) in found.items()}
+        index = {name: [kernel, *binary[1:]] for name, (kernel, binary) in found.items()}
         file.writestr(INDEX, json.dumps(index))
 
 

@@ -6,16 +6,16 @@ of all that Triton compiles a variant for: dtypes, multiples of 16, ones, consta
 the key has been seen for is enqueued by one call of the driver. Anything else is looked up among
 what was compiled ahead of time (ahead.py), or compiled by Triton now.
 
-``OPTIMA_FAST_LAUNCHER``: ``auto`` (default) goes this way on a CUDA device where the extension was
-built; ``triton`` leaves launching to Triton, for its profiler's sake; ``direct`` is an error where
-it cannot be gone.
+``OPTIMA_FAST_LAUNCHER``: ``auto`` (default) takes the extension where it was built and there is a
+CUDA device; ``triton`` leaves launching to Triton, whose profiler sees only its own launches;
+``direct`` makes it an error if the extension cannot be taken.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -35,7 +35,7 @@ TYPES = {
 }  # fmt: skip
 
 
-class Binary:
+class Binary(NamedTuple):
     """A compiled variant of a kernel.
 
     Attributes:
@@ -46,16 +46,11 @@ class Binary:
         scratch: bytes of global memory that each program needs.
     """
 
-    def __init__(self, code: bytes, entry: str, threads: int, shared: int, scratch: int) -> None:
-        self.code = code
-        self.entry = entry
-        self.threads = threads
-        self.shared = shared
-        self.scratch = scratch
-
-    def plain(self) -> list[Any]:
-        """All but the code."""
-        return [self.entry, self.threads, self.shared, self.scratch]
+    code: bytes
+    entry: str
+    threads: int
+    shared: int
+    scratch: int
 
     @classmethod
     def of(cls, compiled: Any) -> Binary | None:
@@ -202,7 +197,7 @@ class Kernel:
         binary = Binary.of(compiled)
         if binary is None:
             return False
-        self._launcher.add(key, binary.code, *binary.plain())
+        self._launcher.add(key, *binary)
         SERVED["compiled"] += 1
         return True
 

@@ -7,10 +7,11 @@ there of each split, what is missing, and where to download it.
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Sequence
 
@@ -59,8 +60,16 @@ def _main(argv: Sequence[str] | None) -> int:
 
 
 def _warm(archs: Sequence[int]) -> int:
-    from optima_fast.kernels import ahead
+    for package in ("triton", "ninja"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"--warm needs {package}, which is not installed: pip install {package}"
+            )
+    from optima_fast.kernels import ahead, launcher
 
+    module = launcher.extension()
+    if isinstance(module, str):
+        raise UserError(f"--warm: {module}; install with a C++ compiler and OPTIMA_FAST_EXT=1")
     named = list(archs) or ahead.devices()
     if not named:
         raise UserError(
@@ -69,9 +78,11 @@ def _warm(archs: Sequence[int]) -> int:
     for arch in named:
         if arch < 80:
             raise UserError(f"--warm takes architectures from 80 on, such as 90, got {arch}")
-    importlib.import_module("ninja")
     folder = ahead.cached()
-    ahead.build(named, folder / "build", folder)
+    try:
+        ahead.build(named, folder / "build", folder)
+    except subprocess.CalledProcessError as error:
+        raise UserError(f"--warm: a kernel was not compiled, see above ({error})") from error
     ahead.archive.cache_clear()
     for arch in named:
         found = ahead.archive(arch)
@@ -131,7 +142,10 @@ def _kernels() -> None:
     except ImportError as error:
         print(f"kernels: none, as Triton does not import ({error})")
         return
-    print(f"kernels are launched by {launcher.who()}")
+    try:
+        print(f"kernels are launched by {launcher.who()}")
+    except ValueError as error:
+        raise UserError(str(error)) from error
     for found in ahead.archives():
         print(f"kernels for {found.path.stem}: {found.summary()}")
 

@@ -206,9 +206,25 @@ def test_kernels_are_compiled_ahead_for_what_is_named(cuda_build):
     assert "no kernels compiled ahead" not in done.stderr
 
 
-def test_a_build_without_a_piece_says_which_and_goes_on_unless_told_not_to(cuda_build):
-    settings = {"missing": "ninja", "OPTIMA_FAST_CUDA": "90"}
-    message = "no kernels compiled ahead: OPTIMA_FAST_CUDA needs ninja, which is not installed: "
+@pytest.mark.parametrize(
+    ("missing", "why"),
+    [
+        ({"missing": "ninja"}, "OPTIMA_FAST_CUDA needs ninja, which is not installed: "),
+        (
+            {"missing": "pybind11.setup_helpers"},
+            "they need the extensions, and pybind11 is not installed",
+        ),
+        (
+            {"CC": "/bin/false", "CXX": "/bin/false"},
+            "they need the extension _launch, which was not built: see above",
+        ),
+    ],
+)
+def test_a_build_without_a_piece_says_which_and_goes_on_unless_told_not_to(
+    cuda_build, missing, why
+):
+    settings = {**missing, "OPTIMA_FAST_CUDA": "90"}
+    message = f"no kernels compiled ahead: {why}"
     done, found = cuda_build(**settings)
     assert (done.returncode, found) == (0, [])
     assert done.stderr.count(message) == 1

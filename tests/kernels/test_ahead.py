@@ -202,6 +202,16 @@ def test_the_doctor_lists_archives_and_devices_without_one(folders, archive_file
     assert [x.path.stem for x in ahead.archives()] == ["sm_80", "sm_90"]
 
 
+def test_the_doctor_names_a_launcher_that_is_none(monkeypatch, capsys):
+    monkeypatch.setattr(launcher, "_chosen", None)
+    monkeypatch.setenv(launcher.VARIABLE, "fast")
+    assert doctor.main([]) == 2
+    assert "OPTIMA_FAST_LAUNCHER must be auto, triton or direct" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(
+    isinstance(launcher.extension(), str), reason="the extension _launch is not built"
+)
 def test_the_doctor_compiles_for_what_is_there(folders, archive_file, monkeypatch, capsys):
     asked = []
 
@@ -216,6 +226,19 @@ def test_the_doctor_compiles_for_what_is_there(folders, archive_file, monkeypatc
     assert "there is none: name one, 90" in capsys.readouterr().err
     assert doctor.main(["--warm", "90", "75"]) == 2
     assert "from 80 on, such as 90, got 75" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+        assert doctor.main(["--warm", "90"]) == 2
+        assert "--warm needs triton, which is not installed" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(launcher, "extension", lambda: "no extension")
+        assert doctor.main(["--warm", "90"]) == 2
+        assert "--warm: no extension; install with a C++ compiler" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        failed = subprocess.CalledProcessError(1, "ninja")
+        patch.setattr(ahead, "build", lambda *_: (_ for _ in ()).throw(failed))
+        assert doctor.main(["--warm", "90"]) == 2
+        assert "a kernel was not compiled, see above" in capsys.readouterr().err
     assert not asked
     assert doctor.main(["--warm", "90"]) == 0
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
