@@ -18,13 +18,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None) -> int:
-    from optima_fast.training import dry_run, experiment, overview
+    from optima_fast.training import dry_run, experiment, overview, ranks
     from optima_fast.training.display import Display
     from optima_fast.training.flags import parse
     from optima_fast.training.interrupts import Interrupted
 
     given = parse(argv, prog="python -m optima_fast.train", description=__doc__ or "")
-    display, dry = Display(), given.pop("dry_run", False)
+    display, dry = Display(quiet=ranks.speechless()), given.pop("dry_run", False)
     config = experiment.settings(given)
     if dry:
         dry_run.show(config, display)
@@ -34,7 +34,8 @@ def _main(argv: Sequence[str] | None) -> int:
     except Interrupted as error:
         display.note(f"{error}; the same command goes on from there")
         return 130
-    overview.show(run, summary, display)
+    if not ranks.speechless():
+        overview.show(run, summary, display)
     return 0
 
 

@@ -14,6 +14,7 @@ from optima_fast.distill.maps import Maps
 from optima_fast.distill.matching import LayerPair, given_layers, match_layers, matched
 from optima_fast.distill.measurement import Layers, Measurement
 from optima_fast.distill.protocols import Batch, Distillable, Record
+from optima_fast.distill.shares import Shares
 from optima_fast.distill.tapped import Modules, TappedModel, TappedRecord, paths, summary
 from optima_fast.distill.terms import AttentionTerm, HiddenTerm, variances
 from optima_fast.distill.weights import Weights, by_layer
@@ -295,8 +296,9 @@ class Distiller(nn.Module):
         *,
         predict: Callable[[Any, Batch], Tensor] | None = None,
         divergence: Callable[[Any, Any, Batch], Tensor] | None = None,
+        shares: Shares | None = None,
     ) -> StepLosses:
-        """Eq. 5 on one batch.
+        """Eq. 5 on one batch, or what a part of a batch adds to it.
 
         Args:
             batch: whatever both models take.
@@ -306,6 +308,8 @@ class Distiller(nn.Module):
                 :meth:`from_models` it gets the student's output; default ``output.loss``.
             divergence: ``(student_logits, teacher_logits, batch) -> scalar``; needed when
                 ``kl_weight`` is not 0. With :meth:`from_models` it gets both outputs.
+            shares: of the whole batch, where this is a part of it: every term is multiplied by its
+                own, so that totals, terms and gradients of all parts add up to those of the whole.
 
         Returns:
             The weighted total and each term.
@@ -316,7 +320,7 @@ class Distiller(nn.Module):
             divergence = None
         arm = self.modules_matched if arm is None else arm
         records = self._records(batch, arm, teacher_logits=divergence is not None)
-        return self._losses(batch, arm, records, predict or _own_loss, divergence)
+        return self._losses(batch, arm, records, predict or _own_loss, divergence, shares=shares)
 
     def compare(self, arm: Arm | None = None, *, batch: Batch | None = None) -> LayerLosses:
         """The layers' losses of what both models did last; for a loop that runs them itself.
@@ -451,22 +455,27 @@ class Distiller(nn.Module):
         divergence: Callable[[Tensor, Tensor, Batch], Tensor] | None,
         *,
         whole: bool = False,
+        shares: Shares | None = None,
     ) -> StepLosses:
         """``whole``: also the layers of weight 0."""
         pairs = self.selected(arm)
         student, teacher = records
         assert student.logits is not None
         prediction = predict(student.logits, batch).float()
+        if shares is not None:
+            prediction = shares.prediction * prediction
 
         kl = hidden = attention = None
         total = self.prediction_weight * prediction
         if divergence is not None:
             assert teacher is not None and teacher.logits is not None
             kl = divergence(student.logits, teacher.logits, batch).float()
+            if shares is not None:
+                kl = shares.divergence * kl
             total = total + self.kl_weight * kl
         if pairs:
             assert teacher is not None
-            of_layers = self._layer_losses(pairs, student, teacher, whole=whole)
+            of_layers = self._layer_losses(pairs, student, teacher, whole=whole, shares=shares)
             total = total + of_layers.total
             hidden, attention = of_layers.hidden, of_layers.attention
         return StepLosses(total, prediction, kl, hidden, attention, pairs)
@@ -478,15 +487,16 @@ class Distiller(nn.Module):
         teacher: Record,
         *,
         whole: bool = False,
+        shares: Shares | None = None,
     ) -> LayerLosses:
         layers = matched(pairs, student, teacher)
-        hidden = self.hidden(pairs, layers, whole)
+        hidden = self.hidden(pairs, layers, whole, shares)
         if torch.is_grad_enabled():
             self.hidden.remember(pairs, layers)
         unfit = any(s.refusals or t.refusals for s, t in layers)
         if unfit and not self.attention:
             return LayerLosses(hidden.weighed, hidden.layers, None, pairs)
-        maps = self.attention(pairs, layers, whole)
+        maps = self.attention(pairs, layers, whole, shares)
         return LayerLosses(hidden.weighed + maps.weighed, hidden.layers, maps.layers, pairs)
 
 

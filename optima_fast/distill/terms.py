@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from optima_fast.distill.maps import Maps, swapped
+from optima_fast.distill.maps import RELATIONS, Maps, swapped
 from optima_fast.distill.matching import LayerPair, Matched
 from optima_fast.distill.queue import TokenQueue
+from optima_fast.distill.shares import Extent, Shares, on_device
 from optima_fast.distill.weights import CROSS, ByLayer
 from optima_fast.errors import UserError
 from optima_fast.losses import HIDDEN_LOSSES, QUEUED, UNPROJECTED
@@ -76,14 +77,15 @@ class _LayerTerm:
         def by_owner(values: Tensor) -> Tensor:
             if list(owners) == list(range(count)):
                 return values
-            owner = torch.tensor(owners, device=values.device)
-            return values.new_zeros(count).index_add(0, owner, values)
+            total = values.new_zeros(count)
+            # exact as floats, and copied to the device without waiting for it
+            owner = on_device(owners, total).long()
+            return total.index_add(0, owner, values)
 
         layers = by_owner(losses)
         if isinstance(self.weights, float):
             return Term(layers, self.weights * self.reduced(layers))
-        factors = torch.tensor(weights, dtype=losses.dtype, device=losses.device)
-        return Term(layers, self.reduced(by_owner(losses * factors)))
+        return Term(layers, self.reduced(by_owner(losses * on_device(weights, losses))))
 
 
 class HiddenTerm(_LayerTerm):
@@ -139,8 +141,14 @@ class HiddenTerm(_LayerTerm):
             # a layer that is not compared remembers nothing, and is measured as 0
             self.queues[pair.key] = TokenQueue(negatives if self.weight(pair) else 0, d_t)
 
-    def __call__(self, pairs: Sequence[LayerPair], layers: Sequence[Matched], whole: bool) -> Term:
-        """The term; ``whole``: also of layers of weight 0."""
+    def __call__(
+        self,
+        pairs: Sequence[LayerPair],
+        layers: Sequence[Matched],
+        whole: bool,
+        shares: Shares | None = None,
+    ) -> Term:
+        """The term; ``whole``: also of layers of weight 0; ``shares`` of a part of a batch."""
         weights = [self.weight(pair) for pair in pairs]
         chosen = [i for i, weight in enumerate(weights) if self.computed(weight, whole)]
         if not chosen:
@@ -160,6 +168,10 @@ class HiddenTerm(_LayerTerm):
         losses = HIDDEN_LOSSES[self.loss](*given, **options)
         if self.scale == "variance":
             losses = losses / variances(compared)
+        if shares is not None:
+            extents = (shares.modules[pairs[i].module] for i in chosen)
+            counted = [x.squares if self.loss in UNPROJECTED else x.tokens for x in extents]
+            losses = losses * on_device(counted, losses)
         return self.weighed(losses, chosen, len(pairs), [weights[i] for i in chosen])
 
     def remember(self, pairs: Sequence[LayerPair], layers: Sequence[Matched]) -> None:
@@ -199,11 +211,18 @@ class AttentionTerm(_LayerTerm):
         self.both_ways = both_ways
         self.decoder = decoder
 
-    def __call__(self, pairs: Sequence[LayerPair], layers: Sequence[Matched], whole: bool) -> Term:
-        """The term; ``whole``: also of layers of weight 0."""
+    def __call__(
+        self,
+        pairs: Sequence[LayerPair],
+        layers: Sequence[Matched],
+        whole: bool,
+        shares: Shares | None = None,
+    ) -> Term:
+        """The term; ``whole``: also of layers of weight 0; ``shares`` of a part of a batch."""
         rows: list[tuple[Attention, Attention]] = []
         owners: list[int] = []
         factors: list[float] = []
+        counted: list[float] = []
         for i, (pair, (s, t)) in enumerate(zip(pairs, layers, strict=True)):
             weights = [self.weight(pair)]
             if self.cross:
@@ -219,13 +238,30 @@ class AttentionTerm(_LayerTerm):
                 found = [(a, b)]
                 if is_cross and self.both_ways:
                     found.append((swapped(a), swapped(b)))
+                if shares is not None:
+                    extent = shares.modules[pair.module]
+                    means = [False, True][: len(found)]
+                    counted += [self._counted(extent, a.causal, is_cross, x) for x in means]
                 rows += found
                 owners += [i] * len(found)
                 factors += [weight] * len(found)
         if not rows:
             return _nothing(layers)
         losses = self.loss(*([row[i] for row in rows] for i in range(2)))
+        if shares is not None:
+            losses = losses * on_device(counted, losses)
         return self.weighed(losses, owners, len(pairs), factors)
+
+    def _counted(self, extent: Extent, causal: bool, is_cross: bool, is_swapped: bool) -> float:
+        """What a map's loss is a mean over: its rows or its pairs of query and key.
+
+        Items have the same number of keys in cross-attention, all of which count.
+        """
+        if self.loss.loss.startswith("kl") or self.loss.loss == RELATIONS:
+            return extent.items if is_swapped else extent.tokens
+        if is_cross:
+            return extent.tokens
+        return extent.seen if causal else extent.squares
 
 
 def _check(

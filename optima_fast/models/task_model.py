@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from optima_fast.models.config import CoCaConfig
@@ -73,6 +74,16 @@ class TaskModel(nn.Module):
         out = self._run(batch, taps, lse, run)
         return TaskOutput(None, out.taps, out.masks)
 
+    def tokens(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Where tokens of each module count, ``[B, N]`` bool, without running any of it.
+
+        All tokens of an image do, and images have as many: one stands for those of each.
+        """
+        text = self._read(batch) != self.pad_id
+        pairs = text if "pair_text" not in batch else text[batch["pair_text"]]
+        images = torch.ones(len(batch["images"]), 1, dtype=torch.bool)
+        return dict(zip(MODULES, (images, text, pairs), strict=True))
+
     def follow(self, images: Tensor) -> Callable[[Tensor], Tensor]:
         """What scores the next token of captions that are written one token after the other.
 
@@ -92,12 +103,9 @@ class TaskModel(nn.Module):
         lse: bool,
         run: tuple[str, ...],
     ) -> CoCaOutput:
-        text = batch["text"]
-        if isinstance(self.head, CaptionHead):
-            text = text[:, :-1]
         out: CoCaOutput = self.coca(
             batch["images"],
-            text,
+            self._read(batch),
             pair_image=batch.get("pair_image"),
             pair_text=batch.get("pair_text"),
             taps=taps,
@@ -105,6 +113,11 @@ class TaskModel(nn.Module):
             run=run,
         )
         return out
+
+    def _read(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """What the text decoder reads of a batch's texts."""
+        text = batch["text"]
+        return text[:, :-1] if isinstance(self.head, CaptionHead) else text
 
 
 def build(config: CoCaConfig, head_kind: str, num_classes: int, dropout: float = 0.0) -> TaskModel:

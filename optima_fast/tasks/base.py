@@ -29,15 +29,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def mean_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """KL(teacher || student) of `[rows, classes]` logits at temperature 1, mean over rows.
+def mean_kl(student_logits: Tensor, teacher_logits: Tensor, counts: Tensor | None = None) -> Tensor:
+    """KL(teacher || student) of `[..., classes]` logits at temperature 1, mean over rows.
 
-    sum_c p_t(c) (log p_t(c) - log p_s(c)), in float32 or wider; the teacher gets no gradient.
+    sum_c p_t(c) (log p_t(c) - log p_s(c)), in float32 or wider; the teacher gets no gradient. The
+    mean is over all rows, or those where `counts` `[...]` is True.
     """
     wide = torch.promote_types(student_logits.dtype, torch.float32)
     student = F.log_softmax(student_logits, dim=-1, dtype=wide)
     teacher = F.log_softmax(teacher_logits.detach(), dim=-1, dtype=wide)
-    return F.kl_div(student, teacher, reduction="sum", log_target=True) / max(len(student), 1)
+    rows = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+    if counts is None:
+        return rows.sum() / max(rows.numel(), 1)
+    return torch.where(counts, rows, 0).sum() / counts.sum().clamp_min(1)
 
 
 def soft_bce(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -103,11 +107,15 @@ class TaskData(abc.ABC):
     def loss(self, logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """Prediction loss: a scalar, the mean over examples or counted tokens."""
 
+    def counted(self, batch: Mapping[str, Tensor]) -> tuple[int, int]:
+        """How many predictions of a batch `loss` is the mean over, and how many `divergence`."""
+        return len(batch["text"]), len(batch["text"])
+
     @abc.abstractmethod
     def divergence(
         self, student_logits: Tensor, teacher_logits: Tensor, batch: Mapping[str, Tensor]
     ) -> Tensor:
-        """KL(teacher || student) at temperature 1 (Eq. 1), the same mean as `loss`."""
+        """KL(teacher || student) at temperature 1 (Eq. 1), mean over examples or words."""
 
     @abc.abstractmethod
     def predict(

@@ -28,16 +28,22 @@ class Coco(TaskData):
     def loss(self, logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """Cross entropy with the next word, mean over words that are not padding."""
         target = batch["text"][:, 1:]
-        counts = target != self.tokenizer.pad_id
         wide = torch.promote_types(logits.dtype, torch.float32)
-        return F.cross_entropy(logits[counts].to(wide), target[counts])
+        return F.cross_entropy(
+            logits.flatten(0, 1).to(wide), target.flatten(), ignore_index=self.tokenizer.pad_id
+        )
+
+    def counted(self, batch: Mapping[str, Tensor]) -> tuple[int, int]:
+        """The words of all captions."""
+        words = int((batch["text"][:, 1:] != self.tokenizer.pad_id).sum())
+        return words, words
 
     def divergence(
         self, student_logits: Tensor, teacher_logits: Tensor, batch: Mapping[str, Tensor]
     ) -> Tensor:
         """KL(teacher || student) over the words at temperature 1, mean over words as in `loss`."""
         counts = batch["text"][:, 1:] != self.tokenizer.pad_id
-        return mean_kl(student_logits[counts], teacher_logits[counts])
+        return mean_kl(student_logits, teacher_logits, counts)
 
     def predict(
         self,

@@ -46,6 +46,10 @@ class Vqa(Classification):
         each = -(q * F.log_softmax(logits, dim=-1, dtype=q.dtype)).sum(1)
         return each.sum() / (total > 0).sum().clamp(min=1)
 
+    def counted(self, batch: Mapping[str, Tensor]) -> tuple[int, int]:
+        """The examples that have a score, and all."""
+        return int((batch["target"].sum(1) > 0).sum()), len(batch["text"])
+
     def worth(self, split: Split) -> tuple[Tensor, Tensor]:
         """The soft scores of every answer."""
         assert split.target is not None

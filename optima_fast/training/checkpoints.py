@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from optima_fast.errors import UserError
+from optima_fast.training import ranks
 
 DIGEST = "sha256"  # in the metadata of a file of weights
 KEEP = 2  # checkpoints of a run; the one before the newest survives a damaged newest
@@ -26,10 +27,14 @@ KEEP = 2  # checkpoints of a run; the one before the newest survives a damaged n
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Call ``write`` on a temporary file beside ``path``, flush it to disk and rename it.
 
+    Of the processes of a run the first does so.
+
     Raises:
         UserError: the disk is full, or the folder cannot be written; ``path`` is as it was.
     """
-    # two processes may write the same file: the teacher that both need
+    if not ranks.is_first():
+        return
+    # two runs may write the same file: the teacher that both need
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +86,8 @@ def save_state(path: Path, state: Mapping[str, Tensor]) -> None:
 
     Its metadata hold a digest, since a bit that turned over in a weight is a weight too.
     """
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    found = ranks.whole(dict(state))
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
     data = safetensors.torch.save(plain, {"format": "pt", DIGEST: _sha256(plain)})
     # the library writes metadata in any order; equal weights are to be equal files
     start = 8 + int.from_bytes(data[:8], "little")
@@ -169,7 +175,7 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
     """
     path = folder / f"step-{step:08d}.pt"
     write_atomically(path, lambda file: torch.save(dict(state), file))
-    for old in _checkpoints(folder)[:-KEEP]:
+    for old in _checkpoints(folder)[:-KEEP] if ranks.is_first() else ():
         old.unlink(missing_ok=True)
     return path
 

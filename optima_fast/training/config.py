@@ -40,7 +40,7 @@ _POSITIVE = (
     *("steps", "round_steps", "reward_examples", "train_images", "batch_size", "lr", "head_lr"),
     *("image_size", "relation_heads", "negatives", "hidden_temperature"),
     *("clip", "teacher_lr", "teacher_head_lr", "teacher_batch_size"),
-    *("log_every", "eval_every", "checkpoint_every"),
+    *("log_every", "eval_every", "checkpoint_every", "accumulate"),
 )
 _NOT_NEGATIVE = (
     *("init_rounds", "variance_scale", "warmup_steps", "weight_decay", "prediction_weight"),
@@ -190,6 +190,8 @@ class TrainConfig:
         "auto",
         "processes that read images; auto is none for digits, else the usable cores but one",
     )
+    accumulate: int = _field(1, "parts that a process works on one after the other, to save memory")
+    fsdp: bool = _field(False, "with torchrun: shard student and teacher over the processes")
     log_every: int | None = _field(None, "steps between lines of metrics.jsonl")
     eval_every: int | None = _field(None, "steps between measurements on the validation split")
     checkpoint_every: int | None = _field(None, "steps between checkpoints")

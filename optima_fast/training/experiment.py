@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import platform
 import time
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ import torch
 
 import optima_fast
 from optima_fast import tasks
-from optima_fast.distill import Distiller
+from optima_fast.distill import Distiller, maps
 from optima_fast.errors import UserError, unknown
 from optima_fast.models import MODULES, CoCa, CoCaConfig, initialise, presets
 from optima_fast.models.task_model import TaskModel, build
@@ -21,8 +22,17 @@ from optima_fast.tasks import TaskData, submissions
 from optima_fast.tasks.folders import FURTHER, SPLITS
 from optima_fast.tasks.shards import is_shards
 from optima_fast.tasks.workers import usable_cores
-from optima_fast.training import checkpoints, loader, policies, pretence, pseudo, sources, teachers
-from optima_fast.training.config import TrainConfig, resolve
+from optima_fast.training import (
+    checkpoints,
+    loader,
+    policies,
+    pretence,
+    pseudo,
+    ranks,
+    sources,
+    teachers,
+)
+from optima_fast.training.config import TrainConfig, flag, resolve
 from optima_fast.training.display import Display
 from optima_fast.training.pretence import pretended
 from optima_fast.training.rewards import training_sampler
@@ -46,18 +56,25 @@ def run(config: TrainConfig, display: Display) -> tuple[Run, Summary]:
         UserError: a mistake in settings, data or files; nothing on disk was harmed.
         Interrupted: Ctrl-C; the run can be gone on with.
     """
-    config, folder = place(config)
-    if folder.finished():
+    device = prepare(config)
+    with ranks.joined(device):
+        return _run(config, display, device)
+
+
+def _run(config: TrainConfig, display: Display, device: torch.device) -> tuple[Run, Summary]:
+    config, folder = ranks.of_first(lambda: place(config))
+    if ranks.of_first(folder.finished):
         display.note(f"{folder.folder} is finished already; another --out starts another run")
         return folder, folder.summary()
-    device = prepare(config)
-    tasks.check(config.data)
-    models = sources.plan(config)
-    for note in models.notes:
-        display.note(f"student: {config.student}, {note}")
-    data = load_data(config, models)
-    rehearse(config, models, data)
-    folder.check_data(data)
+    with ranks.together():
+        check_parts(config)
+        tasks.check(config.data)
+        models = sources.plan(config)
+        for note in models.notes:
+            display.note(f"student: {config.student}, {note}")
+        data = load_data(config, models)
+        rehearse(config, models, data)
+        folder.check_data(data)
     with folder.held():
         began = time.perf_counter()
         teacher, teacher_metric = _teacher(config, models, data, display, device)
@@ -132,18 +149,61 @@ def prepare(config: TrainConfig) -> torch.device:
     Raises:
         UserError: CUDA is asked for and not there.
     """
-    torch.set_num_threads(config.threads or usable_cores())
+    torch.set_num_threads(config.threads or max(1, usable_cores() // ranks.beside()))
+    if ranks.started_by_torchrun() and config.device not in ("auto", "cpu", "cuda"):
+        raise UserError(
+            f"--device {config.device}: with torchrun each process has a device of its own; leave "
+            "it out"
+        )
     if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    else:
+        kind = config.device
+    if ranks.started_by_torchrun() and kind == "cuda":
+        kind = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        device = torch.device(config.device)
+        device = torch.device(kind)
     except RuntimeError as error:
         raise UserError(f"--device {config.device}: {error}") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
-            f"--device {config.device}: this torch sees {torch.cuda.device_count()} CUDA devices"
+            f"--device {config.device}: this torch sees {torch.cuda.device_count()} CUDA devices, "
+            f"and {device} is asked for"
         )
     return device
+
+
+def check_parts(config: TrainConfig) -> None:
+    """Refuse what a batch that is worked on in parts would not have the same result with.
+
+    Raises:
+        UserError: naming it and the way out.
+    """
+    assert config.batch_size
+    parts = ranks.count() * config.accumulate
+    if parts == 1:
+        return
+    way = f"{ranks.count()} processes and --accumulate {config.accumulate}"
+    if config.batch_size < parts:
+        raise UserError(
+            f"--batch-size {config.batch_size} cannot be in {parts} parts, of {way}: it is of all "
+            "processes together; raise it or lower these"
+        )
+    for name, value, why in (
+        ("hidden_loss", "contrastive", "learns from the tokens of all steps before"),
+        ("hidden_scale", "variance", "divides by the variance of a whole batch"),
+    ):
+        if getattr(config, name) == value:
+            raise UserError(
+                f"{flag(name)} {value} {why}, which parts of a batch ({way}) do not know: leave "
+                "it out, or take one process and --accumulate 1"
+            )
+    if config.attention_loss == maps.RELATIONS and config.cross_attention:
+        raise UserError(
+            f"--attention-loss relations with --cross-attention true is of texts and of images at "
+            f"once, whose parts ({way}) differ: leave one out, or take one process and "
+            "--accumulate 1"
+        )
 
 
 def load_data(config: TrainConfig, models: Models | None = None) -> TaskData:
@@ -234,7 +294,7 @@ def _teacher(
     own = resolve(teachers.teacher_config(config))
     folder = teachers.cached_run(own, models.teacher, data, device)
     with folder.held(wait=True):
-        if folder.finished():
+        if ranks.of_first(folder.finished):
             display.note(f"teacher: {config.teacher}, trained before, from {folder.folder}")
         else:
             display.note(
@@ -243,6 +303,7 @@ def _teacher(
             own = dataclasses.replace(own, out=str(folder.folder))
             summary = train(own, sources.plan(own), folder, data, display, None, device)
             checkpoints.write_json(folder.summary_path, summary)
+    ranks.gathered(None)  # it is written
     return folder.load_model(data).to(device), float(folder.summary()["student_metric"])
 
 
@@ -265,11 +326,9 @@ def train(
             data, config.extra_images, folder.captions_path, teacher, device=device, display=display
         )
     trainer = Trainer(config, trained_on, student, teacher, folder, display)
-    began = time.perf_counter()
-    before = data.evaluate(student, data.test, device=device)[data.metric_name]
-    measuring = time.perf_counter() - began
+    before = trainer.evaluate(data.test)[data.metric_name]
 
-    last = checkpoints.latest_checkpoint(folder.checkpoints)
+    last = ranks.of_first(lambda: checkpoints.latest_checkpoint(folder.checkpoints))
     if last is not None:
         trainer.resume(last)
         display.note(f"going on from {last} (step {trainer.step} of {trainer.steps})")
@@ -279,11 +338,10 @@ def train(
         folder.truncate_metrics(0)
     trainer.fit()
 
+    test, validation = (trainer.evaluate(split) for split in (data.test, data.validation))
     began = time.perf_counter()
-    test = data.evaluate(student, data.test, device=device)
-    validation = data.evaluate(student, data.validation, device=device)
-    baselines = data.baselines()
-    measuring += time.perf_counter() - began
+    baselines = data.baselines() if ranks.is_first() else {"majority": 0.0, "text_only": 0.0}
+    trainer.seconds["eval"] += time.perf_counter() - began
     folder.save_model(student, data, config)
     return {
         "task": config.task,
@@ -295,6 +353,7 @@ def train(
         "seed": config.seed,
         "steps": config.steps,
         "device": str(device),
+        "processes": ranks.count(),
         "metric_name": data.metric_name,
         "teacher_metric": None,
         "student_metric": test[data.metric_name],
@@ -311,7 +370,7 @@ def train(
             "teacher": 0.0,
             "distill": trainer.seconds["distill"],
             "reward": trainer.seconds["reward"],
-            "eval": trainer.seconds["eval"] + measuring,
+            "eval": trainer.seconds["eval"],
         },
         "versions": versions(),
     }

@@ -10,6 +10,7 @@ from optima_fast.tasks import Split
 from optima_fast.tasks.augment import RandAugment
 from optima_fast.tasks.split import Loaded
 from optima_fast.tasks.workers import in_order, usable_cores
+from optima_fast.training import ranks
 from optima_fast.training.config import TrainConfig
 from optima_fast.training.sampler import Sampler
 
@@ -20,15 +21,15 @@ def workers(config: TrainConfig) -> int:
     """How many processes read images."""
     if config.workers != "auto":
         return int(config.workers)
-    return 0 if config.data == "digits" else max(1, usable_cores() - 1)
+    return 0 if config.data == "digits" else max(1, usable_cores() // ranks.beside() - 1)
 
 
 def batches(
     config: TrainConfig, split: Split, sampler: Sampler, first: int
 ) -> Generator[Loaded, None, None]:
-    """The batches of the steps ``first``, ``first + 1``, ... to the last.
+    """This process's parts of the batches of the steps ``first``, ``first + 1``, ... to the last.
 
-    Each is a function of the settings and its step alone, however many workers there are and
+    There are ``config.accumulate`` of them a step. Each is a function of the settings and its step alone, however many workers there are and
     wherever a run began or went on.
 
     Args:
@@ -46,21 +47,33 @@ def batches(
         import kornia.enhance
         import kornia.geometry  # noqa: F401  (workers find it imported)
 
-    fetch = _Fetch(split, sampler, augment)
-    return in_order(fetch, range(first, config.steps), workers(config))
+    fetch = _Fetch(split, sampler, augment, ranks.number(), ranks.count(), config.accumulate)
+    parts = range(first * config.accumulate, config.steps * config.accumulate)
+    return in_order(fetch, parts, workers(config))
 
 
 class _Fetch:
     """A step's batch; where none of its images can be read, that of the next step that has one."""
 
-    def __init__(self, split: Split, sampler: Sampler, augment: RandAugment | None) -> None:
+    def __init__(
+        self,
+        split: Split,
+        sampler: Sampler,
+        augment: RandAugment | None,
+        rank: int = 0,
+        ranks: int = 1,
+        accumulate: int = 1,
+    ) -> None:
         self.split, self.sampler, self.augment = split, sampler, augment
+        self.rank, self.ranks, self.accumulate = rank, ranks, accumulate
 
-    def __call__(self, step: int) -> Loaded:
+    def __call__(self, number: int) -> Loaded:
+        step, turn = divmod(number, self.accumulate)
+        part = self.rank * self.accumulate + turn, self.ranks * self.accumulate
         augment = None if self.augment is None else functools.partial(self.augment, step)
         errors: dict[int, str] = {}
         for later in range(step, step + TRIES):
-            loaded = self.split.load(self.sampler.at(later), augment)
+            loaded = self.split.load(self.sampler.at(later, *part), augment)
             errors |= loaded.errors
             if loaded.batch:
                 return Loaded(loaded.index, loaded.batch, errors)

@@ -21,7 +21,7 @@ from optima_fast.models.task_model import TaskModel, build
 from optima_fast.tasks import TaskData, tokenizers
 from optima_fast.tasks.images import FolderImages
 from optima_fast.tasks.tokenizers import Tokenizer
-from optima_fast.training import checkpoints, spelling
+from optima_fast.training import checkpoints, ranks, spelling
 from optima_fast.training.config import CHOICES, OF_A_CHOICE, TrainConfig, flag
 from optima_fast.training.flags import read_yaml, to_yaml
 
@@ -47,6 +47,8 @@ _PLACE = (
     "workers",
     "image_errors",
     "checkpoint_every",
+    "accumulate",
+    "fsdp",
 )
 
 
@@ -99,11 +101,14 @@ class Run:
 
     @contextlib.contextmanager
     def held(self, *, wait: bool = False) -> Iterator[None]:
-        """Keep the folder, created if need be, to this process.
+        """Keep the folder, created if need be, to this process; of several, to the first.
 
         Raises:
             UserError: the folder cannot be written, or (unless ``wait``) another process has it.
         """
+        if not ranks.is_first():
+            yield
+            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.folder):
@@ -177,6 +182,8 @@ class Run:
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Add one JSON line to metrics.jsonl."""
+        if not ranks.is_first():
+            return
         text = json.dumps(_plain(line), allow_nan=False)
         try:
             with self.metrics_path.open("a", encoding="utf-8") as file:
@@ -209,7 +216,7 @@ class Run:
 
     def truncate_metrics(self, size: int) -> None:
         """Drop what was logged after the checkpoint that a run goes on from."""
-        if self.metrics_size() > size:
+        if ranks.is_first() and self.metrics_size() > size:
             os.truncate(self.metrics_path, size)
 
     def save_model(self, model: TaskModel, data: TaskData, config: TrainConfig) -> None:

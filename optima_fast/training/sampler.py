@@ -46,8 +46,15 @@ class Sampler:
         self._epoch = -1
         self._order = np.empty(0, dtype=np.int64)
 
-    def at(self, step: int) -> Tensor:
-        """Indices of the examples of 0-based ``step``, int64."""
+    def size(self, part: int, parts: int) -> int:
+        """Number of examples in a part of a step."""
+        return self._group * (self._batch_size // parts + (part < self._batch_size % parts))
+
+    def at(self, step: int, part: int = 0, parts: int = 1) -> Tensor:
+        """Indices of the examples of 0-based ``step``, int64; or of one of its parts.
+
+        Parts differ in size by one run at most, the larger first.
+        """
         per_epoch = len(self._drawn) // self._batch_size
         epoch, position = divmod(step, per_epoch)
         if epoch != self._epoch:
@@ -55,5 +62,6 @@ class Sampler:
             self._order = self._drawn[generator.permutation(len(self._drawn))]
             self._epoch = epoch
         runs = self._order[position * self._batch_size : (position + 1) * self._batch_size]
+        runs = np.array_split(runs, parts)[part]
         examples = runs[:, None] * self._group + np.arange(self._group)
         return torch.from_numpy(examples.reshape(-1).astype(np.int64))

@@ -6,17 +6,16 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from optima_fast.distill import Measurement
 from optima_fast.errors import UserError
-from optima_fast.training import checkpoints, spelling
+from optima_fast.training import checkpoints, parallel, ranks, spelling
 from optima_fast.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from optima_fast.training.trainer import Trainer
 
-FORMAT = 4  # of checkpoints
+FORMAT = 5  # of checkpoints
+READ = (4, FORMAT)  # format 4 kept states of random generators, which steps no longer depend on
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
 _COUNTERS = ("step", "round", "choice", "round_began", "last_metric", "left_out")
 
@@ -24,23 +23,20 @@ _COUNTERS = ("step", "round", "choice", "round_began", "last_metric", "left_out"
 def save(trainer: Trainer) -> Path:
     """Write a checkpoint of everything that the rest of the run depends on."""
     headroom = trainer.meter.headroom if trainer.meter else None
-    cuda = trainer.device.type == "cuda"
     state: dict[str, Any] = {
         "format": FORMAT,
         "config": dataclasses.asdict(trainer.config),
         **{name: getattr(trainer, name) for name in _COUNTERS},
-        "student": trainer.student.state_dict(),
-        "projections": trainer.distiller.state_dict() if trainer.distiller else {},
-        "cells": trainer.cells.state_dict(),
-        "optimizer": trainer.optimizer.state_dict(),
+        "student": ranks.whole(trainer.student.state_dict()),
+        "projections": ranks.whole(trainer.distiller.state_dict()) if trainer.distiller else {},
+        "cells": ranks.whole(trainer.cells.state_dict()),
+        "optimizer": ranks.whole(trainer.optimizer.state_dict()),
         "bandit": trainer.policy.state_dict() if trainer.policy else None,
         "before": trainer.before._asdict() if trainer.before else None,
         "headroom": headroom.state_dict() if headroom else None,
         "pulls": trainer.pulls,
         "seconds": trainer.seconds,
         "metrics_size": trainer.run.metrics_size(),
-        "cpu_generator": torch.get_rng_state(),
-        "cuda_generator": torch.cuda.get_rng_state(trainer.device) if cuda else None,
         "teacher": trainer.teacher_digest,
     }
     return checkpoints.save_checkpoint(trainer.run.checkpoints, trainer.step, state)
@@ -55,7 +51,7 @@ def restore(trainer: Trainer, path: Path) -> None:
     state = checkpoints.load_checkpoint(path)
     mine = trainer.run.computed_by(dataclasses.asdict(trainer.config))
     try:
-        if state["format"] != FORMAT:
+        if state["format"] not in READ:
             raise UserError(f"checkpoint {path} has format {state['format']}, not {FORMAT}")
         # what there was no setting for then was done as by default
         theirs = {**_DEFAULTS, **spelling.modern(state["config"])}
@@ -71,11 +67,12 @@ def restore(trainer: Trainer, path: Path) -> None:
                 f"checkpoint {path} was made with another teacher than {trainer.config.teacher} "
                 "is now: put the old one back, or start over in another --out"
             )
-        trainer.student.load_state_dict(state["student"])
+        parallel.load_weights(trainer.student, state["student"])
         if trainer.distiller is not None:
-            trainer.distiller.load_state_dict(state["projections"])
-        trainer.cells.load_state_dict(state["cells"])
+            parallel.load_weights(trainer.distiller, state["projections"])
+        parallel.load_weights(trainer.cells, state["cells"])
         trainer.optimizer.load_state_dict(state["optimizer"])
+        parallel.shard_state(trainer.optimizer)
         if trainer.policy is not None:
             trainer.policy.load_state_dict(state["bandit"])
         for name in (*_COUNTERS, "pulls", "seconds"):
@@ -83,9 +80,6 @@ def restore(trainer: Trainer, path: Path) -> None:
         trainer.before = Measurement(**state["before"]) if state["before"] else None
         if trainer.meter is not None and trainer.meter.headroom is not None:
             trainer.meter.headroom.load_state_dict(state["headroom"])
-        torch.set_rng_state(state["cpu_generator"])
-        if trainer.device.type == "cuda" and state["cuda_generator"] is not None:
-            torch.cuda.set_rng_state(state["cuda_generator"], trainer.device)
         trainer.run.truncate_metrics(state["metrics_size"])
     except UserError:
         raise

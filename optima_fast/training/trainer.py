@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from optima_fast import bandit
 from optima_fast.distill import (
@@ -23,21 +24,23 @@ from optima_fast.distill import (
 from optima_fast.errors import UserError
 from optima_fast.models import MODULES
 from optima_fast.models.task_model import TaskModel
-from optima_fast.tasks import TaskData
-from optima_fast.tasks.base import soft_bce
+from optima_fast.distill.shares import Shares
+from optima_fast.tasks import Split, TaskData
 from optima_fast.tasks.split import Loaded, to_device
 from optima_fast.tasks.workers import killed_workers
-from optima_fast.training import checkpoints, loader, policies, snapshot
+from optima_fast.training import checkpoints, loader, policies, ranks, snapshot
 from optima_fast.training.adafactor import Adafactor
 from optima_fast.training.cells import CellStage
 from optima_fast.training.config import TrainConfig
 from optima_fast.training.cost import arm_costs
 from optima_fast.training.display import Display, Stage
 from optima_fast.training.interrupts import Interrupted, Stop
+from optima_fast.training.parallel import Engine
 from optima_fast.training.rewards import RewardMeter, reward_batches, training_sampler
 from optima_fast.training.run import Run
 from optima_fast.training.schedule import lr_at
-from optima_fast.training.watch import Watch
+from optima_fast.training.step import Step, added
+from optima_fast.training.watch import GRADIENT, Watch
 
 _DISTILLER = (
     *("hidden_weight", "attention_weight", "prediction_weight", "kl_weight"),
@@ -60,6 +63,8 @@ def uses_bf16(config: TrainConfig, device: torch.device) -> bool:
 
 class Trainer:
     """Trains one student, with or without a teacher, and can stop and go on at any step.
+
+    With several processes each has a trainer of its own, which takes its parts of every batch.
 
     Args:
         config: resolved settings.
@@ -89,6 +94,9 @@ class Trainer:
         self.distiller = self._make_distiller(teacher)
         self.teacher_digest = "" if teacher is None else checkpoints.digest(teacher)
         self.cells = CellStage(config, data, student).to(self.device)
+        step = Step(config, data, student, self.distiller, self.cells)
+        self.engine = Engine(step, teacher, sharded=config.fsdp)
+        self.parts = ranks.count() * config.accumulate  # of every batch
         self.optimizer = self._make_optimizer()
 
         self.space = arm_space(config.arms, student.layer_counts)
@@ -107,6 +115,7 @@ class Trainer:
         self.left_out = 0
         self.watch = Watch(self.device)
         self._stop = Stop()
+        self._stopping = False
         self._batches: Generator[Loaded, None, None] | None = None
 
     def _make_distiller(self, teacher: TaskModel | None) -> Distiller | None:
@@ -187,9 +196,11 @@ class Trainer:
                     self._log(losses, stage, (time.monotonic() - began) / (self.step - first))
                 if self.step % config.eval_every == 0 and not at_end:
                     self._evaluate()
-                if self.step % config.checkpoint_every == 0 or at_end or self._stop.asked:
+                # all processes were told of the same step, where there are several
+                stopping = self._stopping if self.parts > 1 else self._stop.asked
+                if self.step % config.checkpoint_every == 0 or at_end or stopping:
                     self.save()
-                if self._stop.asked and not at_end:
+                if stopping and not at_end:
                     raise Interrupted(f"stopped after step {self.step} of {self.steps}")
 
     @property
@@ -208,14 +219,32 @@ class Trainer:
                 self._batches.close()
                 self._batches = None
 
-    def _next_batch(self) -> Loaded:
+    def _next_parts(self) -> list[Loaded]:
+        """What of the step's batch this process works on."""
         if self._batches is None:
             self._batches = loader.batches(self.config, self.data.train, self.sampler, self.step)
-        loaded = next(self._batches)
-        self.data.train.note(loaded.errors)
-        assert self.config.batch_size
-        self.left_out += self.config.batch_size * self.data.train.group - len(loaded.index)
-        return loaded
+        found = [next(self._batches) for _ in range(self.config.accumulate)]
+        for loaded in found:
+            self.data.train.note(loaded.errors)
+        return found
+
+    def _agree(self, found: Sequence[Loaded]) -> list[Shares | None]:
+        """What share of the batch each part is, once all processes know of each other's.
+
+        They tell each other too what is left out, and whether one of them is asked to stop.
+        """
+        first = ranks.number() * len(found)
+        sizes = [self.sampler.size(first + i, self.parts) for i in range(len(found))]
+        left_out = sum(sizes) - sum(len(loaded.index) for loaded in found)
+        if self.parts == 1:
+            self.left_out += left_out
+            return [None]
+        held = [self.engine.step.shares_of(loaded.batch) for loaded in found]
+        own = [sum(column) for column in zip(*(x.numbers() for x in held), strict=True)]
+        stop, left_out, *whole = ranks.total([self._stop.asked, left_out, *own])
+        self._stopping = bool(stop)
+        self.left_out += int(left_out)
+        return [x.of(whole) for x in held]
 
     def _train_step(self) -> StepLosses:
         began = time.perf_counter()
@@ -225,39 +254,36 @@ class Trainer:
             group["lr"] = lr_at(
                 self.step, peak=group["peak"], warmup=config.warmup_steps, steps=self.steps
             )
-        loaded = self._next_batch()
-        batch = to_device(loaded.batch, self.device, wait=False)
+        found = self._next_parts()
+        shares = self._agree(found)
         self.student.train()
-        with self._autocast():
-            losses = self._losses(batch)
-        losses.total.backward()  # type: ignore[no-untyped-call]
-        norm = nn.utils.clip_grad_norm_(
-            [p for group in self.optimizer.param_groups for p in group["params"]], config.clip
+        done = []
+        for i, loaded in enumerate(found):
+            if config.dropout:
+                self._seed(i)
+            batch = to_device(loaded.batch, self.device, wait=False)
+            step = self.step, batch, self.arm, shares[i]
+            last = i == len(found) - 1
+            done.append(self.engine.backward(*step, last=last, under=self._autocast()))
+        losses = added(done)
+        losses = losses._replace(total=ranks.summed(losses.total))
+        norm = ranks.whole(
+            nn.utils.clip_grad_norm_(
+                [p for group in self.optimizer.param_groups for p in group["params"]], config.clip
+            )
         )
-        good = self.watch.note(self.step + 1, losses, norm, loaded.index)
+        examples = torch.cat([loaded.index for loaded in found])
+        good = self.watch.note(self.step + 1, losses, norm, examples)
         self.optimizer.step(good=good)
         self.optimizer.zero_grad()
         self.seconds["distill"] += time.perf_counter() - began
         return losses
 
-    def _losses(self, batch: dict[str, Tensor]) -> StepLosses:
-        if self.cells.active(self.step):
-            loss = self.cells(self.student, batch)
-            return StepLosses(loss, loss, None, None, None, ())
-        if self.distiller is None:
-            logits = self.student(batch).logits
-            assert logits is not None
-            loss = self.data.loss(logits, batch).float()
-            return StepLosses(loss, loss, None, None, None, ())
-        losses: StepLosses = self.distiller(
-            batch, self.arm, predict=self.data.loss, divergence=self._divergence
-        )
-        return losses
-
-    def _divergence(self, student: Tensor, teacher: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        if self.config.soft_labels == "bce":
-            return soft_bce(student, teacher)
-        return self.data.divergence(student, teacher, batch)
+    def _seed(self, turn: int) -> None:
+        """Draw dropout anew for a part of a step, whatever was drawn before it."""
+        part = ranks.number() * self.config.accumulate + turn
+        seeds = np.random.SeedSequence([self.config.seed, self.step, part])
+        torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if uses_bf16(self.config, self.device):
@@ -271,16 +297,20 @@ class Trainer:
         self.seconds["distill"] += time.perf_counter() - began
         if bad is None:
             return
+        # all processes find the same step bad, and one of them at least a term of it
+        bad = min(ranks.gathered(bad), key=lambda found: found.terms == [GRADIENT])
         path = self.run.folder / "nonfinite.json"
         report = {"step": bad.step, "terms": bad.terms, "examples": bad.examples}
-        checkpoints.write_json(path, report)
         last = checkpoints.latest_checkpoint(self.run.checkpoints)
         kept = f"last good checkpoint: {last}" if last else "there is no checkpoint yet"
-        raise UserError(
-            f"step {bad.step}: {bad.terms[0]} is {bad.value}, so no step was taken from there on; "
-            f"training examples {', '.join(map(str, bad.examples[:4]))}, ... (all in {path}); "
-            f"{kept}; a lower --lr (--teacher-lr where it is the teacher that trains) may help"
-        )
+        with ranks.together():
+            checkpoints.write_json(path, report)
+            raise UserError(
+                f"step {bad.step}: {bad.terms[0]} is {bad.value}, so no step was taken from there "
+                f"on; training examples {', '.join(map(str, bad.examples[:4]))}, ... (all in "
+                f"{path}); {kept}; a lower --lr (--teacher-lr where it is the teacher that trains) "
+                "may help"
+            )
 
     # ------------------------------------------------------------------ rounds of the bandit
 
@@ -342,7 +372,8 @@ class Trainer:
         assert self.meter is not None
         self._check()
         began = time.perf_counter()
-        measured = self.meter.measure(self.device)
+        meter = self.meter
+        measured = self.engine.during(lambda: meter.measure(self.device))
         self.seconds["reward"] += time.perf_counter() - began
         return measured
 
@@ -367,24 +398,29 @@ class Trainer:
     def _log(self, losses: StepLosses, stage: Stage, seconds_a_step: float) -> None:
         assert self.config.batch_size is not None
         self._check()
+        losses = StepLosses(
+            losses.total,
+            *(None if x is None else ranks.summed(x) for x in losses[1:-1]),
+            losses.pairs,
+        )
         rate = self.config.batch_size * self.data.train.group / seconds_a_step
         line: dict[str, Any] = {
             "step": self.step,
             "round": self.round,
             "arm": arm_name(self.arm),
-            "loss": float(losses.total.detach()),
-            "prediction": float(losses.prediction.detach()),
+            "loss": float(losses.total),
+            "prediction": float(losses.prediction),
             "lr": self.optimizer.param_groups[0]["lr"],
             "samples_per_second": rate,
         }
         if self.left_out:
             line["left_out"] = self.left_out
         if losses.kl is not None:
-            line["kl"] = float(losses.kl.detach())
+            line["kl"] = float(losses.kl)
         for name, layers in (("hidden", losses.hidden), ("attention", losses.attention)):
             if layers is not None:
                 sums: dict[str, float] = {}
-                for pair, value in zip(losses.pairs, layers.detach().tolist(), strict=True):
+                for pair, value in zip(losses.pairs, layers.tolist(), strict=True):
                     sums[pair.module] = sums.get(pair.module, 0.0) + value
                 line[name] = sums
         self.run.append_metrics(line)
@@ -400,11 +436,18 @@ class Trainer:
 
     def _evaluate(self) -> None:
         self._check()
-        began = time.perf_counter()
-        metrics = self.data.evaluate(self.student, self.data.validation, device=self.device)
+        metrics = self.evaluate(self.data.validation)
         self.last_metric = metrics[self.data.metric_name]
         self.run.append_metrics({"step": self.step, "validation": metrics})
+
+    def evaluate(self, split: Split) -> dict[str, float]:
+        """Metrics of the student as it is now."""
+        began = time.perf_counter()
+        metrics = self.engine.during(
+            lambda: self.data.evaluate(self.student, split, device=self.device)
+        )
         self.seconds["eval"] += time.perf_counter() - began
+        return metrics
 
     def save(self) -> Path:
         """Write a checkpoint, see :func:`optima_fast.training.snapshot.save`."""

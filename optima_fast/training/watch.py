@@ -11,6 +11,9 @@ from torch import Tensor
 from optima_fast.distill import LayerPair, StepLosses
 
 
+GRADIENT = "the gradient norm"
+
+
 class Bad(NamedTuple):
     """The first step that was not finite.
 
@@ -68,5 +71,5 @@ class Watch:
                 pairs = zip(bad.pairs, layers, strict=True)
                 terms += [(f"{name} of {pair}", value) for pair, value in pairs]
         wrong = [(n, float(v)) for n, v in terms if v is not None and not bool(v.isfinite())]
-        wrong = wrong or [("the gradient norm", float("nan"))]
+        wrong = wrong or [(GRADIENT, float("nan"))]
         return Bad(bad.number, [n for n, _ in wrong], wrong[0][1], bad.examples.tolist())

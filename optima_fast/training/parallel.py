@@ -1,0 +1,129 @@
+"""A step on many devices: PyTorch's DDP, or its FSDP for models that are too large for each."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from optima_fast.models import MODULES
+from optima_fast.models.task_model import TaskModel
+from optima_fast.training import ranks
+from optima_fast.training.step import Step
+
+T = TypeVar("T")
+
+
+class Engine:
+    """Runs a step's module on this process's device, with those of the other processes.
+
+    Every process holds the whole of each model, whose gradients DDP adds up; or, sharded, its part
+    of each parameter, of its gradient and of the optimizer's state. FSDP then brings a student's
+    parameters together for a step, a teacher's for a layer at a time.
+
+    Args:
+        step: what is trained, on its device.
+        teacher: on the same device; sharded in place.
+        sharded: whether FSDP shards both.
+    """
+
+    def __init__(self, step: Step, teacher: TaskModel | None, *, sharded: bool) -> None:
+        self.step = step
+        self._run: nn.Module = step
+        device = next(step.parameters()).device
+        self._sharded = sharded and ranks.count() > 1
+        if self._sharded:
+            mesh = init_device_mesh(device.type, (ranks.count(),))
+            for name in MODULES:
+                fully_shard(getattr(step.student.coca, name), mesh=mesh, reshard_after_forward=False)
+            fully_shard(step, mesh=mesh, reshard_after_forward=False)
+            register_fsdp_forward_method(step, "during")
+            if teacher is not None:
+                _shard_layers(teacher, mesh)
+        elif ranks.count() > 1:
+            self._run = DistributedDataParallel(
+                step,
+                device_ids=[device] if device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                # projections of what an arm leaves out have no gradient, nor has a text's [CLS]
+                find_unused_parameters=True,
+            )
+
+    def backward(self, *args: Any, last: bool, under: contextlib.AbstractContextManager[Any]) -> Any:
+        """Losses of a part of the batch; its gradient is added to those of the parts before.
+
+        Args:
+            args: of :meth:`Step.forward`.
+            last: whether it is the step's last part, after which processes add up gradients.
+            under: what the forward pass runs in.
+        """
+        with self._adding_up(last):
+            with under:
+                losses = self._run(*args)
+            # both engines divide the sum by the number of processes
+            (losses.total * ranks.count()).backward()
+        return losses._replace(total=losses.total.detach())
+
+    @contextlib.contextmanager
+    def _adding_up(self, last: bool) -> Iterator[None]:
+        if isinstance(self._run, DistributedDataParallel) and not last:
+            with self._run.no_sync():
+                yield
+            return
+        if isinstance(self._run, FSDPModule):
+            self._run.set_requires_gradient_sync(last)
+        yield
+
+    def during(self, body: Callable[[], T]) -> T:
+        """Call ``body``, which runs the student other than by the step; its parameters are whole."""
+        if not self._sharded:
+            return body()
+        parts = [m for m in self.step.modules() if isinstance(m, FSDPModule)]
+
+        def gathered() -> T:
+            for part in parts:
+                part.unshard()
+            return body()
+
+        try:
+            return self.step.during(gathered)
+        finally:
+            for part in parts:
+                part.reshard()
+
+
+def _shard_layers(teacher: TaskModel, mesh: DeviceMesh) -> None:
+    for name in MODULES:
+        for layer in getattr(teacher.coca, name).layers:
+            fully_shard(layer, mesh=mesh)
+    fully_shard(teacher, mesh=mesh)
+    register_fsdp_forward_method(teacher, "record")
+
+
+def load_weights(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load whole tensors into a module, whose own may be sharded."""
+    own = module.state_dict()
+    module.load_state_dict({name: _placed(value, own.get(name)) for name, value in state.items()})
+
+
+def shard_state(optimizer: torch.optim.Optimizer) -> None:
+    """Shard the state of sharded parameters as they are; what has another shape is kept whole."""
+    for p, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                state[name] = _placed(value, p)
+
+
+def _placed(value: Tensor, like: object) -> Tensor:
+    if not isinstance(like, DTensor) or isinstance(value, DTensor):
+        return value
+    placements = like.placements if value.shape == like.shape else [Replicate()]
+    return distribute_tensor(value.to(like.device), like.device_mesh, placements)
