@@ -36,6 +36,16 @@ class StepLosses(NamedTuple):
     attention: Tensor | None
     pairs: tuple[LayerPair, ...]
 
+    def terms(self, change: Callable[..., Tensor], *others: StepLosses) -> StepLosses:
+        """``change`` of every tensor, with those of others of the same arm."""
+
+        def changed(name: str) -> Any:
+            value = getattr(self, name)
+            given = (getattr(other, name) for other in others)
+            return value if value is None else change(value, *given)
+
+        return self._replace(**{name: changed(name) for name in self._fields[:-1]})
+
 
 class LayerLosses(NamedTuple):
     """The layers' terms of Eq. 5: their weighted sum, and each before its weight, [L] as pairs.

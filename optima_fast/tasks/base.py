@@ -62,12 +62,26 @@ class Predictions:
 
     Attributes:
         texts: A class or answer an example; for captioning, a caption an image; "" for what is
-            left out because its image cannot be read.
+            left out because its image cannot be read, or is not of the part that was asked for.
         loss: Mean loss, where it was computed.
+        count: Number of examples that it is the mean of.
     """
 
     texts: Sequence[str]
     loss: float | None = None
+    count: int = 0
+
+    @classmethod
+    def merged(cls, parts: "Sequence[Predictions]") -> "Predictions":
+        """Of a whole split, from those of its parts (see `Split.part`)."""
+        texts = [
+            next(filter(None, said), "") for said in zip(*(p.texts for p in parts), strict=True)
+        ]
+        if any(p.loss is None for p in parts):
+            return cls(texts)
+        count = sum(p.count for p in parts)
+        total = sum(p.loss * p.count for p in parts if p.loss is not None)
+        return cls(texts, total / max(count, 1), count)
 
 
 @dataclass(frozen=True)
@@ -209,7 +223,9 @@ class Classification(TaskData):
                 predicted[index] = logits.argmax(-1).cpu()
                 count += len(index)
         texts = [self.classes[i] if i >= 0 else "" for i in predicted.tolist()]
-        return Predictions(texts, loss / count if split.measurable else None)
+        if not split.measurable:
+            return Predictions(texts)
+        return Predictions(texts, loss / max(count, 1), count)
 
     def metrics(self, split: Split, predictions: Predictions) -> dict[str, float]:
         """Mean worth of the predicted classes.

@@ -1,5 +1,6 @@
 """A split of examples: texts, the images they show, and batches of both."""
 
+import copy
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -121,6 +122,7 @@ class Split:
         low, high = int(image_index.min()), int(image_index.max())
         if low < 0 or high >= len(images):
             raise ValueError(f"image_index must be in 0 .. {len(images) - 1}, got {low} .. {high}")
+        self._share = slice(None)
         self.images = images
         self.text = text
         self.image_index = image_index
@@ -253,6 +255,18 @@ class Split:
                 return loaded.batch
         raise UserError(f"no image of the {self.name} split can be read")
 
+    def part(self, number: int, parts: int) -> "Split":
+        """The split, of whose `batches` and `image_batches` only every `parts`-th is there.
+
+        Those from `number` on, 0-based. What cannot be read is remembered by both.
+        """
+        split = copy.copy(self)
+        split._share = slice(number, None, parts)
+        return split
+
+    def _own(self, batches: Sequence[Tensor]) -> Sequence[Tensor]:
+        return batches[self._share]
+
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Batch]]:
         """All examples in order: pairs of their indices and their batch; the last may be short.
 
@@ -264,8 +278,8 @@ class Split:
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        parts = torch.split(torch.arange(len(self)), batch_size)
-        any_read = False
+        parts = self._own(torch.split(torch.arange(len(self)), batch_size))
+        any_read = not parts
         for loaded in in_order(self.load, parts, self.workers):
             self.note(loaded.errors)
             if loaded.batch:
@@ -276,8 +290,8 @@ class Split:
 
     def image_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """All images in order, as `batches`: pairs of their numbers and float32 `[I, C, H, W]`."""
-        parts = torch.split(torch.arange(len(self.images)), batch_size)
-        any_read = False
+        parts = self._own(torch.split(torch.arange(len(self.images)), batch_size))
+        any_read = not parts
         for numbers, images, errors in in_order(self._load_images, parts, self.workers):
             self.note(errors)
             if len(numbers):

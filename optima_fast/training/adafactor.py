@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 
@@ -120,8 +121,8 @@ class Adafactor(Optimizer):
         squared = grad.square().add_(eps)
         if p.ndim >= 2:
             row, col = state["row"], state["col"]
-            row.lerp_(squared.mean(-1), 1.0 - decay)
-            col.lerp_(squared.mean(-2), 1.0 - decay)
+            row.lerp_(_placed(squared.mean(-1), row), 1.0 - decay)
+            col.lerp_(_placed(squared.mean(-2), col), 1.0 - decay)
             r = (row / row.mean(-1, keepdim=True)).rsqrt_().unsqueeze(-1)
             x = grad * r * col.rsqrt().unsqueeze(-2)
         else:
@@ -131,4 +132,11 @@ class Adafactor(Optimizer):
         rms = x.norm() / max(1, x.numel()) ** 0.5
         x.mul_((1.0 - beta1) * lr / (rms / group["clip_threshold"]).clamp_min_(1.0))
         momentum: Tensor = state["momentum"]
-        return momentum.mul_(beta1).add_(x)
+        return momentum.mul_(beta1).add_(_placed(x, momentum))
+
+
+def _placed(value: Tensor, like: Tensor) -> Tensor:
+    """A value that is sharded over processes, as another is."""
+    if isinstance(value, DTensor) and isinstance(like, DTensor):
+        return value.redistribute(placements=like.placements)
+    return value

@@ -26,6 +26,7 @@ from optima_fast.training import (
     checkpoints,
     loader,
     policies,
+    predicting,
     pretence,
     pseudo,
     ranks,
@@ -290,7 +291,7 @@ def _teacher(
         display.note(f"teacher: {name}, as it is")
         teacher = models.published_teacher(data) if folder is None else folder.load_model(data)
         teacher = teacher.to(device)
-        return teacher, data.evaluate(teacher, data.test, device=device)[data.metric_name]
+        return teacher, predicting.evaluate(data, teacher, data.test, device)[data.metric_name]
     own = resolve(teachers.teacher_config(config))
     folder = teachers.cached_run(own, models.teacher, data, device)
     with folder.held(wait=True):

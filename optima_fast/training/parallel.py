@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -40,9 +41,15 @@ class Engine:
         device = next(step.parameters()).device
         self._sharded = sharded and ranks.count() > 1
         if self._sharded:
+            # records hold views, which nothing writes to
+            warnings.filterwarnings(
+                "ignore", "FSDP2-wrapped module .* returned a view", UserWarning
+            )
             mesh = init_device_mesh(device.type, (ranks.count(),))
             for name in MODULES:
-                fully_shard(getattr(step.student.coca, name), mesh=mesh, reshard_after_forward=False)
+                fully_shard(
+                    getattr(step.student.coca, name), mesh=mesh, reshard_after_forward=False
+                )
             fully_shard(step, mesh=mesh, reshard_after_forward=False)
             register_fsdp_forward_method(step, "during")
             if teacher is not None:
@@ -51,13 +58,14 @@ class Engine:
             self._run = DistributedDataParallel(
                 step,
                 device_ids=[device] if device.type == "cuda" else None,
-                broadcast_buffers=False,
                 gradient_as_bucket_view=True,
                 # projections of what an arm leaves out have no gradient, nor has a text's [CLS]
                 find_unused_parameters=True,
             )
 
-    def backward(self, *args: Any, last: bool, under: contextlib.AbstractContextManager[Any]) -> Any:
+    def backward(
+        self, *args: Any, last: bool, under: contextlib.AbstractContextManager[Any]
+    ) -> Any:
         """Losses of a part of the batch; its gradient is added to those of the parts before.
 
         Args:

@@ -14,7 +14,7 @@ from optima_fast.models.task_model import TaskModel
 from optima_fast.tasks import Split, TaskData, tokenizers
 from optima_fast.tasks.images import FolderImages, Preprocessing
 from optima_fast.tasks.split import ArrayImages
-from optima_fast.training import checkpoints
+from optima_fast.training import checkpoints, predicting, ranks
 from optima_fast.training.display import Display
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -59,7 +59,7 @@ def extended(
     """
     paths, digest = files(folder), checkpoints.digest(teacher)
     names = [str(path.relative_to(folder)) for path in paths]
-    if kept.is_file():
+    if ranks.of_first(kept.is_file):
         before = checkpoints.read_json(kept)
         if before["teacher"] != digest or list(before["captions"]) != names:
             raise UserError(
@@ -74,7 +74,7 @@ def extended(
             images, empty, torch.arange(len(paths)), references=[[""]] * len(paths),
             name="extra", workers=data.train.workers, image_errors=data.train.image_errors,
         )  # fmt: skip
-        captions = list(data.predict(teacher, split, device=device).texts)
+        captions = list(predicting.predict(data, teacher, split, device).texts)
         said = {"teacher": digest, "captions": dict(zip(names, captions, strict=True))}
         checkpoints.write_json(kept, said)
     used = [i for i, caption in enumerate(captions) if caption]

@@ -1,10 +1,11 @@
-"""The loss of a training step, or of a part of its batch, as one module that DDP or FSDP can wrap."""
+"""The loss of a training step, or of a part of its batch: a module that DDP or FSDP can wrap."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from optima_fast.distill import Distiller, StepLosses
@@ -57,15 +58,16 @@ class Step(nn.Module):
             assert logits is not None
             share = 1.0 if shares is None else shares.prediction
             return _alone(share * self._data.loss(logits, batch).float())
-        total, *terms, pairs = self.distiller(
+        losses: StepLosses = self.distiller(
             batch, arm, predict=self._data.loss, divergence=self._divergence, shares=shares
         )
-        return StepLosses(total, *(None if x is None else x.detach() for x in terms), pairs)
+        return losses.terms(Tensor.detach)._replace(total=losses.total)
 
     def shares_of(self, batch: dict[str, Tensor]) -> Shares:
         """How much of each kind a batch on the CPU holds."""
         extents = {name: Extent.of(mask) for name, mask in self.student.tokens(batch).items()}
-        return Shares(*map(float, self._data.counted(batch)), extents)
+        predicted, compared = self._data.counted(batch)
+        return Shares(predicted, compared, extents)
 
     def during(self, body: Callable[[], T]) -> T:
         """Call ``body``; a method of this module, so that FSDP sees that it is in use."""
@@ -81,8 +83,10 @@ def added(parts: Sequence[StepLosses]) -> StepLosses:
     """The losses of a whole batch, of what its parts add to them."""
     if len(parts) == 1:
         return parts[0]
-    *terms, pairs = zip(*parts, strict=True)
-    return StepLosses(*(None if x[0] is None else sum(x) for x in terms), pairs[0])
+    first, *others = parts
+    for other in others:
+        first = first.terms(torch.add, other)
+    return first
 
 
 def _alone(loss: Tensor) -> StepLosses:

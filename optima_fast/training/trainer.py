@@ -21,14 +21,14 @@ from optima_fast.distill import (
     arm_space,
     parse_arm,
 )
+from optima_fast.distill.shares import Shares
 from optima_fast.errors import UserError
 from optima_fast.models import MODULES
 from optima_fast.models.task_model import TaskModel
-from optima_fast.distill.shares import Shares
 from optima_fast.tasks import Split, TaskData
 from optima_fast.tasks.split import Loaded, to_device
 from optima_fast.tasks.workers import killed_workers
-from optima_fast.training import checkpoints, loader, policies, ranks, snapshot
+from optima_fast.training import checkpoints, loader, policies, predicting, ranks, snapshot
 from optima_fast.training.adafactor import Adafactor
 from optima_fast.training.cells import CellStage
 from optima_fast.training.config import TrainConfig
@@ -235,9 +235,9 @@ class Trainer:
         """
         first = ranks.number() * len(found)
         sizes = [self.sampler.size(first + i, self.parts) for i in range(len(found))]
-        left_out = sum(sizes) - sum(len(loaded.index) for loaded in found)
+        left_out: float = sum(sizes) - sum(len(loaded.index) for loaded in found)
         if self.parts == 1:
-            self.left_out += left_out
+            self.left_out += int(left_out)
             return [None]
         held = [self.engine.step.shares_of(loaded.batch) for loaded in found]
         own = [sum(column) for column in zip(*(x.numbers() for x in held), strict=True)]
@@ -398,11 +398,8 @@ class Trainer:
     def _log(self, losses: StepLosses, stage: Stage, seconds_a_step: float) -> None:
         assert self.config.batch_size is not None
         self._check()
-        losses = StepLosses(
-            losses.total,
-            *(None if x is None else ranks.summed(x) for x in losses[1:-1]),
-            losses.pairs,
-        )
+        # the total was added up in the step
+        losses = losses.terms(ranks.summed)._replace(total=losses.total)
         rate = self.config.batch_size * self.data.train.group / seconds_a_step
         line: dict[str, Any] = {
             "step": self.step,
@@ -444,7 +441,7 @@ class Trainer:
         """Metrics of the student as it is now."""
         began = time.perf_counter()
         metrics = self.engine.during(
-            lambda: self.data.evaluate(self.student, split, device=self.device)
+            lambda: predicting.evaluate(self.data, self.student, split, self.device)
         )
         self.seconds["eval"] += time.perf_counter() - began
         return metrics

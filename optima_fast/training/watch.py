@@ -10,7 +10,6 @@ from torch import Tensor
 
 from optima_fast.distill import LayerPair, StepLosses
 
-
 GRADIENT = "the gradient norm"
 
 

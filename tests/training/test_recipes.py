@@ -96,7 +96,9 @@ def test_soft_labels_reach_the_step_and_not_the_reward(tmp_path):
     with torch.no_grad():
         student, teacher = t.student(batch).logits, t.distiller.teacher(batch).logits
         t.student.eval()
-        torch.testing.assert_close(t.engine.step(0, batch, (), None).total, soft_bce(student, teacher))
+        torch.testing.assert_close(
+            t.engine.step(0, batch, (), None).total, soft_bce(student, teacher)
+        )
         kl = t.data.divergence(student, teacher, batch)
         measured = t.distiller.measure(batch, predict=t.data.loss, divergence=t.data.divergence)
     assert measured.kl == pytest.approx(float(kl))

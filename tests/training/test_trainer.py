@@ -225,9 +225,12 @@ class NothingIsRead(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         # an index of booleans is turned into one of positions, which are counted first
-        chosen = [] if name not in ("index", "index_put_") else [x for x in args[1] if x is not None]
+        chosen = (
+            [] if name not in ("index", "index_put_") else [x for x in args[1] if x is not None]
+        )
         by_mask = any(x.dtype == torch.bool for x in chosen)
-        assert name not in self.READS and not by_mask, f"{func} reads a tensor"
+        assert name not in self.READS, f"{func} reads a tensor"
+        assert not by_mask, f"{func} reads a tensor"
         return func(*args, **(kwargs or {}))
 
 
