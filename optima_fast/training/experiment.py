@@ -192,6 +192,7 @@ def check_parts(config: TrainConfig) -> None:
         )
     for name, value, why in (
         ("hidden_loss", "contrastive", "learns from the tokens of all steps before"),
+        ("hidden_loss", "normalized-mse", "divides by the mean square of a whole batch"),
         ("hidden_scale", "variance", "divides by the variance of a whole batch"),
     ):
         if getattr(config, name) == value:
