@@ -23,9 +23,10 @@ def _main(argv: Sequence[str] | None) -> int:
     from optima_fast.training.flags import parse
     from optima_fast.training.interrupts import Interrupted
 
-    given = parse(argv, prog="python -m optima_fast.train", description=__doc__ or "")
-    display, dry = Display(quiet=ranks.speechless()), given.pop("dry_run", False)
-    config = experiment.settings(given)
+    with ranks.said_once():
+        given = parse(argv, prog="python -m optima_fast.train", description=__doc__ or "")
+        display, dry = Display(quiet=ranks.speechless()), given.pop("dry_run", False)
+        config = experiment.settings(given)
     if dry:
         dry_run.show(config, display)
         return 0

@@ -12,8 +12,10 @@ all of it. A cell may be covered by a grey patch, and then holds nothing that ca
 All arithmetic is on integers, so a seed gives the same bytes on every machine.
 """
 
+import importlib.util
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -45,6 +47,16 @@ def generator(*entropy: int) -> Rng:
 @lru_cache(maxsize=1)
 def scans() -> tuple[Bytes, Ints]:
     """The scans: levels 0 .. 16, uint8 `[1797, 8, 8]`, and the digits they show, int64 `[1797]`."""
+    package = importlib.util.find_spec("sklearn")
+    file = (
+        Path(package.origin or "").parent / "datasets" / "data" / "digits.csv.gz"
+        if package
+        else None
+    )
+    if file is not None and file.is_file():
+        # importing scikit-learn takes seconds
+        table = np.loadtxt(file, dtype=np.int64, delimiter=",")
+        return table[:, :-1].reshape(-1, 8, 8).astype(np.uint8), table[:, -1]
     from sklearn.datasets import load_digits
 
     data = load_digits()

@@ -60,6 +60,17 @@ def speechless() -> bool:
 
 
 @contextlib.contextmanager
+def said_once() -> Iterator[None]:
+    """A block before processes meet, in which all make the same mistake or none."""
+    try:
+        yield
+    except UserError:
+        if speechless():
+            leave_to_first()
+        raise
+
+
+@contextlib.contextmanager
 def joined(device: torch.device) -> Iterator[None]:
     """Meet the other processes of the run, if there are any, and part from them at the end."""
     global _control

@@ -207,3 +207,18 @@ def test_the_vocabulary_knows_training_words_only():
 def test_options_are_checked(task, options, message):
     with pytest.raises(UserError, match=message):
         tasks.load(task, **options)
+
+
+def test_the_scans_are_scikit_learn_s_own(monkeypatch):
+    from sklearn.datasets import load_digits
+
+    levels, digits = c.scans()
+    own = load_digits()
+    assert np.array_equal(levels, own.images)
+    assert np.array_equal(digits, own.target)
+    # where its file is elsewhere, it is asked
+    monkeypatch.setattr(c.importlib.util, "find_spec", lambda name: None)
+    again = c.scans.__wrapped__()
+    assert np.array_equal(again[0], levels)
+    assert np.array_equal(again[1], digits)
+    assert [(x.dtype, x.shape) for x in again] == [(x.dtype, x.shape) for x in (levels, digits)]

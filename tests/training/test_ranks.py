@@ -1,0 +1,121 @@
+"""Several processes of one run, started as users start them: by torchrun, on gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ranks_job
+import torch
+
+from optima_fast.training import checkpoints, ranks, trainer
+from optima_fast.training.run import Run
+
+JOB = Path(ranks_job.__file__)
+
+
+def job(*command: object) -> subprocess.CompletedProcess[str]:
+    """Its processes have ended."""
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A folder with the runs of two processes, and the same run of one."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "arm_costs", ranks_job.costs)
+        ranks_job.run(folder, "alone")
+        ranks_job.fit(folder / "loop")
+    done = job(JOB, "whole", folder, 2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def killed(shared):
+    """A job of two processes, ended when one was killed; four have gone on with its run."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    ended = job(*torchrun, JOB, "killed", shared)
+    run = Run(shared / "killed" / "run")
+    assert checkpoints.latest_checkpoint(run.checkpoints).name == "step-00000005.pt"
+    done = job(JOB, "resumed", shared, 4)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return ended
+
+
+def arms(run: Run) -> list[str]:
+    return [line["arm"] for line in run.metrics() if "choice" in line]
+
+
+def same(run: Run, other: Run, within: float) -> None:
+    """Equal weights, but for those that no gradient but that of rounding moves."""
+    one, two = run.load_weights().state_dict(), other.load_weights().state_dict()
+    for name, value in one.items():
+        if not name.endswith(("kv.bias", "qkv.bias")):
+            torch.testing.assert_close(two[name], value, rtol=0, atol=within, msg=name)
+
+
+def test_a_run_of_two_processes_is_the_run_of_one(shared):
+    alone, run = Run(shared / "alone"), Run(shared / "ddp")
+    same(alone, run, within=2e-4)
+    summaries = alone.summary(), run.summary()
+    assert [x["processes"] for x in summaries] == [1, 2]
+    assert summaries[1]["test"] == pytest.approx(summaries[0]["test"], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["fsdp/run", "killed/run"])
+def test_processes_take_the_steps_of_one(shared, killed, name):
+    """Sharded, with parts one after the other; and killed and gone on with by others."""
+    alone, run = Run(shared / "loop" / "run"), Run(shared / name)
+    assert arms(run) == arms(alone)
+    assert len(set(arms(alone))) > 5
+    same(alone, run, within=2e-4)
+    for one, other in zip(alone.metrics(), run.metrics(), strict=True):
+        for key in ("loss", "prediction", "kl", "hidden", "attention", "validation"):
+            assert (key in other) == (key in one)
+            if key in one:
+                assert other[key] == pytest.approx(one[key], rel=1e-3)
+
+
+def test_all_processes_end_by_the_mistake_of_one(shared):
+    first, second = (json.loads((shared / f"told-{i}.json").read_text()) for i in range(2))
+    assert first["mistake"] == "UserError('no disk')"
+    assert second["mistake"] == "RuntimeError('left')"
+    assert "step 7: prediction is nan" in first["bad"]
+    assert second["bad"] == "RuntimeError('left')"
+    report = json.loads((shared / "bad" / "run" / "nonfinite.json").read_text())
+    assert report["step"] == 7
+    assert "prediction" in report["terms"]
+
+
+def test_all_processes_stop_after_the_same_step(shared):
+    told = [json.loads((shared / f"told-{i}.json").read_text()) for i in range(2)]
+    # the signal reached one of them before it told the other of the step's batch, or after
+    assert told[0]["stopped"] == told[1]["stopped"] == "stopped after step 4 of 10"
+    kept = checkpoints.latest_checkpoint(shared / "stopped" / "run" / "checkpoints")
+    assert kept.name == "step-00000004.pt"
+
+
+def test_a_process_that_is_killed_ends_the_job(shared, killed):
+    assert killed.returncode != 0
+    assert "SIGKILL" in killed.stderr
+
+
+def test_one_process_is_the_first_and_asks_nobody():
+    assert (ranks.count(), ranks.number(), ranks.is_first(), ranks.beside()) == (1, 0, True, 1)
+    assert ranks.gathered("a") == ["a"]
+    assert ranks.total([1, 2.5]) == [1, 2.5]
+    assert ranks.of_first(lambda: 3) == 3
+    x = torch.ones(2)
+    assert ranks.summed(x) is x
