@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None) -> int:
-    from optima_fast.training import dry_run, experiment, overview, ranks
+    from optima_fast.training import dry_run, experiment, overview, ranks, stages
     from optima_fast.training.display import Display
     from optima_fast.training.flags import parse
     from optima_fast.training.interrupts import Interrupted
@@ -27,11 +27,12 @@ def _main(argv: Sequence[str] | None) -> int:
         given = parse(argv, prog="python -m optima_fast.train", description=__doc__ or "")
         display, dry = Display(quiet=ranks.speechless()), given.pop("dry_run", False)
         config = experiment.settings(given)
+        first = stages.first(config)
     if dry:
-        dry_run.show(config, display)
+        dry_run.show(first, display)
         return 0
     try:
-        run, summary = experiment.run(config, display)
+        run, summary = (stages.run if config.stages else experiment.run)(config, display)
     except Interrupted as error:
         display.note(f"{error}; the same command goes on from there")
         return 130

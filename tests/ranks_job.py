@@ -1,7 +1,7 @@
 """Jobs of several processes for test_ranks.py.
 
-``torchrun ranks_job.py SCENE FOLDER``, or ``python ranks_job.py SCENE FOLDER PROCESSES``, which forks
-them as torchrun would start them and so imports PyTorch once.
+``torchrun ranks_job.py SCENE FOLDER``, or ``python ranks_job.py SCENE FOLDER PROCESSES``, which
+forks them as torchrun would start them, and so imports PyTorch once.
 """
 
 from __future__ import annotations
@@ -31,8 +31,14 @@ from optima_fast.training.interrupts import Interrupted
 from optima_fast.training.trainer import Trainer
 
 SETTINGS: dict[str, Any] = {
-    **{"steps": 10, "round_steps": 1, "batch_size": 7, "kl_weight": 0.5},
-    **{"reward_examples": 20, "checkpoint_every": 5, "eval_every": 5, "log_every": 1},
+    "steps": 10,
+    "round_steps": 1,
+    "batch_size": 7,
+    "kl_weight": 0.5,
+    "reward_examples": 20,
+    "checkpoint_every": 5,
+    "eval_every": 5,
+    "log_every": 1,
 }
 
 

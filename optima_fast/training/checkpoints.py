@@ -24,6 +24,10 @@ DIGEST = "sha256"  # in the metadata of a file of weights
 KEEP = 2  # checkpoints of a run; the one before the newest survives a damaged newest
 
 
+class Damaged(UserError):
+    """A checkpoint that is not what was written."""
+
+
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Call ``write`` on a temporary file beside ``path``, flush it to disk and rename it.
 
@@ -105,6 +109,17 @@ def load_weights(path: Path, model: nn.Module) -> None:
     Raises:
         UserError: no such file, a damaged one, or weights of another model.
     """
+    state = read_weights(path)
+    _check_shapes(path, model, {name: value.shape for name, value in state.items()})
+    model.load_state_dict(state)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """What :func:`save_weights` wrote.
+
+    Raises:
+        UserError: no such file, or a damaged one.
+    """
     with _reading(path), safetensors.safe_open(path, framework="pt") as file:
         recorded = (file.metadata() or {}).get(DIGEST)
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -113,8 +128,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
             f"{path} is damaged: its weights are not those that were written; take a copy of it, "
             "or train again"
         )
-    _check_shapes(path, model, {name: value.shape for name, value in state.items()})
-    model.load_state_dict(state)
+    return state
 
 
 def check_weights(path: Path, model: nn.Module) -> None:
@@ -175,18 +189,18 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
     """
     path = folder / f"step-{step:08d}.pt"
     write_atomically(path, lambda file: torch.save(dict(state), file))
-    for old in _checkpoints(folder)[:-KEEP] if ranks.is_first() else ():
+    for old in found(folder)[:-KEEP] if ranks.is_first() else ():
         old.unlink(missing_ok=True)
     return path
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint of the highest step in ``folder``, if there is one."""
-    found = _checkpoints(folder)
-    return found[-1] if found else None
+    return next(reversed(found(folder)), None)
 
 
-def _checkpoints(folder: Path) -> list[Path]:
+def found(folder: Path) -> list[Path]:
+    """The checkpoints in ``folder``, by step."""
     return sorted(folder.glob("step-????????.pt")) if folder.is_dir() else []
 
 
@@ -194,7 +208,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint; nothing in it is executed.
 
     Raises:
-        UserError: the file is truncated, damaged or no checkpoint; names the one before it.
+        Damaged: the file is truncated, damaged or no checkpoint.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -205,10 +219,6 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         if not isinstance(state, dict):
             raise ValueError(f"it holds a {type(state).__name__}")
     except (OSError, RuntimeError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        before = [p for p in _checkpoints(path.parent) if p.name < path.name]
-        way_out = (
-            f"delete it to go on from {before[-1].name}" if before else "delete it to start over"
-        )
         reason = (str(error).splitlines() or ["truncated"])[0][:160]
-        raise UserError(f"checkpoint {path} is damaged ({reason}); {way_out}") from error
+        raise Damaged(f"checkpoint {path} is damaged ({reason})") from error
     return state

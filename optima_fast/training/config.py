@@ -40,7 +40,7 @@ _POSITIVE = (
     *("steps", "round_steps", "reward_examples", "train_images", "batch_size", "lr", "head_lr"),
     *("image_size", "relation_heads", "negatives", "hidden_temperature"),
     *("clip", "teacher_lr", "teacher_head_lr", "teacher_batch_size"),
-    *("log_every", "eval_every", "checkpoint_every", "accumulate"),
+    *("log_every", "eval_every", "checkpoint_every", "accumulate", "max_hours"),
 )
 _NOT_NEGATIVE = (
     *("init_rounds", "variance_scale", "warmup_steps", "weight_decay", "prediction_weight"),
@@ -100,6 +100,9 @@ class TrainConfig:
         None, "a preset or checkpoint (hf-hub:ORG/NAME, trained on the task first), or a run folder"
     )
     student: str | None = _field(None, "a preset, or a checkpoint or run folder to go on with")
+    stages: str | None = _field(
+        None, "students, one after the other, each the next one's teacher: coca_tiny12,coca_tiny6"
+    )
     student_init: str | None = _field(None, "teacher, random, a checkpoint or a run folder")
     tokenizer: str | None = _field(
         None,
@@ -192,6 +195,12 @@ class TrainConfig:
     )
     accumulate: int = _field(1, "parts that a process works on one after the other, to save memory")
     fsdp: bool = _field(False, "with torchrun: shard student and teacher over the processes")
+    keep: str = _field(
+        "last", "the student that is kept: last, or best on the validation split", ("last", "best")
+    )
+    max_hours: float | None = _field(
+        None, "stop, saved, after so many hours; the rest is for later"
+    )
     log_every: int | None = _field(None, "steps between lines of metrics.jsonl")
     eval_every: int | None = _field(None, "steps between measurements on the validation split")
     checkpoint_every: int | None = _field(None, "steps between checkpoints")
@@ -230,6 +239,11 @@ class TrainConfig:
             raise UserError("--recipe minivlm needs --task coco and --extra-images FOLDER")
         if self.soft_labels == "bce" and self.task != "vqa":
             raise UserError(f"--soft-labels bce is for --task vqa, not for --task {self.task}")
+        if self.stages is not None and (self.student is not None or self.method == "finetune"):
+            raise UserError(
+                f"--stages {self.stages} names the students of a teacher: leave --student and "
+                "--method finetune out"
+            )
         if self.method == "fixed":
             if self.arm is None:
                 raise UserError("--method fixed needs --arm, such as --arm image+text")

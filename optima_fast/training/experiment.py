@@ -330,17 +330,14 @@ def train(
     trainer = Trainer(config, trained_on, student, teacher, folder, display)
     before = trainer.evaluate(data.test)[data.metric_name]
 
-    last = ranks.of_first(lambda: checkpoints.latest_checkpoint(folder.checkpoints))
-    if last is not None:
-        trainer.resume(last)
-        display.note(f"going on from {last} (step {trainer.step} of {trainer.steps})")
-    else:
+    if not _go_on(trainer, folder, display):
         folder.begin(config)
         folder.remember(data)
         folder.truncate_metrics(0)
     trainer.fit()
 
-    test, validation = (trainer.evaluate(split) for split in (data.test, data.validation))
+    validation = trainer.finish()
+    test = trainer.evaluate(data.test)
     began = time.perf_counter()
     baselines = data.baselines() if ranks.is_first() else {"majority": 0.0, "text_only": 0.0}
     trainer.seconds["eval"] += time.perf_counter() - began
@@ -360,7 +357,8 @@ def train(
         "teacher_metric": None,
         "student_metric": test[data.metric_name],
         "student_metric_before": before,
-        "validation_metric": validation[data.metric_name],
+        "validation_metric": validation,
+        "kept_step": trainer.kept_step,
         "majority_metric": baselines["majority"],
         "text_only_metric": baselines["text_only"],
         "test": test,
@@ -376,6 +374,26 @@ def train(
         },
         "versions": versions(),
     }
+
+
+def _go_on(trainer: Trainer, folder: Run, display: Display) -> bool:
+    """Continue from the newest checkpoint that is whole; whether there is one.
+
+    Raises:
+        UserError: there are some, all of them damaged.
+    """
+    paths = ranks.of_first(lambda: checkpoints.found(folder.checkpoints))
+    for i, path in enumerate(reversed(paths), 1):
+        try:
+            trainer.resume(path)
+        except checkpoints.Damaged as error:
+            if i == len(paths):
+                raise UserError(f"{error}; delete it to start over") from error
+            display.note(f"warning: {error}; the one before it is taken")
+            continue
+        display.note(f"going on from {path} (step {trainer.step} of {trainer.steps})")
+        return True
+    return False
 
 
 def evaluate(

@@ -29,8 +29,9 @@ def batches(
 ) -> Generator[Loaded, None, None]:
     """This process's parts of the batches of the steps ``first``, ``first + 1``, ... to the last.
 
-    There are ``config.accumulate`` of them a step. Each is a function of the settings and its step alone, however many workers there are and
-    wherever a run began or went on.
+    There are ``config.accumulate`` of them a step. Each is a function of the settings, the number
+    of processes and its step alone, however many workers there are and wherever a run began or went
+    on.
 
     Args:
         config: resolved settings.

@@ -91,7 +91,7 @@ class Engine:
         yield
 
     def during(self, body: Callable[[], T]) -> T:
-        """Call ``body``, which runs the student other than by the step; its parameters are whole."""
+        """Call ``body``, which runs the student itself; its parameters are whole meanwhile."""
         if not self._sharded:
             return body()
         parts = [m for m in self.step.modules() if isinstance(m, FSDPModule)]

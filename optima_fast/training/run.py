@@ -49,6 +49,7 @@ _PLACE = (
     "checkpoint_every",
     "accumulate",
     "fsdp",
+    "max_hours",
 )
 
 
@@ -65,6 +66,10 @@ class Run:
         self.weights_path = self.folder / "student.safetensors"
         self.captions_path = self.folder / "captions.json"  # of --extra-images
         self.checkpoints = self.folder / "checkpoints"
+
+    def best_path(self, step: int) -> Path:
+        """The student of a step that was the best so far."""
+        return self.checkpoints / f"best-{step:08d}.safetensors"
 
     def exists(self) -> bool:
         return self.config_path.is_file()

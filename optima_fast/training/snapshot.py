@@ -18,6 +18,7 @@ FORMAT = 5  # of checkpoints
 READ = (4, FORMAT)  # format 4 kept states of random generators, which steps no longer depend on
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
 _COUNTERS = ("step", "round", "choice", "round_began", "last_metric", "left_out")
+_LATER = ("best_metric", "kept_step")  # counters that older checkpoints lack
 
 
 def save(trainer: Trainer) -> Path:
@@ -26,7 +27,7 @@ def save(trainer: Trainer) -> Path:
     state: dict[str, Any] = {
         "format": FORMAT,
         "config": dataclasses.asdict(trainer.config),
-        **{name: getattr(trainer, name) for name in _COUNTERS},
+        **{name: getattr(trainer, name) for name in (*_COUNTERS, *_LATER)},
         "student": ranks.whole(trainer.student.state_dict()),
         "projections": ranks.whole(trainer.distiller.state_dict()) if trainer.distiller else {},
         "cells": ranks.whole(trainer.cells.state_dict()),
@@ -77,6 +78,8 @@ def restore(trainer: Trainer, path: Path) -> None:
             trainer.policy.load_state_dict(state["bandit"])
         for name in (*_COUNTERS, "pulls", "seconds"):
             setattr(trainer, name, state[name])
+        for name in _LATER:
+            setattr(trainer, name, state.get(name, getattr(trainer, name)))
         trainer.before = Measurement(**state["before"]) if state["before"] else None
         if trainer.meter is not None and trainer.meter.headroom is not None:
             trainer.meter.headroom.load_state_dict(state["headroom"])

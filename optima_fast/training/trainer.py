@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
@@ -35,7 +36,7 @@ from optima_fast.training.config import TrainConfig
 from optima_fast.training.cost import arm_costs
 from optima_fast.training.display import Display, Stage
 from optima_fast.training.interrupts import Interrupted, Stop
-from optima_fast.training.parallel import Engine
+from optima_fast.training.parallel import Engine, load_weights
 from optima_fast.training.rewards import RewardMeter, reward_batches, training_sampler
 from optima_fast.training.run import Run
 from optima_fast.training.schedule import lr_at
@@ -112,6 +113,8 @@ class Trainer:
         self.seconds = {"distill": 0.0, "reward": 0.0, "eval": 0.0}
         self.round_began = 0.0
         self.last_metric: float | None = None
+        self.best_metric: float | None = None  # of those measured, with --keep best
+        self.kept_step = 0  # the step whose student that is
         self.left_out = 0
         self.watch = Watch(self.device)
         self._stop = Stop()
@@ -196,6 +199,8 @@ class Trainer:
                     self._log(losses, stage, (time.monotonic() - began) / (self.step - first))
                 if self.step % config.eval_every == 0 and not at_end:
                     self._evaluate()
+                late = time.monotonic() - began > 3600 * (config.max_hours or math.inf)
+                self._stop.asked |= late
                 # all processes were told of the same step, where there are several
                 stopping = self._stopping if self.parts > 1 else self._stop.asked
                 if self.step % config.checkpoint_every == 0 or at_end or stopping:
@@ -436,6 +441,21 @@ class Trainer:
         metrics = self.evaluate(self.data.validation)
         self.last_metric = metrics[self.data.metric_name]
         self.run.append_metrics({"step": self.step, "validation": metrics})
+        best = -math.inf if self.best_metric is None else self.best_metric
+        if self.config.keep == "best" and self.last_metric > best:
+            self.best_metric, self.kept_step = self.last_metric, self.step
+            checkpoints.save_weights(self.run.best_path(self.step), self.student)
+
+    def finish(self) -> float:
+        """Take the student that is kept; its metric on the validation split."""
+        metric = self.evaluate(self.data.validation)[self.data.metric_name]
+        if self.best_metric is None or metric >= self.best_metric:
+            self.kept_step = self.step
+            return metric
+        ranks.gathered(None)  # the file is written
+        state = checkpoints.read_weights(self.run.best_path(self.kept_step))
+        load_weights(self.student, state)
+        return self.best_metric
 
     def evaluate(self, split: Split) -> dict[str, float]:
         """Metrics of the student as it is now."""
@@ -449,7 +469,11 @@ class Trainer:
     def save(self) -> Path:
         """Write a checkpoint, see :func:`optima_fast.training.snapshot.save`."""
         self._check()
-        return snapshot.save(self)
+        path = snapshot.save(self)
+        for old in self.run.checkpoints.glob("best-*.safetensors") if ranks.is_first() else ():
+            if old != self.run.best_path(self.kept_step):
+                old.unlink(missing_ok=True)
+        return path
 
     def resume(self, path: Path) -> None:
         """Continue from a checkpoint, see :func:`optima_fast.training.snapshot.restore`."""

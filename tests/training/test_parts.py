@@ -122,7 +122,9 @@ def test_a_run_stopped_with_parts_goes_on_without(tmp_path):
         ({"accumulate": 2, "hidden_scale": "variance"}, "--hidden-scale variance divides by the v"),
         (
             {
-                **{"accumulate": 2, "attention_loss": "relations", "relation_heads": 2},
+                "accumulate": 2,
+                "attention_loss": "relations",
+                "relation_heads": 2,
                 "cross_attention": True,
             },
             "--attention-loss relations with --cross-attention true is of texts and of images",
