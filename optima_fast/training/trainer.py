@@ -403,7 +403,8 @@ class Trainer:
         began = time.perf_counter()
         metrics = self.data.evaluate(self.student, self.data.validation, device=self.device)
         self.last_metric = metrics[self.data.metric_name]
-        self.run.append_metrics({"step": self.step, "validation": metrics})
+        line = {"step": self.step, "validation": metrics, "seconds": self._busy}
+        self.run.append_metrics(line)
         self.seconds["eval"] += time.perf_counter() - began
 
     def save(self) -> Path:
