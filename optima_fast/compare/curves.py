@@ -17,17 +17,10 @@ NO_ARM = arm_name(())  # of steps that distil no module
 # settings that the arithmetic of a step does not depend on
 _ELSEWHERE = (
     *("seed", "teacher_seed", "arm", "arms", "policy", "reward", "reward_clip", "reward_cost"),
-    *(
-        "reward_split",
-        "steps",
-        "round_steps",
-        "init_rounds",
-        "gamma",
-        "variance_scale",
-        "reward_examples",
-    ),
+    *("reward_split", "reward_examples", "round_steps", "init_rounds", "gamma", "variance_scale"),
     *("teacher_steps", "teacher_lr", "teacher_head_lr", "teacher_batch_size", "lr", "head_lr"),
-    *("steps", "warmup_steps", "weight_decay", "clip", "dropout", "log_every", "eval_every", "cell_stage"),
+    *("steps", "warmup_steps", "weight_decay", "clip", "dropout", "cell_stage"),
+    *("log_every", "eval_every"),
 )
 
 Operations = Mapping[str, int]  # of a training step, by the name of its arm

@@ -54,7 +54,7 @@ def show(
         head = f"{section.task}: {section.metric} of the test split"
         header, *body = of_test(section, grid.baseline)
         display.table(head, body, header)
-        display.note(verdict(section, grid.baseline))
+        display.note(verdict(section))
         header, *body = of_budgets(section, grid.baseline)
         if body:
             display.table(f"{section.task}: {section.metric} at equal budgets", body, header)
@@ -137,7 +137,7 @@ def _difference(difference: Difference | None) -> str:
     return f"{difference.mean:+.4f}{error}"
 
 
-def verdict(section: Section, baseline: str) -> str:
+def verdict(section: Section) -> str:
     """Who is ahead, if that can be told."""
     seeds = min(len(row.metrics) for row in section.rows)
     if len(section.rows) < 2:
@@ -212,7 +212,7 @@ def as_markdown(
         parts += [
             f"## {section.task}: {section.metric} of the test split",
             _markdown(of_test(section, grid.baseline)),
-            verdict(section, grid.baseline),
+            verdict(section),
         ]
         budgets = of_budgets(section, grid.baseline)
         if len(budgets) > 1:
