@@ -140,6 +140,8 @@ def _shapes(config: TrainConfig) -> str:
     settings = Run.computed_by(dataclasses.asdict(config))
     settings["method"] = config.method == "finetune"
     kept = {name: value for name, value in settings.items() if name not in _ELSEWHERE}
+    if config.layer_mapping == "random":
+        kept["seed"] = config.seed  # how deep the teacher runs
     return json.dumps(kept, sort_keys=True)
 
 
@@ -152,5 +154,6 @@ def _count(config: TrainConfig, arms: Sequence[str]) -> Operations:
         return {NO_ARM: cost.finetuning_operations(student, data, batch)}
     layers = student.layer_counts
     parsed = [() if name == NO_ARM else parse_arm(name, layers) for name in arms]
-    found = cost.distilling_operations(student, teacher, data, batch, parsed, **distilled(config))
+    settings = distilled(config, student, teacher)
+    found = cost.distilling_operations(student, teacher, data, batch, parsed, **settings)
     return dict(zip(arms, found, strict=True))

@@ -120,7 +120,8 @@ def _step(
 ) -> list[list[str]]:
     student, teacher = models.shapes(data)
     batch = loader.first_batch(config, data)
-    bf16, settings = uses_bf16(config, device), distilled(config)
+    bf16 = uses_bf16(config, device)
+    settings = {} if teacher is None else distilled(config, student, teacher)
     rows = []
     if teacher is None:
         operations = cost.finetuning_operations(student, data, batch)
