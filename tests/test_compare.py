@@ -287,6 +287,7 @@ def test_runs_on_a_cpu_have_a_thread_each_where_there_are_several(monkeypatch):
     assert runner.places("cpu", 0, 2) == [runner.Place(one, ("--threads=1",))] * 2
     assert runner.places("cpu", 0, 1) == [runner.Place({})]
     assert runner.places("cpu", 4, 2) == [runner.Place({})] * 2
+    assert runner.places("cpu", 2, None) == runner.places("cpu", 4, None) == [runner.Place({})]
 
 
 def test_runs_on_cuda_have_a_visible_device_each(monkeypatch):
@@ -467,6 +468,9 @@ def test_what_the_arithmetic_of_a_step_depends_on():
     others: list[dict[str, Any]] = [{}, {"method": "kd"}, {"method": "finetune"}]
     others += [{"batch_size": 7}, {"hidden_weight": 0.0}, {"task": "coco"}, {"data": "/x"}]
     others += [{"student": "coca_tiny6"}, {"attention_loss": "kl"}]
+    # a mapping that is drawn says how deep the teacher runs
+    others += [{"layer_mapping": "reversed"}]
+    others += [{"layer_mapping": "random", "seed": seed} for seed in range(2)]
     assert len({shapes(**given) for given in others}) == len(others)
 
 

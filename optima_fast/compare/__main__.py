@@ -3,8 +3,9 @@
 Each run is ``python -m optima_fast.train`` in a process and a folder of its own, with the flags of
 the trainer that are given here. An entry of --methods is a method and settings of its own, each
 after a colon: optima:gamma=0.9:round-steps=20; fixed:image is short for fixed:arm=image. An entry
-FILE.yaml is a file of settings, as --config takes it, and the file's name is its label. Ctrl-C
-saves all runs that are being made; the same command goes on, and does no finished run again.
+FILE.yaml is a file of settings, as --config takes it, and the file's name is its label. The first
+run of a task trains its teacher, which the other runs wait for and share. Ctrl-C saves all runs
+that are being made; the same command goes on, and does no finished run again.
 """
 
 from __future__ import annotations
@@ -60,8 +61,9 @@ def _main(argv: Sequence[str] | None) -> int:
         display.note(f"{error}; the same command goes on from there")
         return INTERRUPTED
     tables.show(made, cells, failed, len(where), display)
-    folder = shlex.quote(str(made.folder))
-    display.note(f"next: python -m optima_fast.report {folder}/*/")
+    if not failed:
+        folder = shlex.quote(str(made.folder))
+        display.note(f"next: python -m optima_fast.report {folder}/*/")
     for name, why in failed.items():
         print(f"error: {name}: {why}", file=sys.stderr)
     return 1 if failed else 0

@@ -43,13 +43,13 @@ def places(device: str, threads: int, jobs: int | None) -> list[Place]:
 
     Args:
         device: the trainer's setting. On CUDA each visible device is a place, a device that is
-            named (``cuda:1``) is one; on a CPU each usable core is.
+            named (``cuda:1``) is one; on a CPU it is as many cores as a run has threads.
         threads: the trainer's setting. Several runs on a CPU have one thread each unless it is
             given.
         jobs: so many places instead; on CUDA they take the visible devices in turn.
     """
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
-        count = jobs or usable_cores()
+        count = jobs or max(1, usable_cores() // max(1, threads))
         if count == 1 or threads:
             return [Place({})] * count
         return [Place({"OMP_NUM_THREADS": "1"}, ("--threads=1",))] * count
