@@ -122,6 +122,12 @@ def test_the_table_is_what_the_runs_say(finished):
     assert f"| random | {random['median']:.4f} |" in page
     assert "All seeds of a task share one teacher" in page
 
+    for run in map(Run, sorted(folder.glob("*-seed?"))):
+        times = [line["seconds"] for line in run.metrics() if "validation" in line]
+        seconds = run.summary()["seconds"]
+        assert 0 < times[0] < times[-1] < seconds["distill"] + seconds["reward"]
+        assert times == sorted(times)
+
     # the pulls of a run's summary are another account of its arithmetic
     runs = [Run(folder / f"snli_ve-{m}-seed{s}") for m in METHODS for s in (0, 1)]
     assert all(each is counted[0] for each in counted)
@@ -208,6 +214,7 @@ def test_each_seed_may_have_a_teacher_of_its_own(tmp_path, monkeypatch, capsys):
 
 def test_the_baseline_is_layerwise_or_the_first():
     entries = grid.read_entries("random,layerwise")
+    assert [entry.label for entry in grid.read_entries(" kd, random")] == ["kd", "random"]
     assert grid.read_baseline(None, entries) == "layerwise"
     assert grid.read_baseline("random", entries) == "random"
     assert grid.read_baseline(None, grid.read_entries("kd,random")) == "kd"

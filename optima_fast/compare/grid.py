@@ -136,7 +136,7 @@ def read_tasks(text: str) -> tuple[str, ...]:
     Raises:
         UserError: an unknown task, or one that is named twice.
     """
-    tasks = tuple(text.split(","))
+    tasks = tuple(task.strip() for task in text.split(","))
     for task in tasks:
         if task not in TASKS:
             raise unknown("task", task, TASKS)
@@ -149,7 +149,7 @@ def read_entries(text: str) -> tuple[Entry, ...]:
     Raises:
         UserError: an unknown method, a setting that is not ``name=value``, or two alike.
     """
-    entries = tuple(map(_entry, text.split(",")))
+    entries = tuple(_entry(entry.strip()) for entry in text.split(","))
     _once("--methods", [entry.label for entry in entries])
     _once("--methods", [entry.slug for entry in entries])
     return entries
