@@ -202,13 +202,14 @@ def test_a_file_of_settings_is_an_entry(tmp_path):
 
 def test_each_seed_may_have_a_teacher_of_its_own(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert command.main(["--teacher-per-seed", "--seeds=2", "--eval-every=7", "--dry-run"]) == 0
+    argv = ["--teacher-per-seed", "--seeds=2", "--jobs=2", "--eval-every=7", "--dry-run"]
+    assert command.main(argv) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 7
     for line in lines[:-1]:
         config = train_settings(tuple(shlex.split(line.partition("optima_fast.train ")[2])))
         assert config.teacher_seed == config.seed
-        assert config.eval_every == 7
+        assert (config.eval_every, config.threads) == (7, 1)
     assert not list(tmp_path.iterdir())
 
 
@@ -573,7 +574,10 @@ def test_a_row_by_hand():
     assert row.difference.mean == pytest.approx(0.11 / 3)
     assert row.arithmetic == pytest.approx((0.64 + 1 + 0.64) / 3)
     assert (row.distill, row.reward) == (20.0, 4.0)
-    assert row.budgets["arithmetic"].difference.mean == pytest.approx((0.3 + 0 + 0.3) / 3)
+    equal = row.budgets["arithmetic"]
+    assert equal.difference.mean == pytest.approx((0.3 + 0 + 0.3) / 3)
+    assert equal.metrics == pytest.approx(((0.8 + 0.75 + 0.8) / 3, (0.5 + 0.75 + 0.5) / 3))
+    assert (equal.budget, equal.share, equal.steps) == (640, 0.64, (10, 6))
     (alone,) = statistics.rows({"kd": results["random"]}, "layerwise")
     assert (alone.difference, alone.arithmetic, alone.budgets) == (None, None, {})
 

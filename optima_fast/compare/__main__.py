@@ -49,7 +49,7 @@ def _main(argv: Sequence[str] | None) -> int:
     first = cells[0].config
     where = runner.places(first.device, first.threads, arguments.jobs)
     if arguments.dry_run:
-        for name, state, command in runner.listing(cells):
+        for name, state, command in runner.listing(cells, where[0]):
             display.note(f"{name} ({state}): {command}")
         display.note(f"{len(cells)} runs, {len(where)} at a time; nothing was run or written")
         return 0

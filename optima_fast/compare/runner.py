@@ -105,7 +105,11 @@ def train(cells: Sequence[Cell], where: Sequence[Place], display: Display) -> di
 
 
 def _start(cell: Cell, place: Place) -> Process:
-    return Process(command([*cell.words, *place.words]), place.environment)
+    return Process(_words(cell, place), place.environment)
+
+
+def _words(cell: Cell, place: Place) -> list[str]:
+    return command([*cell.words, *place.words])
 
 
 def _ended(cell: Cell, process: Process, failed: dict[str, str], display: Display) -> None:
@@ -151,8 +155,8 @@ def step(cell: Cell) -> int:
     return 0
 
 
-def listing(cells: Sequence[Cell]) -> list[list[str]]:
-    """A row a run: what it is, what is there of it, and its command."""
+def listing(cells: Sequence[Cell], place: Place) -> list[list[str]]:
+    """A row a run: what it is, what is there of it, and its command in such a place."""
     rows = []
     for cell in cells:
         state = "new"
@@ -160,7 +164,7 @@ def listing(cells: Sequence[Cell]) -> list[list[str]]:
             state = "finished"
         elif cell.run.exists():
             state = f"step {step(cell)} of {cell.steps}"
-        rows.append([cell.name, state, shlex.join(["python", *command(cell.words)[1:]])])
+        rows.append([cell.name, state, shlex.join(["python", *_words(cell, place)[1:]])])
     return rows
 
 

@@ -72,7 +72,7 @@ class AtBudget:
         budget: in operations or seconds, median over the seeds.
         share: of what the other run took in all, likewise.
         steps: of the evaluations that are read, medians of this method and of the other.
-        metrics: likewise.
+        metrics: likewise, but means, so that they are apart by the mean difference.
         difference: of the metrics.
     """
 
@@ -114,7 +114,7 @@ def at_budget(own: Results, other: Results, kind: str) -> AtBudget | None:
         median(budgets),
         median(shares),
         (median(p.step for p, _ in read.values()), median(p.step for _, p in read.values())),
-        (median(first.values()), median(second.values())),
+        (statistics.fmean(first.values()), statistics.fmean(second.values())),
         difference,
     )
 

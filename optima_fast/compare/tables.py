@@ -173,7 +173,7 @@ def explained(grid: Grid, jobs: int) -> list[str]:
         f"{MARK.strip()}: ahead of each other method by more than {NOISE:g} standard errors of at "
         f"least {SEEDS} seeds.",
         teachers,
-        f"At equal budgets: medians on the validation split. A method and {base} are read at the "
+        f"At equal budgets: means on the validation split (steps and budget: medians). A method and {base} are read at the "
         "last evaluation that each had reached within what the cheaper of the two runs took in "
         "all: matrix products of the steps, or seconds of the steps and of measuring rewards. The "
         f"budget of arithmetic is a share of what {base} took. Nothing is read between or beyond "
