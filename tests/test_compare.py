@@ -601,12 +601,12 @@ def test_the_tables_by_hand(tmp_path):
         ["random", "arithmetic", "0.64", "10, 6", "0.8000", "0.5000", "+0.3000 (0.0000)"],
         ["random", "time", "20 s", "6, 10", "0.6000", "0.7500", "-0.1500 (0.0000)"],
     ]
-    notes = tables.explained(made_, 2)
+    notes = tables.explained(made_)
     page = tables.as_markdown(made_, [one], {"vqa kd seed 1": "no"}, notes)
     assert "| random * | 0.5600 | 0.5200-0.6000 |" in page
     assert "| random | time | 20 s | 6, 10 |" in page
     assert "FAILED: vqa kd seed 1: no" in page
-    assert "with 2 runs at a time" in page
+    assert "All seeds of a task share one teacher" in page
 
 
 def test_one_seed_has_no_uncertainty_and_says_so():

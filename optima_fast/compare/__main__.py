@@ -60,7 +60,7 @@ def _main(argv: Sequence[str] | None) -> int:
     except Interrupted as error:
         display.note(f"{error}; the same command goes on from there")
         return INTERRUPTED
-    tables.show(made, cells, failed, len(where), display)
+    tables.show(made, cells, failed, display)
     if not failed:
         folder = shlex.quote(str(made.folder))
         display.note(f"next: python -m optima_fast.report {folder}/*/")

@@ -34,22 +34,19 @@ def begin(grid: Grid) -> None:
         checkpoints.write_json(path, {"format": FORMAT})
 
 
-def show(
-    grid: Grid, cells: Sequence[Cell], failed: Mapping[str, str], jobs: int, display: Display
-) -> None:
+def show(grid: Grid, cells: Sequence[Cell], failed: Mapping[str, str], display: Display) -> None:
     """Print the tables of the runs that are finished, and write them into the folder.
 
     Args:
         grid: what is compared.
         cells: its runs.
         failed: by a run's name, why.
-        jobs: how many runs were made at a time.
         display: where to print.
 
     Raises:
         UserError: a run's files are damaged, or the tables cannot be saved.
     """
-    sections, notes = measure(grid, cells), explained(grid, jobs)
+    sections, notes = measure(grid, cells), explained(grid)
     for section in sections:
         head = f"{section.task}: {section.metric} of the test split"
         header, *body = of_test(section, grid.baseline)
@@ -156,7 +153,7 @@ def verdict(section: Section) -> str:
     )
 
 
-def explained(grid: Grid, jobs: int) -> list[str]:
+def explained(grid: Grid) -> list[str]:
     """What the columns mean."""
     base = grid.baseline
     teachers = (
@@ -169,16 +166,17 @@ def explained(grid: Grid, jobs: int) -> list[str]:
         f"minus {base}: mean over the seeds of the metric minus that of {base} of the same seed, "
         "in brackets its standard error. arithmetic: matrix products of the steps, those of "
         f"{base} 1; measuring rewards is not in it. seconds: of the steps + of measuring rewards, "
-        f"medians, with {jobs} {'run' if jobs == 1 else 'runs'} at a time. "
+        "medians; a run is slower beside other work on its machine. "
         f"{MARK.strip()}: ahead of each other method by more than {NOISE:g} standard errors of at "
         f"least {SEEDS} seeds.",
         teachers,
-        f"At equal budgets: means on the validation split (steps and budget: medians). A method and {base} are read at the "
-        "last evaluation that each had reached within what the cheaper of the two runs took in "
-        "all: matrix products of the steps, or seconds of the steps and of measuring rewards. The "
-        f"budget of arithmetic is a share of what {base} took. Nothing is read between or beyond "
-        "evaluations: '-' means that one of them had none by then. A run that is read before its "
-        "end still has a high learning rate; one that is planned for this budget may do better.",
+        "At equal budgets: means on the validation split (steps and budget: medians). A method "
+        f"and {base} are read at the last evaluation that each had reached within what the cheaper "
+        "of the two runs took in all: matrix products of the steps, or seconds of the steps and of "
+        f"measuring rewards. The budget of arithmetic is a share of what {base} took. Nothing "
+        "is read between or beyond evaluations: '-' means that one of them had none by then. A run "
+        "that is read before its end still has a high learning rate; one that is planned for "
+        "this budget may do better.",
     ]
 
 
