@@ -1,11 +1,11 @@
-"""``optima-fast demo|train|evaluate|predict|report|export|doctor``."""
+"""``optima-fast demo|train|compare|evaluate|predict|report|export|doctor``."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 
-COMMANDS = ("demo", "train", "evaluate", "predict", "report", "export", "doctor")
+COMMANDS = ("demo", "train", "compare", "evaluate", "predict", "report", "export", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -16,6 +16,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from optima_fast.demo.__main__ import main as run
     elif command == "train":
         from optima_fast.train import main as run
+    elif command == "compare":
+        from optima_fast.compare.__main__ import main as run
     elif command == "evaluate":
         from optima_fast.evaluate import main as run
     elif command == "predict":

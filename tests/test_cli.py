@@ -160,7 +160,7 @@ def test_a_module_of_our_own_that_is_missing_is_a_bug():
         ("doctor", ["--task", "vqa"], "error: --task and --data go together"),
         ("doctor", ["--images", "all"], "error: --images is for a data set"),
         ("cli", ["train", "--setps", "3"], "error: unknown flag '--setps'"),
-        ("cli", ["trian"], "usage: optima-fast {demo,train,evaluate,predict,report,export,doctor}"),
+        ("cli", ["trian"], "usage: optima-fast {demo,train,compare,evaluate,predict,report,export"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_two(
@@ -189,7 +189,7 @@ def test_each_command_is_its_module(command, capsys):
 
 def test_help_lists_every_setting(capsys):
     assert cli.main(["--help"]) == 0
-    assert "{demo,train,evaluate,predict,report,export,doctor}" in capsys.readouterr().out
+    assert "{demo,train,compare,evaluate,predict,report,export,doctor}" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stopped:
         train.main(["--help"])
     assert stopped.value.code == 0

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import shlex
-import signal
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from optima_fast.demo import teachers
 from optima_fast.errors import UserError
-from optima_fast.training import Display, Interrupted, Run, TrainConfig, experiment, resolve
+from optima_fast.training import (
+    Display,
+    Interrupted,
+    Run,
+    TrainConfig,
+    experiment,
+    processes,
+    resolve,
+)
 from optima_fast.training import teachers as training_teachers
 from optima_fast.training.config import flag
 from optima_fast.training.interrupts import Stop
+from optima_fast.training.processes import Process
 
 METHODS = ("headroom", "layerwise")
 TASKS = ("snli_ve", "nlvr2", "vqa")  # each example is right or wrong
@@ -107,7 +112,10 @@ def train(settings: Settings, folder: Path, display: Display) -> None:
     for given in students.values():
         display.note("  " + shlex.join([python_name(), *command(given)[1:]]))
     with contextlib.ExitStack() as stack:
-        started = {m: _Process(m, given, stack) for m, given in students.items()}
+        started = {}
+        for method, given in students.items():
+            started[method] = Process(command(given), {"OMP_NUM_THREADS": "1"})
+            stack.callback(started[method].stop)
         _watch(started, runs, steps, display)
 
 
@@ -119,63 +127,11 @@ def python_name() -> str:
 
 def command(given: Mapping[str, Any]) -> list[str]:
     """The trainer's command line for these settings."""
-    words = [f"{flag(name)}={value}" for name, value in given.items()]
-    return [sys.executable, "-m", "optima_fast.train", *words]
-
-
-class _Process:
-    """A run in a process of its own, which Ctrl-C reaches through this one alone.
-
-    Leaving the stack ends a process that still runs, after the step it is in.
-    """
-
-    def __init__(self, method: str, given: Mapping[str, Any], stack: contextlib.ExitStack) -> None:
-        self.method = method
-        errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (the stack closes it)
-        self._errors = stack.enter_context(errors)
-        self._process = subprocess.Popen(
-            command(given),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=self._errors,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            start_new_session=True,
-        )
-        stack.callback(self.stop)
-
-    def running(self) -> bool:
-        return self._process.poll() is None
-
-    def ask(self) -> None:
-        """Ask it to save and to end."""
-        if self.running():
-            self._process.send_signal(signal.SIGTERM)
-
-    def stop(self) -> None:
-        """:meth:`ask`, and wait until it has."""
-        self.ask()
-        self._process.wait()
-
-    def check(self) -> None:
-        """Raise if it failed.
-
-        Raises:
-            UserError: with its own last line.
-        """
-        code = self._process.wait()
-        if code in (0, 130):
-            return
-        self._errors.seek(0)
-        said = self._errors.read().decode(errors="replace").strip().splitlines()
-        why = said[-1].removeprefix("error: ") if said and code > 0 else ""
-        raise UserError(
-            f"the {self.method} run: {why or f'it ended with code {code}'}"
-            + ("" if code == 2 else "; the same command goes on from its last checkpoint")
-        )
+    return processes.command([f"{flag(name)}={value}" for name, value in given.items()])
 
 
 def _watch(
-    started: Mapping[str, _Process], runs: Mapping[str, Run], steps: int, display: Display
+    started: Mapping[str, Process], runs: Mapping[str, Run], steps: int, display: Display
 ) -> None:
     """Show how far both are until both are done; stop the other where one fails."""
     stop, before = Stop(), {method: _step(run) for method, run in runs.items()}
@@ -202,16 +158,18 @@ def _watch(
         raise Interrupted(f"stopped after steps {places} of {steps}")
 
 
-def _looks(started: Mapping[str, _Process], stop: Stop) -> Iterator[None]:
+def _looks(started: Mapping[str, Process], stop: Stop) -> Iterator[None]:
     """Every now and then, until both processes have ended well or a stop is asked for.
 
     Raises:
         UserError: one of them failed.
     """
     while not stop.asked:
-        ended = [process for process in started.values() if not process.running()]
-        for process in ended:
-            process.check()
+        ended = {method: p for method, p in started.items() if not p.running()}
+        for method, process in ended.items():
+            if why := process.error():
+                goes_on = "; the same command goes on from its last checkpoint"
+                raise UserError(f"the {method} run: {why}{'' if process.code == 2 else goes_on}")
         if len(ended) == len(started):
             return
         yield

@@ -107,7 +107,7 @@ class Distiller(nn.Module):
         cross_both_ways: and what its keys see of its queries: the same products, with the softmax
             over the queries that count.
         teacher_layers: for a module, the teacher's layer (0-based) that each student layer learns
-            from; default: evenly spread, last from last.
+            from, in any order; default: evenly spread, last from last.
         projections: ``"all"`` layers, or those ``"needed"``, where widths differ.
         backend: of the losses, see :func:`optima_fast.hidden_mse`.
 
@@ -433,13 +433,26 @@ class Distiller(nn.Module):
         Those above the deepest selected layer need not run. Those below run anyway; recording them
         too keeps the number of different requests, hence of compiled graphs, to one a depth.
         """
+        return {
+            name: sorted({pair.teacher for pair in pairs})
+            for name, pairs in self._first_pairs(arm).items()
+        }
+
+    def _first_pairs(self, arm: Arm) -> dict[str, tuple[LayerPair, ...]]:
+        """Of each module of the arm all pairs up to its deepest student layer."""
         depths: dict[str, int] = {}
         for pair in self.selected(arm):
             depths[pair.module] = pair.student
-        return {
-            name: [pair.teacher for pair in self.pairs[name][: depth + 1]]
-            for name, depth in depths.items()
-        }
+        return {name: self.pairs[name][: depth + 1] for name, depth in depths.items()}
+
+    def _in_order(self, record: Record, arm: Arm) -> Record:
+        """The teacher's record of :meth:`teacher_request`, a layer for each pair."""
+        found = {}
+        for name, pairs in self._first_pairs(arm).items():
+            recorded = sorted({pair.teacher for pair in pairs})
+            layers = dict(zip(recorded, record.layers(name), strict=True))
+            found[name] = [layers[pair.teacher] for pair in pairs]
+        return TappedRecord(record.logits, found)
 
     def _records(self, batch: Batch, arm: Arm, *, teacher_logits: bool) -> _Records:
         """What both models say of a batch, the teacher only as far as it is needed."""
@@ -454,7 +467,7 @@ class Distiller(nn.Module):
                 teacher = self.teacher(batch, taps=request, lse=lse)
             elif request:
                 teacher = self.teacher.record(batch, request, lse=lse)
-        return _Records(student, teacher)
+        return _Records(student, None if teacher is None else self._in_order(teacher, arm))
 
     def _losses(
         self,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from optima_fast.distill.protocols import Record
-from optima_fast.errors import UserError
+from optima_fast.errors import UserError, unknown
 from optima_fast.taps.records import Layer
 
 Matched = tuple[Layer, Layer]  # a student's and its teacher's
+
+MAPPINGS = ("even", "reversed", "random")
 
 
 class LayerPair(NamedTuple):
@@ -56,22 +59,51 @@ def match_layers(student_layers: int, teacher_layers: int) -> list[tuple[int, in
     ]
 
 
+def map_layers(
+    mapping: str, students: Mapping[str, int], teachers: Mapping[str, int], *, seed: int = 0
+) -> dict[str, list[int]]:
+    """By module the 0-based teacher layer that each student layer learns from.
+
+    Args:
+        mapping: ``"even"`` is :func:`match_layers`; ``"reversed"`` has the same layers of the
+            teacher, the last one first; ``"random"`` has any, each at most once and in any order.
+        students: number of layers of the student's modules.
+        teachers: of the teacher's.
+        seed: of ``"random"``; each module draws for itself.
+
+    Example:
+        >>> map_layers("reversed", {"image": 3}, {"image": 12})
+        {'image': [11, 7, 3]}
+    """
+    if mapping not in MAPPINGS:
+        raise unknown("layer mapping", mapping, MAPPINGS)
+    layers = {}
+    for name, count in students.items():
+        even = [teacher for _, teacher in match_layers(count, teachers[name])]
+        drawn = random.Random(f"{name} {seed}").sample(range(teachers[name]), count)
+        layers[name] = {"even": even, "reversed": even[::-1], "random": drawn}[mapping]
+    return layers
+
+
 def given_layers(
     name: str, layers: Sequence[int], students: int, teachers: int
 ) -> list[tuple[int, int]]:
+    """Pairs of a mapping that was given; it may repeat a layer and go back.
+
+    Raises:
+        UserError: not one layer of the teacher for each of the student.
+    """
     chosen = list(layers)
     if len(chosen) != students or not all(0 <= i < teachers for i in chosen):
         raise UserError(
             f"teacher_layers[{name!r}] must be {students} layers from 0 to {teachers - 1}, one for "
             f"each of the student's, got {chosen}"
         )
-    if chosen != sorted(chosen):
-        raise UserError(f"teacher_layers[{name!r}] must not go back, got {chosen}")
     return list(enumerate(chosen))
 
 
 def matched(pairs: Sequence[LayerPair], student: Record, teacher: Record) -> list[Matched]:
-    """The records of each pair: both models' are of the first matched layers, in their order."""
+    """The records of each pair: both models' are of the first pairs, in the pairs' order."""
     names = {pair.module for pair in pairs}
     of = {name: (student.layers(name), teacher.layers(name)) for name in names}
     return [(of[p.module][0][p.student], of[p.module][1][p.student]) for p in pairs]

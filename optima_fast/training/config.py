@@ -10,7 +10,7 @@ from typing import Any
 
 from optima_fast import bandit
 from optima_fast.bandit import GaussianThompson, Greedy
-from optima_fast.distill import arm_space, maps, parse_arm, parse_reward
+from optima_fast.distill import arm_space, maps, matching, parse_arm, parse_reward
 from optima_fast.distill.arms import ARM_SPACES
 from optima_fast.distill.recipes import RECIPES
 from optima_fast.distill.reward import HEADROOM
@@ -171,6 +171,12 @@ class TrainConfig:
         "none", "divide hidden losses by the teacher's", ("none", "variance")
     )
     reduction: str = _field("sum", "over the layers of a loss", ("sum", "mean"))
+    layer_mapping: str = _field(
+        "even",
+        "the teacher layer of each student layer: spread evenly, the last of the last; the same "
+        "reversed; or random, drawn by --seed",
+        matching.MAPPINGS,
+    )
     cross_attention: bool = _field(False, "match the decoder's cross-attention too")
     cross_both_ways: bool = _field(False, "and what its image tokens see of the text")
 

@@ -184,19 +184,29 @@ class _Once:
         self.layer_counts, self.widths = model.layer_counts, model.widths
         self._model = model
         self._said: TaskOutput | None = None
+        self._taps: TapRequest = {}  # what it said
 
-    def __call__(self, batch: Mapping[str, Tensor], **asked: Any) -> TaskOutput:
-        return self._say(self._model, batch, **asked)
+    def __call__(self, batch: Mapping[str, Tensor], taps: TapRequest, **asked: Any) -> TaskOutput:
+        return self._say(self._model, batch, taps, **asked)
 
     def record(self, batch: Mapping[str, Tensor], taps: TapRequest, **asked: Any) -> TaskOutput:
-        return self._say(self._model.record, batch, taps=taps, **asked)
+        return self._say(self._model.record, batch, taps, **asked)
 
-    def _say(self, run: Callable[..., TaskOutput], *args: Any, **asked: Any) -> TaskOutput:
+    def _say(
+        self,
+        run: Callable[..., TaskOutput],
+        batch: Mapping[str, Tensor],
+        taps: TapRequest,
+        **asked: Any,
+    ) -> TaskOutput:
         if self._said is None:
+            said = run(batch, taps=taps, **asked)
+            self._taps = taps
             self._said = tree_map_only(
-                Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), run(*args, **asked)
+                Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), said
             )
-        return self._said
+        known = {n: dict(zip(self._taps[n], self._said.taps[n], strict=True)) for n in taps}
+        return self._said._replace(taps={n: [known[n][i] for i in taps[n]] for n in taps})
 
 
 def _by_arm(

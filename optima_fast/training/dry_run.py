@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
-from torch import Tensor
 
 from optima_fast import tasks
 from optima_fast.distill import arm_name, arm_space, recipes
@@ -14,7 +11,6 @@ from optima_fast.tasks import TaskData
 from optima_fast.training import cost, experiment, loader, pseudo, sources, teachers
 from optima_fast.training.config import TrainConfig, resolve
 from optima_fast.training.display import Display
-from optima_fast.training.rewards import training_sampler
 from optima_fast.training.sources import Models, Source
 from optima_fast.training.trainer import distilled, uses_bf16
 
@@ -123,8 +119,9 @@ def _step(
     config: TrainConfig, models: Models, data: TaskData, device: torch.device
 ) -> list[list[str]]:
     student, teacher = models.shapes(data)
-    batch = _batch(config, data)
-    bf16, settings = uses_bf16(config, device), distilled(config)
+    batch = loader.first_batch(config, data)
+    bf16 = uses_bf16(config, device)
+    settings = {} if teacher is None else distilled(config, student, teacher)
     rows = []
     if teacher is None:
         operations = cost.finetuning_operations(student, data, batch)
@@ -143,7 +140,7 @@ def _step(
     memory = {"training": cost.step_memory(student, teacher, data, batch, bf16=bf16, **settings)}
     trains = models.teacher is not None and models.teacher.run is None and config.teacher_steps
     if teacher is not None and trains:
-        own = _batch(resolve(teachers.teacher_config(config)), data)
+        own = loader.first_batch(resolve(teachers.teacher_config(config)), data)
         memory["the teacher's own training"] = cost.step_memory(teacher, None, data, own, bf16=bf16)
     for name, held in memory.items():
         rows.append(
@@ -155,12 +152,6 @@ def _step(
             ]
         )
     return rows
-
-
-def _batch(config: TrainConfig, data: TaskData) -> dict[str, Tensor]:
-    """The first batch that is trained on: how many images its texts share is part of its size."""
-    plain = dataclasses.replace(config, augment="none", workers="0")
-    return next(loader.batches(plain, data.train, training_sampler(config, data.train), 0)).batch
 
 
 def _operations(count: int) -> str:

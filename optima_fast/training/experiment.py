@@ -262,7 +262,8 @@ def rehearse(config: TrainConfig, models: Models, data: TaskData) -> None:
             student, *taught_by = made
             student(batch)
             for teacher in taught_by:
-                step = Distiller(student, teacher, modules=MODULES, **distilled(config))
+                settings = distilled(config, student, teacher)
+                step = Distiller(student, teacher, modules=MODULES, **settings)
                 step(batch, MODULES, predict=pretence.loss, divergence=pretence.divergence)
             if models.start is not None:
                 same = models.start is models.teacher

@@ -7,6 +7,8 @@ import signal
 from collections.abc import Iterator
 from types import FrameType
 
+INTERRUPTED = 130  # the exit code of a command that was stopped
+
 
 class Interrupted(Exception):
     """Ctrl-C: the run was saved after the step it was in."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Generator
 
+from torch import Tensor
+
 from optima_fast.errors import UserError
-from optima_fast.tasks import Split
+from optima_fast.tasks import Split, TaskData
 from optima_fast.tasks.augment import RandAugment
 from optima_fast.tasks.split import Loaded
 from optima_fast.tasks.workers import in_order, usable_cores
 from optima_fast.training import ranks
 from optima_fast.training.config import TrainConfig
+from optima_fast.training.rewards import training_sampler
 from optima_fast.training.sampler import Sampler
 
 TRIES = 100  # batches without a readable image before it is not a few files that are broken
@@ -51,6 +55,12 @@ def batches(
     fetch = _Fetch(split, sampler, augment, ranks.number(), ranks.count(), config.accumulate)
     parts = range(first * config.accumulate, config.steps * config.accumulate)
     return in_order(fetch, parts, workers(config))
+
+
+def first_batch(config: TrainConfig, data: TaskData) -> dict[str, Tensor]:
+    """The first batch that is trained on: how many images its texts share is part of its size."""
+    plain = dataclasses.replace(config, augment="none", workers="0")
+    return next(batches(plain, data.train, training_sampler(config, data.train), 0)).batch
 
 
 class _Fetch:

@@ -77,6 +77,10 @@ class Run:
     def finished(self) -> bool:
         return self.summary_path.is_file() and self.weights_path.is_file()
 
+    def exported(self) -> bool:
+        """Whether this is a student taken out of its run, without the record of its training."""
+        return self.model_path.is_file() and not self.metrics_path.is_file()
+
     def config(self) -> TrainConfig:
         """The resolved settings the run was started with.
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from optima_fast.distill import (
     arm_space,
     parse_arm,
 )
+from optima_fast.distill.matching import map_layers
 from optima_fast.distill.shares import Shares
 from optima_fast.errors import UserError
 from optima_fast.models import MODULES
@@ -50,9 +51,18 @@ _DISTILLER = (
 )
 
 
-def distilled(config: TrainConfig) -> dict[str, Any]:
-    """Settings of the distiller."""
-    return {name: getattr(config, name) for name in _DISTILLER}
+class Layered(Protocol):
+    """A model or its shape."""
+
+    @property
+    def layer_counts(self) -> Mapping[str, int]: ...
+
+
+def distilled(config: TrainConfig, student: Layered, teacher: Layered) -> dict[str, Any]:
+    """Settings of the distiller of a student and a teacher."""
+    counts = student.layer_counts, teacher.layer_counts
+    layers = map_layers(config.layer_mapping, *counts, seed=config.seed)
+    return {**{name: getattr(config, name) for name in _DISTILLER}, "teacher_layers": layers}
 
 
 def uses_bf16(config: TrainConfig, device: torch.device) -> bool:
@@ -124,7 +134,8 @@ class Trainer:
     def _make_distiller(self, teacher: TaskModel | None) -> Distiller | None:
         if teacher is None:
             return None
-        distiller = Distiller(self.student, teacher, modules=MODULES, **distilled(self.config))
+        settings = distilled(self.config, self.student, teacher)
+        distiller = Distiller(self.student, teacher, modules=MODULES, **settings)
         return distiller.to(self.device)
 
     def _make_meter(self, teacher: TaskModel | None) -> RewardMeter | None:
@@ -139,7 +150,7 @@ class Trainer:
                 self.data,
                 self.data.train.load(batches[0]).batch,
                 arms,
-                **distilled(self.config),
+                **distilled(self.config, self.student, teacher),
             )
         return RewardMeter(self.config, self.data, self.distiller, batches, arms, costs)
 
@@ -440,7 +451,8 @@ class Trainer:
         self._check()
         metrics = self.evaluate(self.data.validation)
         self.last_metric = metrics[self.data.metric_name]
-        self.run.append_metrics({"step": self.step, "validation": metrics})
+        line = {"step": self.step, "validation": metrics, "seconds": self._busy}
+        self.run.append_metrics(line)
         best = -math.inf if self.best_metric is None else self.best_metric
         if self.config.keep == "best" and self.last_metric > best:
             self.best_metric, self.kept_step = self.last_metric, self.step

@@ -20,7 +20,7 @@ from optima_fast.demo import __main__ as command
 from optima_fast.demo import demo, pair, result, words
 from optima_fast.demo.pair import METHODS, Settings
 from optima_fast.errors import UserError
-from optima_fast.training import Display, Interrupted, Run, checkpoints
+from optima_fast.training import Display, Interrupted, Run, checkpoints, processes
 
 FURTHER = {"train_images": 60, "batch_size": 4, "round_steps": 2, "reward_examples": 8}
 SMALL = Settings("snli_ve", 1, 6, 2, FURTHER)
@@ -44,7 +44,7 @@ def finished(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "here"
     before = signal.getsignal(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pair.subprocess, "Popen", InThisProcess)
+        patch.setattr(processes.subprocess, "Popen", InThisProcess)
         demo.run(SMALL, folder, QUIET)
     signal.signal(signal.SIGTERM, before)
     return folder
@@ -65,7 +65,7 @@ def test_both_students_have_one_teacher_one_start_and_one_order(finished):
 
 def test_it_says_what_the_runs_say_and_that_nobody_won(finished, monkeypatch, capsys):
     """The second time nothing is trained and the same is said."""
-    monkeypatch.setattr(pair.subprocess, "Popen", no_process)
+    monkeypatch.setattr(processes.subprocess, "Popen", no_process)
     page = demo.run(SMALL, finished, Display())
     said = capsys.readouterr().out
     assert f"{finished} is finished already" in said

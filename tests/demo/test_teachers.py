@@ -17,7 +17,7 @@ from optima_fast.demo.pair import Settings
 from optima_fast.errors import UserError
 from optima_fast.models.task_model import build
 from optima_fast.tasks.split import Split
-from optima_fast.training import Run, checkpoints
+from optima_fast.training import Run, checkpoints, processes
 
 TASK = pair.TASKS[0]
 LARGEST = 2_300_000  # bytes of a file
@@ -63,7 +63,7 @@ def test_a_damaged_teacher_is_refused(fault, tmp_path, monkeypatch):
     (copy / card.name).write_bytes(card.read_bytes())
     if fault == "changed":
         (copy / weights.name).write_bytes(weights.read_bytes()[:-1] + b"\0")
-    monkeypatch.setattr(pair.subprocess, "Popen", None)  # nothing is to be trained
+    monkeypatch.setattr(processes.subprocess, "Popen", None)  # nothing is to be trained
     with pytest.raises(UserError, match=f"{weights.name}.*--teacher-steps"):
         pair.train(Settings(TASK), tmp_path / "out", QUIET)
     assert not (tmp_path / "out").exists()

@@ -215,6 +215,34 @@ def test_an_arm_of_layers_is_those_layers_losses_and_a_teacher_no_deeper(
         assert deep.teacher_request(arm) == request_
 
 
+@pytest.mark.parametrize(
+    ("layers", "arm", "request_"),
+    [
+        ([7, 5, 3, 1], ("image",), [1, 3, 5, 7]),
+        ([7, 5, 3, 1], ("image[1]",), [7]),
+        ([7, 5, 3, 1], ("image[2]",), [5, 7]),
+        ([5, 0, 5, 2], ("image",), [0, 2, 5]),
+        ([5, 0, 5, 2], ("image[3]",), [0, 5]),
+    ],
+)
+def test_a_mapping_may_go_back_and_repeat_a_layer(deep, layers, arm, request_):
+    mapped = Distiller(deep.student, deep.teacher, teacher_layers={"image": layers})
+    mapped.projections.load_state_dict(deep.projections.state_dict())
+    assert mapped.teacher_request(arm) == {"image": request_}
+    part = mapped(BATCH, arm, predict=DATA.loss)
+    assert [pair.teacher for pair in part.pairs] == [layers[pair.student] for pair in part.pairs]
+    s = deep.student(BATCH, taps={"image": range(4)}).taps["image"]
+    t = deep.teacher(BATCH, taps={"image": range(8)}).taps["image"]
+    for pair, hidden, attention in zip(part.pairs, part.hidden, part.attention, strict=True):
+        a, b = s[pair.student], t[pair.teacher]
+        weight = mapped.projections[pair.key]
+        torch.testing.assert_close(hidden, hidden_mse([a.hidden], [b.hidden], [weight])[0])
+        torch.testing.assert_close(attention, attention_mse([a.q], [a.k], [b.q], [b.k])[0])
+    if arm == ("image",):
+        measured = mapped.measure(BATCH, predict=DATA.loss, divergence=DATA.divergence)
+        assert measured.hidden_layers["image"] == pytest.approx(part.hidden.tolist())
+
+
 def test_an_arm_of_layers_moves_only_what_feeds_them(deep):
     deep(BATCH, ("image[2]",), predict=no_prediction).total.backward()
     moved = {n for n, p in deep.projections.items() if p.grad is not None}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from optima_fast.distill import match_layers
+from optima_fast.distill.matching import map_layers
 from optima_fast.errors import UserError
 
 
@@ -39,3 +40,22 @@ def test_a_student_deeper_than_its_teacher_is_refused():
         match_layers(5, 4)
     with pytest.raises(UserError, match="at least one layer, got 0"):
         match_layers(0, 4)
+
+
+def test_other_mappings_than_even_ones():
+    students, teachers = {"image": 3, "text": 2}, {"image": 12, "text": 2}
+    assert map_layers("even", students, teachers) == {"image": [3, 7, 11], "text": [0, 1]}
+    assert map_layers("reversed", students, teachers) == {"image": [11, 7, 3], "text": [1, 0]}
+    drawn = [map_layers("random", students, teachers, seed=seed) for seed in range(40)]
+    assert drawn[0] == map_layers("random", students, teachers)
+    assert {i for layers in drawn for i in layers["image"]} == set(range(12))
+    assert all(len(set(layers["image"])) == 3 for layers in drawn)
+    assert any(layers["image"] != sorted(layers["image"]) for layers in drawn)
+    assert {tuple(layers["text"]) for layers in drawn} == {(0, 1), (1, 0)}
+
+
+def test_a_mapping_that_there_is_not_is_refused():
+    with pytest.raises(UserError, match="unknown layer mapping 'revers'; did you mean 'reversed'"):
+        map_layers("revers", {"image": 1}, {"image": 1})
+    with pytest.raises(UserError, match="deeper than its teacher .3 layers against 2."):
+        map_layers("random", {"image": 3}, {"image": 2})

@@ -47,8 +47,8 @@ def test_live_bytes_are_of_new_tensors_that_are_still_there():
 @pytest.mark.parametrize("taught", [True, False])
 def test_a_pretended_step_holds_what_a_real_one_does(planned, taught):
     config, data, student, teacher = planned
+    settings = distilled(config, student, teacher) if taught else {}
     teacher = teacher if taught else None
-    settings = distilled(config) if taught else {}
     held = cost.step_memory(student, teacher, data, batch(data), bf16=False, **settings)
 
     model = build(student, data.head, data.num_classes)
@@ -90,5 +90,6 @@ def test_nothing_is_drawn_from_the_generator(planned):
     expected = torch.rand(1)
     torch.manual_seed(5)
     cost.step_memory(student, None, data, batch(data), bf16=False)
-    cost.distilling_operations(student, teacher, data, batch(data), [None], **distilled(config))
+    settings = distilled(config, student, teacher)
+    cost.distilling_operations(student, teacher, data, batch(data), [None], **settings)
     assert torch.equal(torch.rand(1), expected)

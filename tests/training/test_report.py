@@ -136,6 +136,28 @@ def test_report_prints_each_arm_s_rewards_and_writes_the_page(digits_run, tmp_pa
     assert "training examples in" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "torch-export"])
+def test_an_exported_student_is_told_from_a_run(digits_run, tmp_path, capsys, kind):
+    exported = tmp_path / "exported"
+    if kind == "safetensors":
+        shutil.copytree(digits_run.folder, exported, ignore=shutil.ignore_patterns("metrics.jsonl"))
+    else:
+        left = ("metrics.jsonl", "student.safetensors")
+        shutil.copytree(digits_run.folder, exported, ignore=shutil.ignore_patterns(*left))
+    assert report.main([str(exported)]) == 2
+    done = capsys.readouterr()
+    assert done.out == ""
+    assert done.err.startswith(f"error: {exported} holds a student without the record of its")
+    assert f"measure it: python -m optima_fast.evaluate {exported}" in done.err
+    assert done.err.count("\n") == 1
+
+    shutil.copytree(digits_run.folder, tmp_path / "run")
+    assert report.main([str(exported), str(tmp_path / "run")]) == 0
+    done = capsys.readouterr()
+    assert f"left out: {exported} holds a student" in done.out
+    assert "rewards by arm" in done.out
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [

@@ -9,6 +9,7 @@ from small_run import QUIET, rounds, small, trainer
 from torch import nn
 
 from optima_fast import bandit
+from optima_fast.distill.matching import map_layers
 from optima_fast.training import experiment, overview, teachers
 from optima_fast.training.cells import CellStage
 from optima_fast.training.config import TrainConfig, resolve
@@ -52,6 +53,22 @@ def test_settings_reach_distiller_optimizer_and_policy(tmp_path, monkeypatch):
     t._train_step()
     assert [g["lr"] for g in t.optimizer.param_groups] == [0.005, 0.01]
     assert norms == [0.6]
+
+
+def test_the_layer_mapping_reaches_the_distiller(tmp_path):
+    def mapped(**settings) -> dict[str, list[int]]:
+        pairs = trainer(tmp_path, method="layerwise", **settings).distiller.pairs
+        return {name: [pair.teacher for pair in of_module] for name, of_module in pairs.items()}
+
+    assert mapped() == {"image": [1, 3], "text": [1], "multimodal": [1]}
+    assert mapped(layer_mapping="reversed") == {"image": [3, 1], "text": [1], "multimodal": [1]}
+    drawn = [mapped(layer_mapping="random", seed=seed) for seed in range(2)]
+    assert drawn[0] != drawn[1]
+    assert drawn[0] == map_layers(
+        "random",
+        {"image": 2, "text": 1, "multimodal": 1},
+        {"image": 4, "text": 2, "multimodal": 2},
+    )
 
 
 def test_a_teacher_is_trained_by_its_own_settings():
