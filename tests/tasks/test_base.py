@@ -10,7 +10,7 @@ from torch import nn
 from optima_fast import tasks
 from optima_fast.errors import UserError
 from optima_fast.tasks import Vocabulary
-from optima_fast.tasks.base import evaluating, mean_kl
+from optima_fast.tasks.base import Predictions, evaluating, mean_kl
 from optima_fast.tasks.images import FolderImages, Preprocessing
 from optima_fast.tasks.snli_ve import SnliVe
 from optima_fast.tasks.split import ArrayImages, Split
@@ -246,3 +246,20 @@ def test_an_evaluation_counts_what_it_leaves_out(tmp_path):
     logits = [(1.0 + i) * torch.tensor([-1.0, 1.0]) for i in (0, 2, 3, 5)]
     losses = [-torch.log_softmax(x, 0)[i % 2] for x, i in zip(logits, (0, 2, 3, 5), strict=True)]
     assert found["loss"] == pytest.approx(float(sum(losses)) / 4, rel=1e-5)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 5])  # of 3 batches
+def test_parts_of_a_split_are_evaluated_as_the_whole(tmp_path, parts):
+    options = {"broken": [1], "kinds": [*"abcabc"], "image_errors": "skip"}
+    whole = pictured(tmp_path, **options)
+    task = SnliVe(Vocabulary(["a"]), 4, 4, 3, whole, whole, whole, ("no", "yes"))
+    expected = task.evaluate(Constant(), whole, batch_size=2)
+    divided = pictured(tmp_path, **options)
+    said = [task.predict(Constant(), divided.part(i, parts), batch_size=2) for i in range(parts)]
+    seen = [sum(bool(text) for text in each.texts) for each in said]
+    assert sum(seen) == 4
+    assert max(seen) < 4 or parts == 1
+    merged = Predictions.merged(said)
+    assert task.metrics(divided, merged) == pytest.approx(expected, rel=1e-6, nan_ok=True)
+    assert merged.count == 4
+    assert Predictions.merged([Predictions(["a", ""]), Predictions(["", "b"])]).texts == ["a", "b"]
