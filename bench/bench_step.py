@@ -67,7 +67,7 @@ def keep_maps(
 class Usual(Distiller):
     """The losses of maps that attention returned, a layer after the other."""
 
-    def _layer_losses(self, pairs: Any, student: Any, teacher: Any, *, whole: bool = False) -> Any:
+    def _layer_losses(self, pairs: Any, student: Any, teacher: Any, **_: Any) -> Any:
         hidden, maps = [], []
         layers = matched(pairs, student, teacher)
         for pair, (s, t) in zip(pairs, layers, strict=True):
