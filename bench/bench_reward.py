@@ -5,9 +5,9 @@
 It takes the settings of `python -m optima_fast.train` and makes such a run, method headroom. Beside
 each measurement of the reward it measures 1,024 training examples of another draw, in parts of 64.
 Sets of 256, 128 and 64 of them then choose an arm before every round, as the run did on its own
-examples. The table says of each size: in how many rounds a set chose as the run did, what the run's
-own draw of that many would have missed on average (the reward that all 1,024 examples know of the
-chosen arm, below that of the best), and the deviation of an arm's reward from set to set.
+examples. The table says of each size: in how many rounds a set chose as the run did; what its
+choices missed on average, which is how far the reward of the chosen arm is below that of the best
+one, by all 1,024 examples; and the deviation of an arm's reward from set to set, relative to it.
 """
 
 from __future__ import annotations
@@ -97,7 +97,9 @@ def compared(meter: Watched, choices: Sequence[int]) -> Iterator[Row]:
     whole = meter.rewards(slice(None))[:rounds]
     parts = len(meter.rows[0])
     for size in SIZES:
-        each = max(1, size // PART)
+        each = size // PART
+        if each > parts:
+            continue
         sets = [meter.rewards(slice(i, i + each)) for i in range(0, parts - each + 1, each)]
         same, missed, deviations = [], [], []
         for at in range(rounds):
