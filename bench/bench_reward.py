@@ -54,13 +54,13 @@ class Watched(RewardMeter):
         matched = {name: len(pairs) for name, pairs in distiller.pairs.items()}
         self.model = (arms, costs, matched, distiller.modules_matched[-1])
         self.rows: list[list[Part]] = []
-        self.seconds = 0.0
+        self.seconds: list[float] = []
         Watched.made.append(self)
 
     def measure(self, device: torch.device) -> Measurement:
         began = time.perf_counter()
         measured = super().measure(device)
-        self.seconds += time.perf_counter() - began
+        self.seconds.append(time.perf_counter() - began)
         found = (self.pool.part(number, device) for number in range(len(self.pool.batches)))
         self.rows.append([part for part in found if part is not None])
         return measured
@@ -132,11 +132,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         run, summary = experiment.run(config, Display(quiet=True))
     (meter,) = Watched.made
     rounds = [line for line in run.metrics() if "reward" in line]
-    share = meter.seconds / (meter.seconds + summary["seconds"]["distill"])
+    spent = sum(meter.seconds)
+    share = spent / (spent + summary["seconds"]["distill"])
     print(
         f"{config.task}, seed {config.seed}: {len(rounds)} rounds, "
         f"{summary['metric_name']} {summary['student_metric']:.4f}; the reward takes {share:.1%} "
-        f"of training on {meter.examples} examples"
+        f"of training on {meter.examples} examples, "
+        f"{1e3 * statistics.median(meter.seconds):.0f} ms a measurement"
     )
     print("examples  sets  chose as the run  missed  deviation")
     for row in compared(meter, [line["choice"] for line in rounds]):

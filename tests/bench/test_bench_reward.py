@@ -20,7 +20,8 @@ def test_a_run_is_watched_and_told(tmp_path, capsys, monkeypatch):
     assert bench_reward.main(argv) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("vqa, seed 0: 2 rounds, accuracy 0.")
-    assert said[0].endswith("of training on 8 examples")
+    assert "of training on 8 examples, " in said[0]
+    assert said[0].endswith(" ms a measurement")
     # 240 examples are three whole parts of 64
     assert [line.split()[:2] for line in said[2:]] == [["128", "1"], ["64", "3"]]
     assert trainer.RewardMeter is RewardMeter
