@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,11 +12,12 @@ from optima_fast.distill import maps
 from optima_fast.distill.arms import Arm, arm_layers
 from optima_fast.distill.maps import Maps
 from optima_fast.distill.matching import LayerPair, given_layers, match_layers, matched
-from optima_fast.distill.measurement import Layers, Measurement
+from optima_fast.distill.measurement import TERMS, Layers, Measurement
 from optima_fast.distill.protocols import Batch, Distillable, Record
 from optima_fast.distill.shares import Shares
 from optima_fast.distill.tapped import Modules, TappedModel, TappedRecord, paths, summary
-from optima_fast.distill.terms import AttentionTerm, HiddenTerm, variances
+from optima_fast.distill.taught import Taught
+from optima_fast.distill.terms import AttentionTerm, HiddenTerm
 from optima_fast.distill.weights import Weights, by_layer
 from optima_fast.errors import UserError
 from optima_fast.losses import HIDDEN_LOSSES
@@ -370,8 +371,10 @@ class Distiller(nn.Module):
         *,
         predict: Callable[[Tensor, Batch], Tensor],
         divergence: Callable[[Tensor, Tensor, Batch], Tensor],
+        terms: Collection[str] = TERMS,
+        taught: Taught | None = None,
     ) -> Measurement:
-        """Every loss of the full model, for the reward (Eq. 6), in one pass of either model.
+        """The losses of the full model, for the reward (Eq. 6), in one pass of either model.
 
         The student is put in eval mode for it and back afterwards.
 
@@ -379,6 +382,10 @@ class Distiller(nn.Module):
             batch: as for :meth:`forward`.
             predict: likewise.
             divergence: likewise.
+            terms: what is asked for: ``"kl"`` and ``"attention"`` are computed only where they are
+                named, the hidden and the prediction loss always.
+            taught: what :meth:`teach` gave for this batch and these terms; default: the teacher
+                runs now.
 
         Returns:
             The sums with layers reduced as in training, and each layer's; unweighted.
@@ -388,26 +395,77 @@ class Distiller(nn.Module):
         if student is not None:
             student.eval()
         try:
-            records = self._records(batch, self.modules_matched, teacher_logits=True)
+            record = self._student_record(batch)
         finally:
             if student is not None:
                 student.train(training)
-        step = self._losses(batch, self.modules_matched, records, predict, divergence, whole=True)
-        assert step.kl is not None and step.hidden is not None
-        maps = torch.zeros_like(step.hidden) if step.attention is None else step.attention
-        assert records.teacher is not None and records.teacher.logits is not None
+        if taught is None:
+            taught = self.teach(batch, predict=predict, terms=terms)
+        step = self._losses(
+            batch,
+            self.modules_matched,
+            _Records(record, taught),
+            predict,
+            divergence if "kl" in terms else None,
+            whole=True,
+            maps="attention" in terms,
+        )
+        assert step.hidden is not None
         unexplained = step.hidden
         if self.hidden.scale == "none":
-            layers = matched(step.pairs, records.student, records.teacher)
-            unexplained = unexplained / variances(layers)
-        teacher = predict(records.teacher.logits, batch).float()
+            unexplained = unexplained / taught.variances(matched(step.pairs, record, taught))
+        maps = step.attention
+        if maps is None and "attention" in terms:
+            maps = torch.zeros_like(step.hidden)  # of layers whose attention is not known
         reduced = self.hidden.reduced
-        sums = (step.kl, reduced(step.hidden), reduced(maps), step.prediction)
-        stacked = torch.stack([term.double() for term in (*sums, teacher)])
-        by_layer = torch.stack([step.hidden, maps, unexplained]).double()
-        kl, hidden, attention, prediction, taught = stacked.tolist()
-        a, b, c = (_by_module(step.pairs, row) for row in by_layer.tolist())
-        return Measurement(kl, hidden, attention, prediction, a, b, c, taught)
+        sums = {
+            "hidden": reduced(step.hidden),
+            "prediction": step.prediction,
+            "teacher": taught.loss,
+        }
+        by_layer = {"hidden": step.hidden, "unexplained": unexplained}
+        if step.kl is not None:
+            sums["kl"] = step.kl
+        if maps is not None:
+            sums["attention"], by_layer["attention"] = reduced(maps), maps
+        # the host waits for the device once for all sums, and once for all layers
+        numbers = torch.stack([term.double() for term in sums.values()]).tolist()
+        rows = torch.stack(list(by_layer.values())).double().tolist()
+        known: dict[str, float] = dict(zip(sums, numbers, strict=True))
+        layers = {n: _by_module(step.pairs, row) for n, row in zip(by_layer, rows, strict=True)}
+        return Measurement(
+            kl=known.get("kl"),
+            hidden=known["hidden"],
+            attention=known.get("attention"),
+            prediction=known["prediction"],
+            hidden_layers=layers["hidden"],
+            attention_layers=layers.get("attention", {}),
+            unexplained=layers["unexplained"],
+            teacher=known["teacher"],
+        )
+
+    @torch.no_grad()
+    def teach(
+        self,
+        batch: Batch,
+        *,
+        predict: Callable[[Tensor, Batch], Tensor],
+        terms: Collection[str] = TERMS,
+    ) -> Taught:
+        """The teacher's side of :meth:`measure`, which a loop may keep: the teacher never changes.
+
+        Args:
+            batch: as for :meth:`measure`.
+            predict: likewise.
+            terms: likewise.
+        """
+        request = self.teacher_request(self.modules_matched)
+        record = self.teacher(batch, taps=request, lse=self.attention.loss.softmax)
+        found = {name: list(record.layers(name)) for name in request}
+        if "attention" not in terms:
+            found = {n: [x._replace(attentions=()) for x in layers] for n, layers in found.items()}
+        loss = predict(record.logits, batch).float()
+        return Taught(record.logits if "kl" in terms else None, loss, found)
 
     def selected(self, arm: Arm) -> tuple[LayerPair, ...]:
         """The layer pairs of an arm, modules in the arm's order.
@@ -457,9 +515,7 @@ class Distiller(nn.Module):
     def _records(self, batch: Batch, arm: Arm, *, teacher_logits: bool) -> _Records:
         """What both models say of a batch, the teacher only as far as it is needed."""
         lse = self.attention.loss.softmax
-        # the student's request is always the whole one, so that no arm means another graph
-        everything = {n: [p.student for p in self.pairs[n]] for n in self.modules_matched}
-        student = self.student(batch, taps=everything, lse=lse)
+        student = self._student_record(batch)
         teacher = None
         request = self.teacher_request(arm)
         with torch.no_grad():
@@ -468,6 +524,12 @@ class Distiller(nn.Module):
             elif request:
                 teacher = self.teacher.record(batch, request, lse=lse)
         return _Records(student, None if teacher is None else self._in_order(teacher, arm))
+
+    def _student_record(self, batch: Batch) -> Record:
+        # the request is always the whole one, so that no arm means another graph
+        everything = {n: [p.student for p in self.pairs[n]] for n in self.modules_matched}
+        record: Record = self.student(batch, taps=everything, lse=self.attention.loss.softmax)
+        return record
 
     def _losses(
         self,
@@ -478,9 +540,10 @@ class Distiller(nn.Module):
         divergence: Callable[[Tensor, Tensor, Batch], Tensor] | None,
         *,
         whole: bool = False,
+        maps: bool = True,
         shares: Shares | None = None,
     ) -> StepLosses:
-        """``whole``: also the layers of weight 0."""
+        """``whole``: also the layers of weight 0; ``maps``: the attention losses too."""
         pairs = self.selected(arm)
         student, teacher = records
         assert student.logits is not None
@@ -498,7 +561,9 @@ class Distiller(nn.Module):
             total = total + self.kl_weight * kl
         if pairs:
             assert teacher is not None
-            of_layers = self._layer_losses(pairs, student, teacher, whole=whole, shares=shares)
+            of_layers = self._layer_losses(
+                pairs, student, teacher, whole=whole, maps=maps, shares=shares
+            )
             total = total + of_layers.total
             hidden, attention = of_layers.hidden, of_layers.attention
         return StepLosses(total, prediction, kl, hidden, attention, pairs)
@@ -510,6 +575,7 @@ class Distiller(nn.Module):
         teacher: Record,
         *,
         whole: bool = False,
+        maps: bool = True,
         shares: Shares | None = None,
     ) -> LayerLosses:
         layers = matched(pairs, student, teacher)
@@ -517,10 +583,12 @@ class Distiller(nn.Module):
         if torch.is_grad_enabled():
             self.hidden.remember(pairs, layers)
         unfit = any(s.refusals or t.refusals for s, t in layers)
-        if unfit and not self.attention:
+        if not maps or (unfit and not self.attention):
             return LayerLosses(hidden.weighed, hidden.layers, None, pairs)
-        maps = self.attention(pairs, layers, whole, shares)
-        return LayerLosses(hidden.weighed + maps.weighed, hidden.layers, maps.layers, pairs)
+        attention = self.attention(pairs, layers, whole, shares)
+        return LayerLosses(
+            hidden.weighed + attention.weighed, hidden.layers, attention.layers, pairs
+        )
 
 
 def _module(model: object) -> nn.Module | None:

@@ -7,10 +7,9 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from optima_fast.distill.measurement import Layers, Measurement
+from optima_fast.distill.measurement import TERMS, Layers, Measurement
 from optima_fast.errors import UserError, unknown
 
-TERMS = ("kl", "hidden", "attention", "prediction")
 PAPER = TERMS[:3]
 
 Drops = dict[str, float]
@@ -53,6 +52,7 @@ def normalised(before: Measurement, after: Measurement, context: Context) -> tup
     matched layers. In Eq. 6 a loss is summed first, so that the layers with the largest states
     decide. Clipping applies to each of the three terms.
     """
+    assert before.kl is not None and after.kl is not None
     drops = {"kl": relative(before.kl, after.kl)}
     for term in ("hidden", "attention"):
         old, new = (getattr(m, f"{term}_layers") for m in (before, after))
@@ -97,7 +97,7 @@ def parse_reward(text: str) -> Reward:
         text = "drop"
     if text in REWARDS:
         return REWARDS[text]
-    terms = tuple(part.strip() for part in text.split(",") if part.strip())
+    terms = _listed(text)
     known = f"{', '.join((HEADROOM, *REWARDS))} or terms of {','.join(TERMS)}"
     if not terms:
         raise UserError(f"reward {text!r} names no term; choose {known}")
@@ -111,6 +111,22 @@ def parse_reward(text: str) -> Reward:
     return lambda before, after, context: relative_drop(
         before._asdict(), after._asdict(), terms, context
     )
+
+
+def terms_of(text: str) -> tuple[str, ...]:
+    """The terms of a measurement, of ``TERMS``, that the reward named ``text`` is computed from.
+
+    Example:
+        >>> terms_of("headroom"), terms_of("kl,prediction")
+        (('hidden', 'prediction'), ('kl', 'prediction'))
+    """
+    if text == HEADROOM:
+        return ("hidden", "prediction")
+    return PAPER if text in ("drop", "paper", "normalised") else _listed(text)
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def relative(before: float, after: float) -> float:

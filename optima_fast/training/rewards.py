@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,12 +12,16 @@ from torch import Tensor
 from optima_fast.distill import Distiller, Headroom, Measurement, parse_reward
 from optima_fast.distill.arms import Arm
 from optima_fast.distill.measurement import average
-from optima_fast.distill.reward import HEADROOM, Context
+from optima_fast.distill.reward import HEADROOM, Context, terms_of
+from optima_fast.distill.taught import Taught
 from optima_fast.errors import UserError
 from optima_fast.tasks import Split, TaskData
-from optima_fast.tasks.split import Loaded, to_device
+from optima_fast.tasks.split import Batch, Loaded, to_device
+from optima_fast.training import ranks
 from optima_fast.training.config import TrainConfig
 from optima_fast.training.sampler import Sampler
+
+log = logging.getLogger(__name__)
 
 
 def reward_examples(config: TrainConfig, split: Split) -> Tensor:
@@ -63,6 +68,12 @@ class RewardMeter:
         arms: of the bandit.
         costs: of each arm, which divide the reward; see
             :func:`optima_fast.training.cost.arm_costs`.
+
+    Attributes:
+        batches: as given.
+        costs: as given.
+        headroom: what every arm can still teach, for ``--reward headroom``.
+        kept_bytes: of what the teacher said of the batches, kept on the device.
     """
 
     def __init__(
@@ -84,7 +95,13 @@ class RewardMeter:
         else:
             self._reward = parse_reward(config.reward)
         self.batches, self.costs = tuple(batches), tuple(costs)
-        self._kept: list[Loaded] = []
+        self._sharded = config.fsdp
+        self._terms = terms_of(config.reward)
+        self._examples: dict[int, Loaded] = {}
+        self._room = int(config.reward_memory * 2**30)
+        self._taught: dict[int, Taught] = {}
+        self._told = False
+        self.kept_bytes = 0
 
     @property
     def examples(self) -> int:
@@ -92,39 +109,83 @@ class RewardMeter:
         return sum(map(len, self.batches))
 
     def measure(self, device: torch.device) -> Measurement:
-        """All losses of the full model on the fixed examples."""
-        parts = []
-        for loaded in self._examples():
-            batch = to_device(loaded.batch, device)
-            # float32 whatever the training runs in: a round changes a loss by parts of a thousand
-            measured = self._distiller.measure(
-                batch, predict=self._data.loss, divergence=self._data.divergence
-            )
-            parts.append((measured, len(loaded.index)))
+        """The losses of the full model on the fixed examples: the mean over :meth:`part` of all.
+
+        Processes share the batches and tell each other what they found, so that all know the same.
+
+        Raises:
+            UserError: none of their images can be read.
+        """
+        numbers = range(len(self.batches))
+        # where models are sharded, each process runs whatever the others do
+        own = numbers if self._sharded else numbers[ranks.number() :: ranks.count()]
+        found: dict[int, tuple[Measurement, int] | None] = {}
+        for each in ranks.gathered({number: self.part(number, device) for number in own}):
+            found |= each
+        parts = [part for number in numbers if (part := found[number]) is not None]
+        if not parts:
+            raise UserError("none of the images that the reward is measured on can be read")
         measurement = average(parts)
         if self.headroom is not None:
             self.headroom.measured(measurement)
         return measurement
 
-    def _examples(self) -> list[Loaded]:
-        """The fixed examples in batches, read once and kept, as every round asks for them."""
-        if not self._kept:
-            read = [self._data.train.load(examples) for examples in self.batches]
-            for loaded in read:
-                self._data.train.note(loaded.errors)
-            self._kept = [loaded for loaded in read if loaded.batch]
-        if not self._kept:
-            raise UserError("none of the images that the reward is measured on can be read")
-        return self._kept
+    def part(self, number: int, device: torch.device) -> tuple[Measurement, int] | None:
+        """The measurement on one of the batches, and how many examples of it could be read.
+
+        It does not depend on the other batches. None where no example could be read.
+        """
+        loaded = self._loaded(number)
+        if not loaded.batch:
+            return None
+        batch = to_device(loaded.batch, device)
+        # float32 whatever the training runs in: a round changes a loss by parts of a thousand
+        measured = self._distiller.measure(
+            batch,
+            predict=self._data.loss,
+            divergence=self._data.divergence,
+            terms=self._terms,
+            taught=self._teacher_on(number, batch),
+        )
+        return measured, len(loaded.index)
+
+    def _loaded(self, number: int) -> Loaded:
+        """A batch, read once and kept, as every round asks for it."""
+        if number not in self._examples:
+            loaded = self._data.train.load(self.batches[number])
+            self._data.train.note(loaded.errors)
+            self._examples[number] = loaded
+        return self._examples[number]
+
+    def _teacher_on(self, number: int, batch: Batch) -> Taught:
+        """What the teacher says of a batch, kept where there is room, as it never changes."""
+        if number in self._taught:
+            return self._taught[number]
+        taught = self._distiller.teach(batch, predict=self._data.loss, terms=self._terms)
+        if self.kept_bytes + taught.nbytes <= self._room:
+            taught = self._taught[number] = taught.own()
+            self.kept_bytes += taught.nbytes
+        elif not self._told:
+            self._told = True
+            log.warning(
+                "what the teacher says of the %d examples of the reward takes about %.2g GiB, but "
+                "--reward-memory is %.2g GiB: the teacher runs again in every round on those that "
+                "do not fit",
+                self.examples,
+                taught.nbytes / len(self.batches[number]) * self.examples / 2**30,
+                self._room / 2**30,
+            )
+        return taught
 
     def record(self, choice: int, before: Measurement, after: Measurement) -> dict[str, Any]:
         """What a round of arm ``choice`` earned, with all that it was computed from."""
-        losses = after._asdict()
-        layers = {
-            "hidden": losses.pop("hidden_layers"),
-            "attention": losses.pop("attention_layers"),
-            "unexplained": losses.pop("unexplained"),
+        measured = {name: value for name, value in after._asdict().items() if value is not None}
+        found = {
+            "hidden": measured.pop("hidden_layers"),
+            "attention": measured.pop("attention_layers"),
+            "unexplained": measured.pop("unexplained"),
         }
+        losses, layers = measured, {name: of for name, of in found.items() if of}
         line = {"cost": self.costs[choice], "losses": losses, "layers": layers}
         if self.headroom is not None:
             rewards = self.headroom.rewards()

@@ -46,6 +46,7 @@ _PLACE = (
     "threads",
     "workers",
     "image_errors",
+    "reward_memory",
     "checkpoint_every",
     "accumulate",
     "fsdp",

@@ -384,7 +384,7 @@ class Trainer:
             self.policy.observe(self.meter.headroom.rewards())
 
     def _measure(self) -> Measurement:
-        """All losses of the full model on the reward's examples."""
+        """The losses of the full model on the reward's examples."""
         assert self.meter is not None
         self._check()
         began = time.perf_counter()

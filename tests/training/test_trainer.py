@@ -10,6 +10,7 @@ import torch
 from small_run import rounds, trainer, untimed
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from optima_fast.distill import Measurement
 from optima_fast.errors import UserError
 from optima_fast.training import checkpoints
 from optima_fast.training.interrupts import Interrupted
@@ -20,9 +21,14 @@ def test_the_student_learns_and_the_teacher_does_not_move(tmp_path):
     t = trainer(tmp_path, method="layerwise", steps=30, lr=0.01, log_every=1)
     teacher = t.distiller.teacher
     before = {n: p.clone() for n, p in teacher.state_dict().items()}
-    first = t._measure()
+    batch = t.data.train.batch(range(16))
+
+    def measure() -> Measurement:
+        return t.distiller.measure(batch, predict=t.data.loss, divergence=t.data.divergence)
+
+    first = measure()
     t.fit()
-    last = t._measure()
+    last = measure()
     assert last.hidden < 0.5 * first.hidden
     assert last.attention < first.attention
     assert all(torch.equal(before[n], p) for n, p in teacher.state_dict().items())
