@@ -138,7 +138,7 @@ def main() -> None:
     # the teacher's forward pass is most of the step: two operations a weight and token
     factor = huge / large
     slower = dataclasses.replace(step, seconds=step.seconds * factor)
-    title = f"a teacher of {huge / 1e9:.1f}B, 32 on each GPU (the step taken {factor:.0f} times as long)"
+    title = f"a teacher of {huge / 1e9:.1f}B, 32 on each GPU (the step {factor:.0f} times as long)"
     show(title, table(small, huge, huge // 96, slower, 32))
 
 

@@ -213,6 +213,11 @@ class TrainConfig:
     max_hours: float | None = _field(
         None, "stop, saved, after so many hours; the rest is for later"
     )
+    track: str = _field(
+        "none",
+        "send the lines of metrics.jsonl to a service too",
+        ("none", "tensorboard", "wandb"),
+    )
     log_every: int | None = _field(None, "steps between lines of metrics.jsonl")
     eval_every: int | None = _field(None, "steps between measurements on the validation split")
     checkpoint_every: int | None = _field(None, "steps between checkpoints")

@@ -32,6 +32,7 @@ from optima_fast.training import (
     ranks,
     sources,
     teachers,
+    tracking,
 )
 from optima_fast.training.config import TrainConfig, flag, resolve
 from optima_fast.training.display import Display
@@ -69,6 +70,7 @@ def _run(config: TrainConfig, display: Display, device: torch.device) -> tuple[R
         return folder, folder.summary()
     with ranks.together():
         check_parts(config)
+        tracking.check(config)
         tasks.check(config.data)
         models = sources.plan(config)
         for note in models.notes:

@@ -51,6 +51,7 @@ _PLACE = (
     "accumulate",
     "fsdp",
     "max_hours",
+    "track",
 )
 
 

@@ -42,6 +42,7 @@ from optima_fast.training.rewards import RewardMeter, reward_batches, training_s
 from optima_fast.training.run import Run
 from optima_fast.training.schedule import lr_at
 from optima_fast.training.step import Step, added
+from optima_fast.training.tracking import Tracker
 from optima_fast.training.watch import GRADIENT, Watch
 
 _DISTILLER = (
@@ -127,6 +128,7 @@ class Trainer:
         self.kept_step = 0  # the step whose student that is
         self.left_out = 0
         self.watch = Watch(self.device)
+        self.tracker: Tracker | None = None
         self._stop = Stop()
         self._stopping = False
         self._batches: Generator[Loaded, None, None] | None = None
@@ -197,6 +199,7 @@ class Trainer:
             self._stop.caught(),
             self.display.stage(name, self.steps, first) as stage,
             self._reading_ahead(),
+            self._tracked(),
         ):
             while self.step < self.steps:
                 if self.distiller is not None and self.step % self._round_steps == 0:
@@ -223,6 +226,17 @@ class Trainer:
     def _round_steps(self) -> int:
         assert self.config.round_steps is not None
         return self.config.round_steps
+
+    @contextlib.contextmanager
+    def _tracked(self) -> Iterator[None]:
+        if not ranks.is_first():
+            yield
+            return
+        self.tracker = Tracker(self.run, self.config, self.step + 1)
+        try:
+            yield
+        finally:
+            self.tracker.close()
 
     @contextlib.contextmanager
     def _reading_ahead(self) -> Iterator[None]:
@@ -375,7 +389,7 @@ class Trainer:
                 "spreads": list(self.policy.spread),
             }
         line["seconds"] = self._busy - self.round_began
-        self.run.append_metrics(line)
+        self._write(line)
 
     def _observe(self) -> None:
         """Tell a policy that can use it what every arm is worth, where that is known."""
@@ -411,6 +425,11 @@ class Trainer:
 
     # ------------------------------------------------------------------ what is seen and saved
 
+    def _write(self, line: dict[str, Any]) -> None:
+        self.run.append_metrics(line)
+        if self.tracker is not None:
+            self.tracker.add(line)
+
     def _log(self, losses: StepLosses, stage: Stage, seconds_a_step: float) -> None:
         assert self.config.batch_size is not None
         self._check()
@@ -436,7 +455,7 @@ class Trainer:
                 for pair, value in zip(losses.pairs, layers.tolist(), strict=True):
                     sums[pair.module] = sums.get(pair.module, 0.0) + value
                 line[name] = sums
-        self.run.append_metrics(line)
+        self._write(line)
         shown = {"loss": f"{line['loss']:.3f}"}
         if self.last_metric is not None:
             shown[self.data.metric_name] = f"{self.last_metric:.3f}"
@@ -452,7 +471,7 @@ class Trainer:
         metrics = self.evaluate(self.data.validation)
         self.last_metric = metrics[self.data.metric_name]
         line = {"step": self.step, "validation": metrics, "seconds": self._busy}
-        self.run.append_metrics(line)
+        self._write(line)
         best = -math.inf if self.best_metric is None else self.best_metric
         if self.config.keep == "best" and self.last_metric > best:
             self.best_metric, self.kept_step = self.last_metric, self.step
