@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from optima_fast.models.config import CoCaConfig
 from optima_fast.models.heads import CaptionHead, ClassificationHead, PairHead
@@ -73,6 +75,15 @@ class TaskModel(nn.Module):
         run = MODULES if "multimodal" in taps else tuple(taps)
         out = self._run(batch, taps, lse, run)
         return TaskOutput(None, out.taps, out.masks)
+
+    def recompute(self) -> None:
+        """Keep of each layer what it hands on and what is recorded of it, from now on.
+
+        The rest is computed again in the backward pass: less memory for more time.
+        """
+        for name in MODULES:
+            for layer in getattr(self.coca, name).layers:
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
     def tokens(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Where tokens of each module count, ``[B, N]`` bool, without running any of it.

@@ -206,6 +206,9 @@ class TrainConfig:
         "processes that read images; auto is none for digits, else the usable cores but one",
     )
     accumulate: int = _field(1, "parts that a process works on one after the other, to save memory")
+    recompute: bool = _field(
+        False, "activation checkpointing: compute a student's layers again in the backward pass"
+    )
     fsdp: bool = _field(False, "with torchrun: shard student and teacher over the processes")
     keep: str = _field(
         "last", "the student that is kept: last, or best on the validation split", ("last", "best")

@@ -106,6 +106,7 @@ def step_memory(
     batch: Mapping[str, Tensor],
     *,
     bf16: bool,
+    recompute: bool = False,
     **settings: Any,
 ) -> StepMemory:
     """What a step of all modules holds.
@@ -116,10 +117,13 @@ def step_memory(
         data: the task, for its head.
         batch: a batch of it, of which only the shapes count.
         bf16: whether the step runs under autocast.
+        recompute: whether the student's layers are computed again in the backward pass.
         settings: of the :class:`optima_fast.Distiller`.
     """
     configs = [student] if teacher is None else [student, teacher]
     with pretended(data, batch, *configs) as (models, shapes):
+        if recompute:
+            models[0].recompute()
         distiller = Distiller(*models, **settings) if teacher is not None else None
         cast = torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext()
         with LiveBytes() as live:

@@ -137,7 +137,11 @@ def _step(
             [f"  {arm_name(arm)}", _operations(operations)]
             for arm, operations in zip(arms, counted[1:], strict=True)
         ]
-    memory = {"training": cost.step_memory(student, teacher, data, batch, bf16=bf16, **settings)}
+    memory = {
+        "training": cost.step_memory(
+            student, teacher, data, batch, bf16=bf16, recompute=config.recompute, **settings
+        )
+    }
     trains = models.teacher is not None and models.teacher.run is None and config.teacher_steps
     if teacher is not None and trains:
         own = loader.first_batch(resolve(teachers.teacher_config(config)), data)

@@ -324,6 +324,8 @@ def train(
     """Train (or go on training) one model in its folder, measure it on the test split, save it."""
     torch.manual_seed(config.seed)
     student = models.new_student(data, teacher, config.dropout).to(device)
+    if config.recompute:
+        student.recompute()
     compile_modules(config, [student, *([teacher] if teacher else [])], device)
     trained_on = data
     if config.extra_images is not None and teacher is not None:

@@ -49,6 +49,7 @@ _PLACE = (
     "reward_memory",
     "checkpoint_every",
     "accumulate",
+    "recompute",
     "fsdp",
     "max_hours",
     "track",

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from optima_fast.distill import Measurement
 from optima_fast.errors import UserError
 from optima_fast.training import checkpoints
+from optima_fast.training.cost import LiveBytes
 from optima_fast.training.interrupts import Interrupted
 from optima_fast.training.trainer import Trainer
 
@@ -284,3 +285,19 @@ def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):
     torch.save(state, path)
     with pytest.raises(UserError, match="does not fit this run: 'optimizer'"):
         t.resume(path)
+
+
+def test_layers_computed_again_give_the_same_bits_in_less_memory(tmp_path, monkeypatch):
+    settings = {"method": "layerwise", "steps": 3, "cross_attention": True, "task": "coco"}
+    runs = [trainer(tmp_path / str(i), **settings) for i in range(2)]
+    runs[1].student.recompute()
+    peaks = []
+    for t in runs:
+        with LiveBytes() as live:
+            t._train_step()
+        peaks.append(live.peak)
+        t.step += 1
+        t.fit()
+    assert peaks[1] < 0.8 * peaks[0]
+    for name, value in runs[0].student.state_dict().items():
+        assert torch.equal(value, runs[1].student.state_dict()[name]), name
