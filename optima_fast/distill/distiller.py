@@ -461,7 +461,8 @@ class Distiller(nn.Module):
         """
         request = self.teacher_request(self.modules_matched)
         record = self.teacher(batch, taps=request, lse=self.attention.loss.softmax)
-        found = {name: list(record.layers(name)) for name in request}
+        ordered = self._in_order(record, self.modules_matched)
+        found = {name: list(ordered.layers(name)) for name in request}
         if "attention" not in terms:
             found = {n: [x._replace(attentions=()) for x in layers] for n, layers in found.items()}
         loss = predict(record.logits, batch).float()

@@ -14,7 +14,7 @@ import torch
 
 import optima_fast
 from optima_fast import tasks
-from optima_fast.distill import Distiller, maps
+from optima_fast.distill import Distiller
 from optima_fast.errors import UserError, unknown
 from optima_fast.models import MODULES, CoCa, CoCaConfig, initialise, presets
 from optima_fast.models.task_model import TaskModel, build
@@ -25,6 +25,7 @@ from optima_fast.tasks.workers import usable_cores
 from optima_fast.training import (
     checkpoints,
     loader,
+    parallel,
     policies,
     predicting,
     pretence,
@@ -34,7 +35,7 @@ from optima_fast.training import (
     teachers,
     tracking,
 )
-from optima_fast.training.config import TrainConfig, flag, resolve
+from optima_fast.training.config import TrainConfig, resolve
 from optima_fast.training.display import Display
 from optima_fast.training.pretence import pretended
 from optima_fast.training.rewards import training_sampler
@@ -69,10 +70,12 @@ def _run(config: TrainConfig, display: Display, device: torch.device) -> tuple[R
         display.note(f"{folder.folder} is finished already; another --out starts another run")
         return folder, folder.summary()
     with ranks.together():
-        check_parts(config)
+        parallel.check(config)
         tracking.check(config)
         tasks.check(config.data)
         models = sources.plan(config)
+        if models.teacher is not None and models.teacher.run is None and config.teacher_steps:
+            parallel.check(resolve(teachers.teacher_config(config)))
         for note in models.notes:
             display.note(f"student: {config.student}, {note}")
         data = load_data(config, models)
@@ -174,40 +177,6 @@ def prepare(config: TrainConfig) -> torch.device:
             f"and {device} is asked for"
         )
     return device
-
-
-def check_parts(config: TrainConfig) -> None:
-    """Refuse what a batch that is worked on in parts would not have the same result with.
-
-    Raises:
-        UserError: naming it and the way out.
-    """
-    assert config.batch_size
-    parts = ranks.count() * config.accumulate
-    if parts == 1:
-        return
-    way = f"{ranks.count()} processes and --accumulate {config.accumulate}"
-    if config.batch_size < parts:
-        raise UserError(
-            f"--batch-size {config.batch_size} cannot be in {parts} parts, of {way}: it is of all "
-            "processes together; raise it or lower these"
-        )
-    for name, value, why in (
-        ("hidden_loss", "contrastive", "learns from the tokens of all steps before"),
-        ("hidden_loss", "normalized-mse", "divides by the mean square of a whole batch"),
-        ("hidden_scale", "variance", "divides by the variance of a whole batch"),
-    ):
-        if getattr(config, name) == value:
-            raise UserError(
-                f"{flag(name)} {value} {why}, which parts of a batch ({way}) do not know: leave "
-                "it out, or take one process and --accumulate 1"
-            )
-    if config.attention_loss == maps.RELATIONS and config.cross_attention:
-        raise UserError(
-            f"--attention-loss relations with --cross-attention true is of texts and of images at "
-            f"once, whose parts ({way}) differ: leave one out, or take one process and "
-            "--accumulate 1"
-        )
 
 
 def load_data(config: TrainConfig, models: Models | None = None) -> TaskData:
@@ -335,7 +304,9 @@ def train(
     trainer = Trainer(config, trained_on, student, teacher, folder, display)
     before = trainer.evaluate(data.test)[data.metric_name]
 
-    if not _go_on(trainer, folder, display):
+    with ranks.together():
+        resumed = _go_on(trainer, folder, display)
+    if not resumed:
         folder.begin(config)
         folder.remember(data)
         folder.truncate_metrics(0)

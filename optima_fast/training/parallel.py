@@ -14,12 +14,49 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from optima_fast.distill import maps
+from optima_fast.errors import UserError
 from optima_fast.models import MODULES
 from optima_fast.models.task_model import TaskModel
 from optima_fast.training import ranks
+from optima_fast.training.config import TrainConfig, flag
 from optima_fast.training.step import Step
 
 T = TypeVar("T")
+
+
+def check(config: TrainConfig) -> None:
+    """Refuse what a batch that is worked on in parts would not have the same result with.
+
+    Raises:
+        UserError: naming it and the way out.
+    """
+    assert config.batch_size
+    parts = ranks.count() * config.accumulate
+    if parts == 1:
+        return
+    way = f"{ranks.count()} processes and --accumulate {config.accumulate}"
+    if config.batch_size < parts:
+        raise UserError(
+            f"--batch-size {config.batch_size} cannot be in {parts} parts, of {way}: it is of all "
+            "processes together; raise it or lower these"
+        )
+    for name, value, why in (
+        ("hidden_loss", "contrastive", "learns from the tokens of all steps before"),
+        ("hidden_loss", "normalized-mse", "divides by the mean square of a whole batch"),
+        ("hidden_scale", "variance", "divides by the variance of a whole batch"),
+    ):
+        if getattr(config, name) == value:
+            raise UserError(
+                f"{flag(name)} {value} {why}, which parts of a batch ({way}) do not know: leave "
+                "it out, or take one process and --accumulate 1"
+            )
+    if config.attention_loss == maps.RELATIONS and config.cross_attention:
+        raise UserError(
+            f"--attention-loss relations with --cross-attention true is of texts and of images at "
+            f"once, whose parts ({way}) differ: leave one out, or take one process and "
+            "--accumulate 1"
+        )
 
 
 class Engine:

@@ -53,6 +53,9 @@ def teacher_config(config: TrainConfig) -> TrainConfig:
         precision=config.precision,
         threads=config.threads,
         workers=config.workers,
+        accumulate=config.accumulate,
+        recompute=config.recompute,
+        fsdp=config.fsdp,
         cache=config.cache,
     )
 
