@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,11 @@ from pathlib import Path
 import pytest
 import ranks_job
 import torch
+from torch.distributed.run import get_args_parser
 
 from optima_fast.training import checkpoints, ranks, trainer
+from optima_fast.training.config import TrainConfig
+from optima_fast.training.flags import parse
 from optima_fast.training.run import Run
 
 JOB = Path(ranks_job.__file__)
@@ -119,3 +123,14 @@ def test_one_process_is_the_first_and_asks_nobody():
     assert ranks.of_first(lambda: 3) == 3
     x = torch.ones(2)
     assert ranks.summed(x) is x
+
+
+def test_the_commands_that_are_shown_are_those_of_torchrun_and_the_trainer():
+    shown = Path("README.md").read_text() + Path("examples/slurm.sh").read_text()
+    commands = re.findall(r"torchrun (.*?) -m optima_fast\.train (.*)", shown.replace("\\\n", ""))
+    assert len(commands) >= 3
+    known = {option for action in get_args_parser()._actions for option in action.option_strings}
+    for launcher, flags in commands:
+        assert {word.split("=")[0] for word in launcher.split() if word.startswith("--")} <= known
+        given = parse(flags.replace('"$@"', "").split(), prog="train", description="")
+        assert TrainConfig(**given).task == "vqa"
