@@ -126,7 +126,8 @@ def test_one_process_is_the_first_and_asks_nobody():
 
 
 def test_the_commands_that_are_shown_are_those_of_torchrun_and_the_trainer():
-    shown = Path("README.md").read_text() + Path("examples/slurm.sh").read_text()
+    root = JOB.parents[1]
+    shown = (root / "README.md").read_text() + (root / "examples/slurm.sh").read_text()
     commands = re.findall(r"torchrun (.*?) -m optima_fast\.train (.*)", shown.replace("\\\n", ""))
     assert len(commands) >= 3
     known = {option for action in get_args_parser()._actions for option in action.option_strings}
