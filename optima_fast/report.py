@@ -56,20 +56,20 @@ def _main(argv: Sequence[str] | None) -> int:
     )
     arguments = parser.parse_args(argv)
     display = Display()
-    runs, exported = [], []
+    runs, others = [], []
     for run in map(Run, dict.fromkeys(map(Path, arguments.runs))):
-        run.config()
-        if run.exported():
-            exported.append(run)
+        if not run.exists():
+            others.append(f"{run.folder} holds no run (no {run.config_path.name})")
+        elif run.exported():
+            others.append(_exported(run))
         elif run.finished():
-            run.summary()
             runs.append(run)
         else:
             display.note(f"{run.folder} is not finished: left out")
-    if exported and not runs:
-        raise UserError(_exported(exported[0]))
-    for run in exported:
-        display.note(f"left out: {_exported(run)}")
+    if others and not runs:
+        raise UserError(others[0])
+    for why in others:
+        display.note(f"left out: {why}")
     if not runs:
         return 0
     path = arguments.out or _place(runs)

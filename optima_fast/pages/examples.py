@@ -202,13 +202,11 @@ def choose(right: Mapping[int, bool | None], each: int) -> list[int]:
 
 def teacher_of(record: Record, data: TaskData) -> Run | None:
     """The run of a run's teacher, where it is known, still there and of this data."""
-    folder = record.summary.get("teacher_run") or record.config.teacher
-    if record.config.method == "finetune" or folder is None:
-        return None
-    run = Run(folder)
+    run = record.run.teacher()
     try:
-        run.check_fits(data)
-        run.check_weights()
+        if run is not None:
+            run.check_fits(data)
+            run.check_weights()
     except UserError:
         return None
     return run

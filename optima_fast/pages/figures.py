@@ -124,7 +124,7 @@ def _logs(
     title: str,
     series: Mapping[str, Callable[[Record], Series]],
     caption: str,
-    y: str = "loss (logarithmic)",
+    y: str = "loss",
 ) -> str:
     curves = {name: medians(group, of) for name, of in series.items()}
     curves = {name: curve for name, curve in curves.items() if len(curve[0]) > 1}
@@ -133,7 +133,7 @@ def _logs(
     most = max(len(x) for x, _ in curves.values())
     thin = f" {plots.POINTS} points at most, each a mean." if most > plots.POINTS else ""
     picture = plots.lines(
-        f"{group.label}: {title}", curves, x="optimizer steps", y=y, log=y.startswith("loss")
+        f"{group.label}: {title}", curves, x="optimizer steps", y=y, log=y == "loss"
     )
     return _figure(picture, f"{caption}{_seeds(group)}.{thin}")
 
@@ -242,6 +242,7 @@ def rewards(group: Group, colours: Mapping[str, str]) -> list[str]:
                     means,
                     x="round",
                     y="mean reward",
+                    log=True,
                     colours=colours,
                 ),
                 f"The policy's mean reward of each arm over the rounds{_seeds(group)}.",
@@ -254,6 +255,7 @@ def rewards(group: Group, colours: Mapping[str, str]) -> list[str]:
                 {"running mean": plots.running_mean(earned)},
                 x="round",
                 y="reward",
+                log=True,
                 faint={"running mean": [earned]},
             ),
             "Reward over time, the paper's figure, here of these runs: thin, of each round; thick, "

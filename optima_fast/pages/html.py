@@ -31,7 +31,7 @@ overflow-wrap:anywhere}pre code{padding:0}
 .scroll{overflow-x:auto;margin:.6em 0}table{border-collapse:collapse;font-size:.94em}
 th,td{text-align:left;padding:.25em 1.1em .25em 0;vertical-align:top;
 border-bottom:1px solid var(--line);font-variant-numeric:tabular-nums}
-th{font-weight:600;color:var(--quiet)}
+th{font-weight:600;color:var(--quiet)}tr:first-child:has(th)~tr td{white-space:nowrap}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(130px,1fr));gap:10px;margin:1em 0}
 .tile{background:var(--card);border-radius:8px;padding:.6em .9em}
 .tile b{display:block;font-size:1.5em;line-height:1.3}.tile:first-child b{font-size:1.9em}
@@ -40,9 +40,10 @@ grid-template-columns:repeat(auto-fill,minmax(min(340px,100%),1fr))}
 figure{margin:0;min-width:0}figure svg{width:100%;height:auto;display:block}
 svg text{font-family:system-ui,sans-serif}
 figcaption{font-size:.87em;line-height:1.4;margin:.2em 0}
-.examples{display:flex;flex-wrap:wrap;gap:18px 20px}.examples figure{width:172px}
-.examples figure.two{width:350px}.examples figcaption{color:var(--ink);font-size:.92em}
-.examples img{width:166px;height:auto;border:1px solid var(--line);margin-right:6px}
+.examples{display:grid;gap:18px 16px;grid-template-columns:repeat(auto-fill,minmax(165px,1fr))}
+.examples figure.two{grid-column:span 2}.examples .two img{width:48%}
+.examples figcaption{color:var(--ink)}
+.examples img{width:166px;max-width:100%;height:auto;border:1px solid var(--line);margin-right:2px}
 .pixels{image-rendering:pixelated}.wrong{color:var(--wrong)}.right{color:var(--right)}
 summary{cursor:pointer;margin:.8em 0}a{color:inherit}
 """

@@ -24,7 +24,9 @@ COLOURS = (
     *("#7f8fa6", "#6b8e23", "#ff6f61", "#5c6bc0"),
 )
 WIDTH, HEIGHT = 4.3, 2.5  # inches of a plot without its legend
+FAR = 5  # times the smallest value, from where on a logarithmic axis shows more
 POINTS = 300  # of a line; more are put together
+DOTS = 24  # a line of so few points has a dot at each
 SMOOTH = 20  # a running mean is over the rounds divided by this
 
 _INK = "#010203"  # stands for the colour of the page's text until the SVG is written
@@ -77,7 +79,7 @@ def lines(
         curves: by name.
         x, y: what the axes are of, with the unit.
         faint: thin lines in the colour of the curve of the same name.
-        log: a logarithmic y axis, where all values are above 0.
+        log: a logarithmic y axis, where all values are above 0 and far apart.
         colours: of the curves; one after the other by default.
     """
     chosen = colours or colours_of(curves)
@@ -88,12 +90,14 @@ def lines(
             for curve in each:
                 axes.plot(*thinned(curve), color=chosen[name], linewidth=0.6, alpha=0.4)
         for name, curve in shown.items():
-            dots = "o" if len(curve[0]) == 1 else None
-            axes.plot(*curve, color=chosen[name], label=name, marker=dots, markersize=4)
-        if log:
-            _logarithmic(axes, [v for _, values in shown.values() for v in values])
+            dots = "o" if len(curve[0]) <= DOTS else None
+            axes.plot(*curve, color=chosen[name], label=name, marker=dots, markersize=3)
+        if logarithmic:
+            _logarithmic(axes, max(values) / min(values))
 
-    return picture(title, paint, x=x, y=y)
+    values = [value for _, each in shown.values() for value in each]
+    logarithmic = log and min(values) > 0 and max(values) > FAR * min(values)
+    return picture(title, paint, x=x, y=f"{y} (logarithmic)" if logarithmic else y)
 
 
 def bars(title: str, values: Mapping[str, float], *, x: str, colours: Mapping[str, str]) -> str:
@@ -239,12 +243,9 @@ def short(name: str) -> str:
     return "\n".join(line if len(line) <= 16 else line[:14] + ".." for line in cut)
 
 
-def _logarithmic(axes: Axes, values: Sequence[float]) -> None:
-    if not values or min(values) <= 0:
-        return
+def _logarithmic(axes: Axes, ratio: float) -> None:
     axes.set_yscale("log")
-    few = max(values) / min(values) < 30
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if ratio < 30 else (1,)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_minor_formatter(NullFormatter())

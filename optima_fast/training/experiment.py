@@ -83,10 +83,11 @@ def _run(config: TrainConfig, display: Display, device: torch.device) -> tuple[R
         summary = train(config, models, folder, data, display, teacher, device)
         summary |= {
             "teacher_metric": teacher_metric,
-            "teacher_run": None if taught is None else str(taught.folder.absolute()),
             "teacher_params": count(teacher) if teacher else None,
         }
         summary["seconds"]["teacher"] += teacher_seconds
+        if taught is not None:
+            folder.remember_teacher(taught)
         checkpoints.write_json(folder.summary_path, summary)
     return folder, summary
 
