@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from html import escape
 from typing import Any
 
 from optima_fast.compare.curves import Point
+from optima_fast.models import MODULES
 from optima_fast.pages import plots
 from optima_fast.pages.plots import Span
 from optima_fast.pages.records import Group, Record, Series, Task, medians
@@ -17,28 +18,22 @@ from optima_fast.training.rounds import of_rounds
 ROWS = 12  # arms that are drawn one by one, those pulled most
 OTHERS = "other arms"
 _UNITS = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1, "FLOP"))
-LEVELS = {"teacher_metric": "teacher", "text_only_metric": "text only"}
 
 
 def results(task: Task) -> str:
-    """The metric of the test split, a dot a run."""
+    """The metric of the test split, a dot a run, beside the teacher's."""
     values = {g.label: [r.summary["student_metric"] for r in g.records] for g in task.groups}
-    levels = {}
-    for key, label in LEVELS.items():
-        known = [r.summary[key] for r in task.records if r.summary[key] is not None]
-        if known:
-            levels[label] = statistics.median(known)
-    return _figure(
-        plots.dots(
-            f"{task.name}: test split",
-            values,
-            x=task.metric,
-            levels=levels,
-            colours=plots.colours_of(values),
-        ),
-        "A dot is a run, the upright line the median of a method; the lines across are medians "
-        "over the runs.",
+    known = [r.summary["teacher_metric"] for r in task.records]
+    taught = [metric for metric in known if metric is not None]
+    picture = plots.dots(
+        f"{task.name}: test split",
+        values,
+        x=task.metric,
+        level=("teacher", statistics.median(taught)) if taught else None,
+        colours=plots.colours_of(values),
     )
+    caption = "A dot is a run, an upright line the median of a method or of all runs' teachers."
+    return _figure(picture, caption)
 
 
 def validation(task: Task) -> list[str]:
@@ -52,6 +47,8 @@ def validation(task: Task) -> list[str]:
         x = f"arithmetic of the steps, {unit}"
         kinds.append(("arithmetic", x, lambda p: p.operations / size))
     kinds.append(("seconds", "seconds of steps and of measuring rewards", lambda p: p.seconds))
+    several = any(len(group.records) > 1 for group in task.groups)
+    each = ", median over the seeds; a thin line is a seed" if several else ""
     found = []
     for name, x, of in kinds:
         curves = {g.label: _over(g, of) for g in task.groups}
@@ -74,7 +71,7 @@ def validation(task: Task) -> list[str]:
                     faint=faint,
                     colours=colours,
                 ),
-                f"{_whose(task.groups)} of the validation split over {name}.",
+                f"{task.metric} on the validation split over {name}{each}.",
             )
         )
     return found
@@ -106,7 +103,8 @@ def losses(group: Group) -> list[str]:
     caption = "The total loss and those of the logits, over the steps"
     found = [_logs(group, "losses", series, caption)]
     for key, what in (("hidden", "hidden states"), ("attention", "attention")):
-        modules = dict.fromkeys(m for r in group.records for x in r.lines for m in x.get(key) or ())
+        logged = {module for r in group.records for x in r.lines for module in x.get(key) or ()}
+        modules = sorted(logged, key=lambda name: MODULES.index(name) if name in MODULES else 9)
         series = {name: _logged(key, name) for name in modules}
         caption = (
             f"Loss of {what} of each module in steps that distil it, the sum over its layers "
@@ -285,11 +283,6 @@ def _mean(arm: int) -> Callable[[Record], Series]:
 def _seeds(group: Group, what: str = "median") -> str:
     count = len(group.records)
     return f", {what} of {count} seeds" if count > 1 else ""
-
-
-def _whose(groups: Sequence[Group]) -> str:
-    several = any(len(group.records) > 1 for group in groups)
-    return "Median over the seeds, thin lines each seed," if several else "The metric"
 
 
 def _figure(picture: str, caption: str) -> str:

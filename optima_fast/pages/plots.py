@@ -91,9 +91,12 @@ def lines(
                 axes.plot(*thinned(curve), color=chosen[name], linewidth=0.6, alpha=0.4)
         for name, curve in shown.items():
             dots = "o" if len(curve[0]) <= DOTS else None
-            axes.plot(*curve, color=chosen[name], label=name, marker=dots, markersize=3)
+            axes.plot(*curve, color=chosen[name], label=told(name), marker=dots, markersize=3)
         if logarithmic:
             _logarithmic(axes, max(values) / min(values))
+
+    def told(name: str) -> str | None:
+        return name if len(shown) > 1 else None
 
     values = [value for _, each in shown.values() for value in each]
     logarithmic = log and min(values) > 0 and max(values) > FAR * min(values)
@@ -148,21 +151,21 @@ def dots(
     values: Mapping[str, Sequence[float]],
     *,
     x: str,
-    levels: Mapping[str, float],
+    level: tuple[str, float] | None,
     colours: Mapping[str, str],
 ) -> str:
-    """A row a name with a dot a value and a line at their median, and levels that all share."""
+    """A row a name with a dot a value and a line at their median, and a level across."""
 
     def paint(axes: Axes) -> None:
         for i, (name, each) in enumerate(values.items()):
             middle = statistics.median(each)
             axes.plot(list(each), [i] * len(each), "o", color=colours[name], markersize=5)
             axes.plot([middle] * 2, [i - 0.3, i + 0.3], color=colours[name], linewidth=2)
-        for (name, value), style in zip(levels.items(), ("-", "--", ":"), strict=False):
-            axes.axvline(value, color=_INK, alpha=0.55, linewidth=1, linestyle=style, label=name)
+        if level is not None:
+            axes.axvline(level[1], color=_INK, alpha=0.7, linewidth=1, ls="--", label=level[0])
         _names(axes, list(values))
 
-    return picture(title, paint, x=x, y="", height=_tall(len(values)), always_legend=True)
+    return picture(title, paint, x=x, y="", height=_tall(len(values)))
 
 
 def picture(
@@ -172,9 +175,8 @@ def picture(
     x: str,
     y: str,
     height: float = HEIGHT,
-    always_legend: bool = False,
 ) -> str:
-    """An SVG element of what ``paint`` draws; a legend below it where there are several labels."""
+    """An SVG element of what ``paint`` draws, and a legend of its labels below it."""
     style: Any = {**_STYLE, "svg.hashsalt": title}
     with mpl.rc_context(style):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
@@ -186,7 +188,7 @@ def picture(
         axes.xaxis.set_major_locator(MaxNLocator(6))
         paint(axes)
         handles, labels = axes.get_legend_handles_labels()
-        if len(labels) > 1 or (always_legend and labels):
+        if labels:
             columns = max(1, min(len(labels), 56 // (6 + max(map(len, labels)))))
             figure.set_figheight(height + 0.19 * math.ceil(len(labels) / columns))
             figure.legend(handles, labels, loc="outside lower left", ncols=columns)
