@@ -114,19 +114,17 @@ def ask(task: Task, data: TaskData, each: int) -> tuple[list[Example], list[str]
     if not loaded.batch:
         raise UserError(f"none of the first {len(rows)} images of the test split can be read")
     answers = next(iter(models.values())).answers(loaded.batch)
-    right = [
-        truth.right(row, said.text)
-        for row, said in zip(loaded.index.tolist(), answers, strict=True)
-    ]
-    chosen = choose(dict(zip(loaded.index.tolist(), right, strict=True)), each)
+    asked = zip(loaded.index.tolist(), answers, strict=True)
+    chosen = choose({row: truth.right(row, answer.text) for row, answer in asked}, each)
     for group in task.groups[1:]:
         try:
             _check(group.records[0].run, data)
             models[_name(group)] = Student(group.records[0].run, device)
         except UserError as error:
             missing.append(f"{group.label} is not asked: {error}")
-    teacher = teacher_of(first, data)
-    if teacher is None and first.config.method != "finetune":
+    taught = [g.records[0] for g in task.groups if g.records[0].config.method != "finetune"]
+    teacher = next(filter(None, (teacher_of(record, data) for record in taught)), None)
+    if teacher is None and taught:
         missing.append("The teacher is not asked: there is no run of it at hand")
     if teacher is not None:
         models = {"teacher": Student(teacher, device), **models}

@@ -104,7 +104,7 @@ def losses(group: Group) -> list[str]:
     found = [_logs(group, "losses", series, caption)]
     for key, what in (("hidden", "hidden states"), ("attention", "attention")):
         logged = {module for r in group.records for x in r.lines for module in x.get(key) or ()}
-        modules = sorted(logged, key=lambda name: MODULES.index(name) if name in MODULES else 9)
+        modules = [name for name in MODULES if name in logged] + sorted(logged - {*MODULES})
         series = {name: _logged(key, name) for name in modules}
         caption = (
             f"Loss of {what} of each module in steps that distil it, the sum over its layers "

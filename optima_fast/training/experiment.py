@@ -437,7 +437,8 @@ def evaluate(
         raise unknown("split", split, (*SPLITS, *further))
     file = submissions.new_file(predictions, config.data) if predictions is not None else None
     where = prepare(config)
-    task = data_of(run, config, () if split in SPLITS else (split,))
+    moved = "--data FOLDER says where it is now"
+    task = data_of(run, config, () if split in SPLITS else (split,), way_out=moved)
     model = run.load_student().to(where)
     part = task.split(split)
     said = task.predict(model, part, device=where)
@@ -446,13 +447,20 @@ def evaluate(
     return run, task.metrics(part, said) if part.measurable else {}, recorded
 
 
-def data_of(run: Run, config: TrainConfig, further: tuple[str, ...] = ()) -> TaskData:
+def data_of(
+    run: Run,
+    config: TrainConfig,
+    further: tuple[str, ...] = (),
+    *,
+    way_out: str = "put it back",
+) -> TaskData:
     """The data of a finished run, read as its student knows it.
 
     Args:
         run: whose student it is for.
         config: the run's settings, with the data set where it is now.
         further: splits that training does not read.
+        way_out: what to do where the data set is not there.
 
     Raises:
         UserError: the data set is not there, or is of other answers or texts than the student's.
@@ -460,10 +468,7 @@ def data_of(run: Run, config: TrainConfig, further: tuple[str, ...] = ()) -> Tas
     if config.data == "digits":
         task = load_data(config)
     elif not is_shards(config.data) and not Path(config.data).is_dir():
-        raise UserError(
-            f"{run.folder} was trained on {config.data}, which is not there: --data FOLDER says "
-            "where it is now"
-        )
+        raise UserError(f"{run.folder} was trained on {config.data}, which is not there: {way_out}")
     else:
         task = _load_folder(config, run.reading(), further)
     run.check_fits(task)

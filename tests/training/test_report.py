@@ -220,7 +220,8 @@ def test_a_folder_of_data_that_is_gone_is_named(tmp_path):
     assert "The teacher is not asked" not in text
     vqa_folder.rename(tmp_path / "moved")
     text = made(run, out=tmp_path / "page.html", examples=1)
-    assert f"No examples are shown: {run.folder} was trained on {vqa_folder}, which" in text
+    gone = f"{run.folder} was trained on {vqa_folder}, which is not there: put it back."
+    assert f"No examples are shown: {gone}" in text
     assert "Arithmetic is not counted" in text
     assert "validation over arithmetic" not in text
 
