@@ -1,14 +1,18 @@
-"""``python -m optima_fast.report RUN...``: compare runs, and write a page for each.
+"""``python -m optima_fast.report RUN...``: compare runs, and write a page of them all.
 
-Prints one line a run and each arm's rewards, and writes ``report.html`` into each run folder:
-results, losses over the steps, which arm the bandit chose in each round and what it earned.
+Prints one line a run and each arm's rewards, and writes one HTML file that holds everything itself:
+results, test examples with the models' answers, losses, learning rate, validation over steps,
+arithmetic and seconds, which arm was chosen in each round and what it earned. Runs that differ in
+their seed alone are shown as their median.
 """
 
 from __future__ import annotations
 
+import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optima_fast.entry import Parser, guarded
@@ -18,43 +22,89 @@ if TYPE_CHECKING:
     from optima_fast.training.run import Run
 
 
+PAGE = "report.html"
+EXAMPLES = 3
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     return guarded(lambda: _main(argv))
 
 
 def _main(argv: Sequence[str] | None) -> int:
-    from optima_fast.training import overview, page
+    from optima_fast.pages import records, report
+    from optima_fast.training import overview
     from optima_fast.training.display import Display
     from optima_fast.training.run import Run
 
     parser = Parser(
         prog="python -m optima_fast.report", description=(__doc__ or "").partition(": ")[2]
     )
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="run folders")
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="run folders, such as FOLDER/*/")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE.html",
+        help="the page; default report.html in the run's folder, or in the one that holds all runs",
+    )
+    parser.add_argument(
+        "--examples",
+        type=_count,
+        default=EXAMPLES,
+        metavar="N",
+        help="of the test split, N answered rightly and N wrongly; 0 for none; default %(default)s",
+    )
+    arguments = parser.parse_args(argv)
     display = Display()
-    runs, exported = [], []
-    for run in map(Run, parser.parse_args(argv).runs):
-        run.config()
-        if run.exported():
-            exported.append(run)
+    runs, others = [], []
+    for run in map(Run, dict.fromkeys(map(Path, arguments.runs))):
+        if not run.exists():
+            others.append(f"{run.folder} holds no run (no {run.config_path.name})")
+        elif run.exported():
+            others.append(_exported(run))
         elif run.finished():
-            run.summary()
             runs.append(run)
         else:
             display.note(f"{run.folder} is not finished: left out")
-    if exported and not runs:
-        raise UserError(_exported(exported[0]))
-    for run in exported:
-        display.note(f"left out: {_exported(run)}")
+    if others and not runs:
+        raise UserError(others[0])
+    for why in others:
+        display.note(f"left out: {why}")
     if not runs:
         return 0
+    path = arguments.out or _place(runs)
+    if path.is_dir():
+        raise UserError(f"--out {path} is a folder: name a file in it, {path / PAGE}")
+    if not path.parent.is_dir():
+        raise UserError(f"--out {path}: there is no folder {path.parent}; create it first")
     overview.compare(runs, display)
     for run in runs:
         overview.show_rewards(run, display)
-    for run in runs:
-        display.note(f"wrote {page.write(run)}")
+    display.note(f"wrote {report.write(records.read(runs), path, arguments.examples)}")
     return 0
+
+
+def _place(runs: Sequence[Run]) -> Path:
+    """Where the page is written by default.
+
+    Raises:
+        UserError: the runs are in several folders.
+    """
+    if len(runs) == 1:
+        return runs[0].folder / PAGE
+    parents = list(dict.fromkeys(run.folder.absolute().parent for run in runs))
+    if len(parents) > 1:
+        raise UserError(
+            f"the runs are in several folders, such as {parents[0]} and {parents[1]}: "
+            "--out FILE.html says where the page goes"
+        )
+    return runs[0].folder.parent / PAGE
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 on, got {text!r}")
+    return int(text)
 
 
 def _exported(run: Run) -> str:

@@ -9,28 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from optima_fast.demo.pair import METHODS
+from optima_fast.pages.examples import Example, Truth
 from optima_fast.tasks.base import Classification
-from optima_fast.tasks.split import ArrayImages
 from optima_fast.training import Run, experiment
 from optima_fast.training.rounds import of_rounds
 
 EXAMPLES = 4
 NOISE = 2.0  # standard errors that a difference must exceed to be more than the test set's noise
-
-
-@dataclass(frozen=True)
-class Example:
-    """A test example and what each model says of it."""
-
-    images: tuple[NDArray[np.uint8], ...]
-    text: str
-    answer: str
-    said: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -103,20 +91,11 @@ def measure(folder: Path) -> tuple[dict[str, Any], list[Example]]:
         "paired": {**vars(pair), "beyond_noise": pair.beyond_noise},
         "students": {m: _student(runs[m], summaries[m]) for m in METHODS},
     }
-    classes, best = data.worth(data.test)
-    answers = classes.gather(1, best.argmax(1, keepdim=True))[:, 0].tolist()
-    images = data.test.images
-    assert isinstance(images, ArrayImages)
-    examples = [
-        Example(
-            tuple(images.levels[i, 0].numpy() for i in data.test.image_index[row].view(-1)),
-            data.tokenizer.decode(data.test.text[row]),
-            data.classes[answers[row]],
-            {name: texts[row] for name, texts in said.items()},
-        )
-        for row in _telling({name: value > 0.5 for name, value in worth.items()}, data.test.group)
+    truth = Truth(data)
+    rows = _telling({name: value > 0.5 for name, value in worth.items()}, data.test.group)
+    return result, [
+        truth.example(row, {name: texts[row] for name, texts in said.items()}) for row in rows
     ]
-    return result, examples
 
 
 def _student(run: Run, summary: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optima_fast.demo.pair import METHODS, python_name
-from optima_fast.demo.result import NOISE, Example
+from optima_fast.demo.result import NOISE
+from optima_fast.pages.examples import Example, Said
 from optima_fast.training import Display
 from optima_fast.training.overview import number, shares
 
@@ -126,7 +127,7 @@ def show_examples(examples: Sequence[Example], display: Display) -> None:
         if tile is not None:
             line.append(tile)
     rows = [
-        [str(i), e.text, e.answer, *(_marked(said, e.answer) for said in e.said.values())]
+        [str(i), e.text, e.answer, *map(_marked, e.said.values())]
         for i, e in enumerate(examples, 1)
     ]
     names = list(examples[0].said) if examples else []
@@ -134,8 +135,8 @@ def show_examples(examples: Sequence[Example], display: Display) -> None:
         display.table("", rows, ["", "text", "right answer", *names])
 
 
-def _marked(said: str, answer: str) -> str:
-    return said if said == answer else f"{said} (wrong)"
+def _marked(said: Said) -> str:
+    return said.text if said.right else f"{said.text} (wrong)"
 
 
 def _tile(number: int, example: Example) -> list[str]:

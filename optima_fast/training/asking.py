@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,19 +110,24 @@ class Student:
             UserError: an image that cannot be read.
         """
         files = list(dict.fromkeys(path for asked in questions for path in asked.images))
-        images = torch.stack([self._pixels(path) for path in files]).to(self.device)
+        images = torch.stack([self._pixels(path) for path in files])
         shown = [files.index(path) for asked in questions for path in asked.images]
-        with evaluating(self.model):
-            if self.task == "coco":
-                return self._captions(images[shown])
-            batch = {
+        return self.answers(
+            {
                 "images": images,
                 "text": self.tokenizer.encode_all([q.text for q in questions], self.length),
                 "pair_image": torch.tensor(shown),
                 "pair_text": torch.arange(len(questions)).repeat_interleave(self.images),
             }
-            logits = self.model(to_device(batch, self.device)).logits
-            best = logits.float().softmax(-1).max(-1)
+        )
+
+    def answers(self, batch: Mapping[str, Tensor]) -> list[Answer]:
+        """One answer an example of a batch, as :meth:`optima_fast.tasks.Split.batch` makes it."""
+        batch = to_device(batch, self.device)
+        with evaluating(self.model):
+            if self.task == "coco":
+                return self._captions(batch["images"][batch["pair_image"]])
+            best = self.model(batch).logits.float().softmax(-1).max(-1)
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         return [Answer(self.classes[i], value) for i, value in pairs]
 

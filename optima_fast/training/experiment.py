@@ -83,7 +83,7 @@ def _run(config: TrainConfig, display: Display, device: torch.device) -> tuple[R
         folder.check_data(data)
     with folder.held():
         began = time.perf_counter()
-        teacher, teacher_metric = _teacher(config, models, data, display, device)
+        teacher, teacher_metric, taught = _teacher(config, models, data, display, device)
         teacher_seconds = time.perf_counter() - began
         summary = train(config, models, folder, data, display, teacher, device)
         summary |= {
@@ -91,6 +91,8 @@ def _run(config: TrainConfig, display: Display, device: torch.device) -> tuple[R
             "teacher_params": count(teacher) if teacher else None,
         }
         summary["seconds"]["teacher"] += teacher_seconds
+        if taught is not None:
+            folder.remember_teacher(taught)
         checkpoints.write_json(folder.summary_path, summary)
     return folder, summary
 
@@ -254,17 +256,18 @@ def _teacher(
     data: TaskData,
     display: Display,
     device: torch.device,
-) -> tuple[TaskModel | None, float | None]:
-    """The teacher on its device with its metric on the test split, or None for finetune."""
+) -> tuple[TaskModel | None, float | None, Run | None]:
+    """The teacher on its device, its metric on the test split and its run, or None for each."""
     if models.teacher is None:
-        return None, None
+        return None, None, None
     folder = models.teacher.run
     if folder is not None or config.teacher_steps == 0:
         name = models.teacher.name if folder is None else f"the model of {folder.folder}"
         display.note(f"teacher: {name}, as it is")
         teacher = models.published_teacher(data) if folder is None else folder.load_model(data)
         teacher = teacher.to(device)
-        return teacher, predicting.evaluate(data, teacher, data.test, device)[data.metric_name]
+        metric = predicting.evaluate(data, teacher, data.test, device)[data.metric_name]
+        return teacher, metric, folder
     own = resolve(teachers.teacher_config(config))
     folder = teachers.cached_run(own, models.teacher, data, device)
     with folder.held(wait=True):
@@ -278,7 +281,8 @@ def _teacher(
             summary = train(own, sources.plan(own), folder, data, display, None, device)
             checkpoints.write_json(folder.summary_path, summary)
     ranks.gathered(None)  # it is written
-    return folder.load_model(data).to(device), float(folder.summary()["student_metric"])
+    metric = float(folder.summary()["student_metric"])
+    return folder.load_model(data).to(device), metric, folder
 
 
 def train(
@@ -401,17 +405,15 @@ def evaluate(
     recorded = {name: run.summary().get(key) for name, key in _RECORDED.items()}.get(split)
     if device is not None:
         config = dataclasses.replace(config, device=device)
-    config = _located(run, config, data)
+    if data is not None:
+        config = _moved(run, config, data)
     further = FURTHER.get(config.task, ()) if config.data != "digits" else ()
     if split not in (*SPLITS, *further):
         raise unknown("split", split, (*SPLITS, *further))
     file = submissions.new_file(predictions, config.data) if predictions is not None else None
     where = prepare(config)
-    if config.data == "digits":
-        task = load_data(config)
-    else:
-        task = _load_folder(config, run.reading(), further=() if split in SPLITS else (split,))
-    run.check_fits(task)
+    moved = "--data FOLDER says where it is now"
+    task = data_of(run, config, () if split in SPLITS else (split,), way_out=moved)
     model = run.load_student().to(where)
     part = task.split(split)
     said = task.predict(model, part, device=where)
@@ -420,19 +422,39 @@ def evaluate(
     return run, task.metrics(part, said) if part.measurable else {}, recorded
 
 
-def _located(run: Run, config: TrainConfig, data: str | Path | None) -> TrainConfig:
+def data_of(
+    run: Run,
+    config: TrainConfig,
+    further: tuple[str, ...] = (),
+    *,
+    way_out: str = "put it back",
+) -> TaskData:
+    """The data of a finished run, read as its student knows it.
+
+    Args:
+        run: whose student it is for.
+        config: the run's settings, with the data set where it is now.
+        further: splits that training does not read.
+        way_out: what to do where the data set is not there.
+
+    Raises:
+        UserError: the data set is not there, or is of other answers or texts than the student's.
+    """
+    if config.data == "digits":
+        task = load_data(config)
+    elif not is_shards(config.data) and not Path(config.data).is_dir():
+        raise UserError(f"{run.folder} was trained on {config.data}, which is not there: {way_out}")
+    else:
+        task = _load_folder(config, run.reading(), further)
+    run.check_fits(task)
+    return task
+
+
+def _moved(run: Run, config: TrainConfig, data: str | Path) -> TrainConfig:
     """The settings with the data set where it is now."""
-    if data is not None:
-        if config.data == "digits":
-            raise UserError(f"{run.folder} is a run on the built-in data: leave --data {data} out")
-        return dataclasses.replace(config, data=str(data))
-    known = config.data == "digits" or is_shards(config.data)
-    if not known and not Path(config.data).is_dir():
-        raise UserError(
-            f"{run.folder} was trained on {config.data}, which is not there: --data FOLDER says "
-            "where it is now"
-        )
-    return config
+    if config.data == "digits":
+        raise UserError(f"{run.folder} is a run on the built-in data: leave --data {data} out")
+    return dataclasses.replace(config, data=str(data))
 
 
 def compile_modules(

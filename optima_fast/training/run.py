@@ -67,6 +67,7 @@ class Run:
         self.summary_path = self.folder / "summary.json"
         self.model_path = self.folder / "model.json"
         self.weights_path = self.folder / "student.safetensors"
+        self.teacher_path = self.folder / "teacher.json"
         self.captions_path = self.folder / "captions.json"  # of --extra-images
         self.checkpoints = self.folder / "checkpoints"
 
@@ -153,6 +154,23 @@ class Run:
         """The number of examples and a hash of each split, by name; {} where it is not known."""
         value: dict[str, dict[str, Any]] = {}
         return checkpoints.read_json(self.data_path) if self.data_path.is_file() else value
+
+    def remember_teacher(self, teacher: Run) -> None:
+        """Write where the teacher is, so that both can be asked later."""
+        checkpoints.write_json(self.teacher_path, {"run": str(teacher.folder.absolute())})
+
+    def teacher(self) -> Run | None:
+        """The run whose student was the teacher, there or not; ``None`` where it is not known.
+
+        Raises:
+            UserError: the file that names it is damaged.
+        """
+        if not self.teacher_path.is_file():
+            return None
+        value = checkpoints.read_json(self.teacher_path)
+        if not isinstance(value, dict) or not isinstance(value.get("run"), str):
+            raise UserError(f"{self.teacher_path} names no run: delete it")
+        return Run(value["run"])
 
     def check_data(self, data: TaskData) -> None:
         """Raise if there is a checkpoint to go on from that was trained on other data.

@@ -57,7 +57,7 @@ def test_every_task_runs_from_settings_to_summary(tmp_path, task, images, capsys
     names = {p.name for p in run.folder.iterdir()}
     assert names == {
         "config.yaml", "data.json", "metrics.jsonl", "summary.json", "student.safetensors",
-        "model.json", "checkpoints",
+        "model.json", "checkpoints", "teacher.json",
     }  # fmt: skip
     again, metrics, recorded = experiment.evaluate(run.folder)
     assert metrics[again.metric_name()] == recorded == summary["student_metric"]

@@ -1,18 +1,28 @@
-"""What a finished run shows: rewards by arm, arms over the rounds, what the rewards cost."""
+"""What a report prints and what is in its page: of one run, of several, of damaged ones."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import html
 import json
 import re
+import shlex
 import shutil
+from pathlib import Path
 from typing import Any
-from xml.dom import minidom
 
 import pytest
+from official import make_vqa
+from small_run import finetuned, small
 
 from optima_fast import report
-from optima_fast.training import overview, page
+from optima_fast.errors import UserError
+from optima_fast.pages import records
+from optima_fast.training import overview
+from optima_fast.training.config import TrainConfig, resolve
 from optima_fast.training.display import Display
+from optima_fast.training.flags import parse
 from optima_fast.training.rounds import of_rounds, rewards_by_arm
 from optima_fast.training.run import Run
 
@@ -33,10 +43,6 @@ LINES = [
 ]
 
 
-def figures(text: str) -> list[minidom.Element]:
-    return [minidom.parseString(x).documentElement for x in re.findall(r"<svg.*?</svg>", text)]
-
-
 def test_rewards_are_gathered_by_arm_the_best_first():
     assert [x["round"] for x in of_rounds(LINES)] == [1, 2, 3, 4]
     text, image = sorted(rewards_by_arm(LINES), key=lambda r: -r.pulls)
@@ -49,62 +55,31 @@ def test_rewards_are_gathered_by_arm_the_best_first():
     assert rewards_by_arm([line(1, "text")]) == []
 
 
-def test_the_figure_has_a_mark_a_round_and_the_share_so_far():
-    pulls = {"image": 1, "text": 3, "multimodal": 0}
-    raster, shares = figures(page.choices(LINES, pulls))
-    marks = raster.getElementsByTagName("rect")
-    assert len(marks) == 4
-    x = [float(mark.getAttribute("x")) for mark in marks]
-    step = (page.WIDTH - page.LEFT) / 4
-    assert x == pytest.approx([page.LEFT + i * step for i in range(4)], abs=0.1)
-    rows = [float(m.getAttribute("y")) + float(m.getAttribute("height")) for m in marks]
-    assert rows[0] == rows[2] == rows[3] == rows[1] + page.ROW  # text stands below image
-    tall = [float(mark.getAttribute("height")) for mark in marks]
-    assert tall[0] == tall[3] > tall[1] == tall[2] > 4
-    colours = [mark.getAttribute("fill") for mark in marks]
-    assert colours[2] == page.NEGATIVE
-    assert colours[0] == colours[3] not in (colours[1], page.NEGATIVE)
-    labels = [t.firstChild.data for t in raster.getElementsByTagName("text")]
-    assert labels == ["image (1)", "text (3)"]
-
-    curves = {
-        c.getElementsByTagName("title")[0].firstChild.data: c
-        for c in shares.getElementsByTagName("polyline")
-    }
-    assert set(curves) == {"image", "text"}
-    assert curves["text"].getAttribute("stroke") == colours[0]
-    height = int(shares.getAttribute("height"))
-    points = [p.split(",") for p in curves["text"].getAttribute("points").split()]
-    assert [1 - float(y) / height for _, y in points] == pytest.approx(
-        [1, 1 / 2, 2 / 3, 3 / 4], abs=1e-3
-    )
-    assert float(points[-1][0]) == page.WIDTH
+def copied(run: Path, to: Path, **changes: Any) -> Run:
+    """A copy of a run with other settings; a new seed also in its summary."""
+    shutil.copytree(run, to)
+    copy = Run(to)
+    copy.begin(dataclasses.replace(copy.config(), out=str(to), **changes))
+    summary = json.loads(copy.summary_path.read_text())
+    summary |= {name: value for name, value in changes.items() if name in summary}
+    copy.summary_path.write_text(json.dumps(summary))
+    return copy
 
 
-def test_many_arms_are_cut_to_those_pulled_most_and_said_so():
-    pulls = {f"arm{'+long' * 6}<{i}>": 100 - i for i in range(63)}
-    lines = [line(i + 1, name, 0.0) for i, name in enumerate(pulls)]
-    text = page.choices(lines, pulls)
-    raster, shares = figures(text)
-    assert len(raster.getElementsByTagName("rect")) == page.ROWS
-    assert len(shares.getElementsByTagName("polyline")) == len(page.COLOURS)
-    assert page.NEGATIVE not in text  # a reward of 0 is none below it
-    assert f"{63 - page.ROWS} more arms were pulled less often" in text
-    assert overview.shares({"a": 3, "b": 1, "c": 0}) == "a 75%, b 25%"
-    assert overview.shares(dict.fromkeys(map(str, range(20)), 5)).endswith("8 others 40%")
+def made(*runs: Run, out: Path, examples: int = 0) -> str:
+    """The page of these runs."""
+    folders = [str(run.folder) for run in runs]
+    assert report.main([*folders, f"--out={out}", f"--examples={examples}"]) == 0
+    return out.read_text()
 
 
-def test_a_run_without_rewards_has_its_arms_all_the_same():
-    assert page.choices([], {"image": 3, "text": 0}) == "<p>image 3</p>"
-    assert page.choices([], {}) == "<p>none</p>"
-    assert page._rewards([line(1, "text")]) == "<p>No reward was measured.</p>"
-    raster = figures(page.choices([line(1, "text"), line(2, "text")], {"text": 2}))[0]
-    assert len(raster.getElementsByTagName("rect")) == 2
+@pytest.fixture(scope="module")
+def run(digits_run, tmp_path_factory) -> Run:
+    return copied(digits_run.folder, tmp_path_factory.mktemp("report") / "run")
 
 
 def test_report_prints_each_arm_s_rewards_and_writes_the_page(digits_run, tmp_path, capsys):
-    shutil.copytree(digits_run.folder, tmp_path / "run")
-    run = Run(tmp_path / "run")
+    run = copied(digits_run.folder, tmp_path / "run")
     summary = run.summary()
     reward = summary["reward"]
     assert {k: reward[k] for k in ("name", "clip", "cost", "split", "examples", "batches")} == {
@@ -118,22 +93,166 @@ def test_report_prints_each_arm_s_rewards_and_writes_the_page(digits_run, tmp_pa
 
     unfinished = Run(tmp_path / "unfinished")
     unfinished.begin(run.config())
-    assert report.main([str(unfinished.folder), str(run.folder)]) == 0
+    (tmp_path / "notes").mkdir()
+    given = [str(tmp_path / "notes"), str(unfinished.folder), str(run.folder)]
+    assert report.main(given) == 0
     out = capsys.readouterr().out
+    assert f"left out: {tmp_path / 'notes'} holds no run (no config.yaml)" in out
     assert f"{unfinished.folder} is not finished: left out" in out
-    assert "rewards by arm" in out
     best = rewards_by_arm(run.metrics())[0]
     assert any(best.name in row and f"{best.mean:+.5f}" in row for row in out.splitlines())
     text = (run.folder / "report.html").read_text()
-    assert len(figures(text)) == 3
-    assert "Rewards by arm" in text
     assert f"{best.mean:+.5f}" in text
     # a run of before there was such a record
     del summary["reward"]
-    (run.summary_path).write_text(json.dumps(summary))
+    run.summary_path.write_text(json.dumps(summary))
     assert report.main([str(run.folder)]) == 0
     overview.show(Run(run.folder), summary, Display())
     assert "training examples in" not in capsys.readouterr().out
+
+
+def test_the_page_of_a_run_has_result_command_examples_and_plots(run, tmp_path):
+    text = made(run, out=tmp_path / "page.html", examples=2)
+    summary = run.summary()
+    for key in ("student_metric", "teacher_metric", "student_metric_before", "text_only_metric"):
+        assert f"<b>{summary[key]:.4f}</b>" in text
+    assert "<h1>vqa: optima, seed 0</h1>" in text
+    assert "python -m optima_fast.train --method=optima" in re.sub(r"<[^>]*>", "", text)
+    # questions, the teacher's and the student's answers, each with its image
+    count = text.count("data:image/png;base64,")
+    assert 1 <= count <= 4
+    assert text.count("teacher: <span") == text.count("optima, seed 0: <span") == count
+    assert text.count("right answer: <b>") == count
+    plots = re.findall(r'<svg[^>]* aria-label="([^"]*)"', text)
+    assert plots == [
+        *(f"vqa: validation over {x}" for x in ("steps", "arithmetic", "seconds")),
+        *(f"optima: {x}" for x in ("arm of each round", "arm frequencies", "reward means")),
+        *(f"optima: {x}" for x in ("reward", "losses", "hidden states by module")),
+        *(f"optima: {x}" for x in ("attention by module", "learning rate")),
+    ]
+    for words in ("optimizer steps", "GFLOP", "share of all rounds", "mean reward", "accuracy"):
+        assert f">{words}" in text or f"{words}</text>" in text
+    assert text.count("the paper&#x27;s figure") == 3
+    assert "default-src 'none'" in text
+    assert not re.search(r"https?:|<script|<link|@import|url\((?!#)", text)
+
+
+def test_the_command_makes_the_same_settings(run, tmp_path):
+    for config in (run.config(), small(tmp_path, task="coco", method="kd", fsdp=True)):
+        words = shlex.split(records.command(config))
+        given = parse(words[3:], prog="", description="")
+        assert resolve(TrainConfig(**given)) == config
+        for i in range(3, len(words)):  # and none of it is needless
+            fewer = parse([*words[3:i], *words[i + 1 :]], prog="", description="")
+            with contextlib.suppress(UserError):
+                assert resolve(TrainConfig(**fewer)) != config, words[i]
+
+
+def test_runs_that_differ_in_their_seed_are_one_method(run, tmp_path, capsys):
+    folder = tmp_path / "compare"
+    seeds = [copied(run.folder, folder / f"seed{seed}", seed=seed) for seed in (1, 2)]
+    other = copied(run.folder, folder / "other", gamma=0.5)
+    for copy, metric in zip((*seeds, other), (0.25, 0.75, 0.125), strict=True):
+        summary = json.loads(copy.summary_path.read_text())
+        copy.summary_path.write_text(json.dumps({**summary, "student_metric": metric}))
+    given = [f"{path}/" for path in sorted(folder.iterdir())]
+    assert report.main([*given, "--examples=1"]) == 0
+    assert f"wrote {folder / 'report.html'}" in capsys.readouterr().out
+    text = (folder / "report.html").read_text()
+    plain = re.sub(r"<[^>]*>", " ", text)
+    gamma = run.config().gamma
+    assert f"optima --gamma {gamma}  1, 2  0.5000  0.2500-0.7500" in plain
+    assert "optima --gamma 0.5  0  0.1250  0.1250-0.1250" in plain
+    assert "median of 2 seeds" in text
+    assert "vqa: test split" in text
+    assert text.count("<span>optima_fast.train</span>") == 3
+    # examples are chosen by the first run, and a student of each method is asked
+    assert text.count("optima --gamma 0.5, seed 0: <span") == text.count("right answer: <b>") > 0
+
+    assert report.main([str(run.folder), str(other.folder)]) == 2
+    assert "several folders" in (error := capsys.readouterr().err)
+    assert f"{folder} and {run.folder.parent}" in error or f"{run.folder.parent} and" in error
+    assert "--out FILE.html" in error
+    assert error.count("\n") == 1
+
+
+def test_without_rounds_the_page_says_which_modules_were_distilled(run, tmp_path):
+    copy = copied(run.folder, tmp_path / "run")
+    lines = [x for x in copy.metrics() if "loss" in x]
+    copy.metrics_path.write_text("".join(json.dumps(x) + "\n" for x in lines))
+    text = made(copy, out=tmp_path / "page.html")
+    assert "arm of each round" not in text
+    told = html.escape(overview.shares(run.summary()["arms"]))
+    assert f"Modules that were distilled: {told}" in text
+    copy.metrics_path.write_text("")
+    assert "Too few logged steps to draw." in made(copy, out=tmp_path / "page.html")
+
+
+def test_what_is_not_at_hand_is_said_and_the_rest_is_shown(run, tmp_path):
+    copy = copied(run.folder, tmp_path / "other")
+    known = json.loads(copy.data_path.read_text())
+    known["test"]["sha256"] = "0"
+    copy.data_path.write_text(json.dumps(known))
+    text = made(copy, out=tmp_path / "page.html", examples=1)
+    assert f"No examples are shown: {copy.folder} was measured on another test split" in text
+    assert "optima: losses" in text
+
+    gone = copied(run.folder, tmp_path / "gone")
+    gone.remember_teacher(Run(tmp_path / "away"))
+    text = made(gone, out=tmp_path / "page.html", examples=1)
+    assert "The teacher is not asked: there is no run of it at hand." in text
+    assert "right answer: <b>" in text
+    assert "teacher: <span" not in text
+    gone.teacher_path.write_text("[]")
+    assert "teacher.json names no run: delete it" in made(
+        gone, out=tmp_path / "page.html", examples=1
+    )
+
+
+def test_a_folder_of_data_that_is_gone_is_named(tmp_path):
+    vqa_folder = tmp_path / "data"
+    make_vqa(vqa_folder)
+    run = finetuned(tmp_path, "vqa", vqa_folder)
+    text = made(run, out=tmp_path / "page.html", examples=1)
+    assert "data:image/png" in text
+    assert "Modules that were distilled: none" in text
+    assert "teacher: <span" not in text
+    assert "The teacher is not asked" not in text
+    vqa_folder.rename(tmp_path / "moved")
+    text = made(run, out=tmp_path / "page.html", examples=1)
+    gone = f"{run.folder} was trained on {vqa_folder}, which is not there: put it back."
+    assert f"No examples are shown: {gone}" in text
+    assert "Arithmetic is not counted" in text
+    assert "validation over arithmetic" not in text
+
+
+EVIL = "<img src=x onerror=alert(1)>$x$&amp;"
+
+
+def test_names_are_text_and_nothing_else(run, tmp_path):
+    copy = copied(run.folder, tmp_path / EVIL)
+    arm = next(iter(copy.summary()["arms"]))
+    for path in (copy.metrics_path, copy.summary_path):
+        path.write_text(path.read_text().replace(f'"{arm}"', json.dumps(EVIL)))
+    text = made(copy, run, out=tmp_path / "page.html")
+    assert "<img" not in text
+    assert "onerror" in text
+    assert html.escape(EVIL) in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--out=."], "--out . is a folder: name a file in it, report.html"),
+        (["--out=no/page.html"], "--out no/page.html: there is no folder no; create it first"),
+        (["--examples=-1"], "argument --examples: must be a whole number from 0 on, got '-1'"),
+    ],
+)
+def test_a_mistake_is_one_line(run, flags, expected, capsys):
+    assert report.main([str(run.folder), *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {expected}")
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "torch-export"])
