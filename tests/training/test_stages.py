@@ -120,7 +120,7 @@ def test_the_student_that_is_kept(tmp_path, monkeypatch, keep, step, metric):
 
     monkeypatch.setattr(experiment.Trainer, "_train_step", stepping)
     # the teacher's own training is measured too
-    monkeypatch.setattr(experiment, "_teacher", lambda c, m, data, *rest: (_new(c, data), 0.5))
+    monkeypatch.setattr(experiment, "_teacher", lambda c, m, data, *rest: (_new(c, data), 0.5, None))
     run, summary = experiment.run(config, QUIET)
     assert (summary["kept_step"], summary["validation_metric"]) == (step, metric)
     for name, value in run.load_weights().state_dict().items():
