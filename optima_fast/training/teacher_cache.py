@@ -206,7 +206,7 @@ def in_words(config: TrainConfig, kinds: Mapping[str, Kind]) -> str:
     """How much that is, and of what."""
     parts = ", ".join(f"{name} {k.rows:,} x {k.width:,}" for name, k in kinds.items())
     item = DTYPES[config.teacher_cache_dtype].itemsize
-    return f"{needed(config, kinds) / 1e9:,.2f} GB ({parts} numbers of {item} bytes)"
+    return f"{_size(needed(config, kinds))} ({parts} numbers of {item} bytes)"
 
 
 def check_size(config: TrainConfig, kinds: Mapping[str, Kind], own: Path | None = None) -> None:
@@ -231,13 +231,17 @@ def check_size(config: TrainConfig, kinds: Mapping[str, Kind], own: Path | None 
     if config.teacher_cache_dtype == "fp32":
         way = f"take --teacher-cache-dtype bf16, {way}"
     if size + beside > 1e9 * config.teacher_cache_gb:
-        held = f", and {folder} holds {beside / 1e9:,.2f} GB of others," if beside else ""
+        held = f", and {folder} holds {_size(beside)} of others," if beside else ""
         raise UserError(
             f"{text}{held} with --teacher-cache-gb {config.teacher_cache_gb:g}: raise that, "
             f"{'delete sub-folders that no run needs, ' if beside else ''}{way}"
         )
     if size > free:
-        raise UserError(f"{text} and {there} has {free / 1e9:,.2f} GB free: make room, {way}")
+        raise UserError(f"{text} and {there} has {_size(free)} free: make room, {way}")
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
 
 
 class CachedTeacher:

@@ -138,14 +138,11 @@ class Trainer:
             return None
         settings = distilled(self.config, self.student, teacher)
         if self.config.teacher_cache is not None:
-            self.cached = CachedTeacher(
-                teacher,
-                self.config,
-                self.data,
-                settings["teacher_layers"],
-                digest=self.teacher_digest,
-                bf16=uses_bf16(self.config, self.device),
-            )
+            layers, bf16 = settings["teacher_layers"], uses_bf16(self.config, self.device)
+            with ranks.together():
+                self.cached = CachedTeacher(
+                    teacher, self.config, self.data, layers, digest=self.teacher_digest, bf16=bf16
+                )
         taught_by = self.cached or teacher
         distiller = Distiller(self.student, taught_by, modules=MODULES, **settings)
         return distiller.to(self.device)
