@@ -23,6 +23,7 @@ from optima_fast.tasks.folders import FURTHER, SPLITS
 from optima_fast.tasks.shards import is_shards
 from optima_fast.tasks.workers import usable_cores
 from optima_fast.training import (
+    cache_plan,
     checkpoints,
     loader,
     policies,
@@ -31,7 +32,6 @@ from optima_fast.training import (
     pseudo,
     ranks,
     sources,
-    teacher_cache,
     teachers,
 )
 from optima_fast.training.config import TrainConfig, flag, resolve
@@ -258,7 +258,7 @@ def rehearse(config: TrainConfig, models: Models, data: TaskData) -> None:
         pseudo.files(config.extra_images)
     models.check(data)
     if config.teacher_cache is not None and models.teacher is not None:
-        teacher_cache.check_size(config, cached_kinds(config, models, data))
+        cache_plan.check_size(config, cached_kinds(config, models, data))
     try:
         shapes = filter(None, models.shapes(data))
         with torch.no_grad(), pretended(data, data.train.sample(), *shapes) as (made, batch):
@@ -280,15 +280,13 @@ def rehearse(config: TrainConfig, models: Models, data: TaskData) -> None:
         ) from error
 
 
-def cached_kinds(
-    config: TrainConfig, models: Models, data: TaskData
-) -> dict[str, teacher_cache.Kind]:
+def cached_kinds(config: TrainConfig, models: Models, data: TaskData) -> dict[str, cache_plan.Kind]:
     """What ``--teacher-cache`` would keep, which the models' shapes and the data tell."""
     student, teacher = models.shapes(data)
     assert teacher is not None
     more = len(pseudo.files(config.extra_images)) if config.extra_images is not None else 0
     layers = distilled(config, student, teacher)["teacher_layers"]
-    return teacher_cache.plan(config, data, teacher, layers, more=more)
+    return cache_plan.plan(config, data, teacher, layers, more=more)
 
 
 def _teacher(

@@ -18,7 +18,14 @@ import torch
 from small_run import DEFAULT_CHOICE, QUIET, NothingIsRead, small, stop, trainer, untimed
 
 from optima_fast.errors import UserError
-from optima_fast.training import checkpoints, dry_run, experiment, kept_rows, teacher_cache
+from optima_fast.training import (
+    cache_plan,
+    checkpoints,
+    dry_run,
+    experiment,
+    kept_rows,
+    teacher_cache,
+)
 from optima_fast.training.config import TrainConfig, resolve
 from optima_fast.training.display import Display
 from optima_fast.training.kept_rows import Rows, locked
@@ -91,7 +98,7 @@ def test_bf16_is_close_and_does_not_depend_on_what_was_kept(tmp_path):
         assert b["loss"] == pytest.approx(a["loss"], rel=2e-3)
     assert untimed(exact.run) != untimed(first.run)
     bytes_of = [f.stat().st_size for f in first.cached.folder.glob("*.bin")]
-    assert sum(bytes_of) == teacher_cache.needed(first.config, first.cached._kinds)
+    assert sum(bytes_of) == cache_plan.needed(first.config, first.cached._kinds)
 
 
 def test_two_runs_at_the_same_time_share_what_they_say(tmp_path, monkeypatch):
@@ -194,14 +201,16 @@ def test_what_has_no_room_is_refused_before_any_training(tmp_path, monkeypatch):
     given = {**TINY, "teacher_cache": str(tmp_path / "kept"), "teacher_cache_dtype": "fp32"}
     config = small(tmp_path, **given, teacher_cache_gb=1e-6)
     parts = r"image 16 x 9,\d{3}, text 64 x 2,016, multimodal 64 x 2,016 numbers of 4 bytes"
-    with pytest.raises(UserError, match=rf"needs 1\.\d\d MB \({parts}\) with --teacher-cache-gb"):
+    with pytest.raises(UserError, match=rf"needs 1\.\d\d MB \({parts}\), more than --teacher-c"):
         experiment.run(config, QUIET)
     assert not list(tmp_path.iterdir())  # no teacher, no run
     cached(tmp_path / "first")
     size = sum(f.stat().st_size for f in (tmp_path / "kept").glob("*/*.bin"))
     bound = {"teacher_cache_gb": 1.5 * size / 1e9}
     cached(tmp_path / "again", **bound)
-    with pytest.raises(UserError, match=r"MB of others, .* delete sub-folders that no run needs"):
+    with pytest.raises(
+        UserError, match=r"MB of others, more .* delete sub-folders that no run needs"
+    ):
         cached(tmp_path / "other", data_seed=1, **bound)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
