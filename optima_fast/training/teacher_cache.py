@@ -58,6 +58,7 @@ class CachedTeacher:
 
     Attributes:
         folder: of the rows.
+        kinds: what they are, by name.
 
     Raises:
         UserError: there is no room for them, or files are damaged or cannot be written.
@@ -80,7 +81,7 @@ class CachedTeacher:
         self._device = next(teacher.parameters()).device
         self._wanted, self._split = Wanted.of(config, layers), data.train
         shape = teacher.coca.config
-        self._kinds = plan(config, data, shape, layers, device=self._device, bf16=bf16)
+        self.kinds = plan(config, data, shape, layers, device=self._device, bf16=bf16)
         said = {
             "what": "what a teacher says of each training sample, for --teacher-cache",
             "format": FORMAT,
@@ -103,7 +104,7 @@ class CachedTeacher:
 
     def _open(self, config: TrainConfig, text: str) -> dict[str, Rows]:
         with locked(self.folder):
-            check_size(config, self._kinds, self.folder)
+            check_size(config, self.kinds, self.folder)
             path = self.folder / "description.json"
             if not path.exists():
                 partial = path.with_suffix(".partial")
@@ -116,7 +117,7 @@ class CachedTeacher:
                 )
             return {
                 name: Rows(self.folder, name, kind.rows, kind.width, self._wanted.dtype)
-                for name, kind in self._kinds.items()
+                for name, kind in self.kinds.items()
             }
 
     @contextlib.contextmanager
@@ -126,7 +127,7 @@ class CachedTeacher:
         at = torch.zeros(len(images), dtype=torch.int64)
         self._shown = at.scatter_(0, where.reshape(-1), torch.arange(where.numel()))
         self._pairs = where.shape[1]
-        self._now = {kind: images if kind in OF_IMAGES else examples for kind in self._kinds}
+        self._now = {kind: images if kind in OF_IMAGES else examples for kind in self.kinds}
         try:
             yield
         finally:
@@ -184,7 +185,7 @@ class CachedTeacher:
         self, kind: str, layers: Sequence[int], fresh: Mapping[str, Tensor]
     ) -> dict[tuple[int, str], Tensor]:
         """Of these layers, in the dtypes that the teacher has; one copy to the device for all."""
-        places = {at: p for at, p in self._kinds[kind].places.items() if at[0] in layers}
+        places = {at: p for at, p in self.kinds[kind].places.items() if at[0] in layers}
         first, end = min(p.first for p in places.values()), max(p.end for p in places.values())
         if kind in fresh:
             block = fresh[kind][:, first:end]
@@ -201,7 +202,7 @@ class CachedTeacher:
         """The rows of what is not there for all samples of the batch, by the teacher itself."""
         missing = self._absent(kinds)
         if {"multimodal", "cross", "logits"} & set(missing):
-            missing = self._absent(list(self._kinds))  # everything runs: what it says is kept
+            missing = self._absent(list(self.kinds))  # everything runs: what it says is kept
         if not missing:
             return {}
         taps = {m: self._wanted.layers[m] for m in self._wanted.layers if self._owns(m, missing)}

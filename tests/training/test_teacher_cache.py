@@ -98,7 +98,7 @@ def test_bf16_is_close_and_does_not_depend_on_what_was_kept(tmp_path):
         assert b["loss"] == pytest.approx(a["loss"], rel=2e-3)
     assert untimed(exact.run) != untimed(first.run)
     bytes_of = [f.stat().st_size for f in first.cached.folder.glob("*.bin")]
-    assert sum(bytes_of) == cache_plan.needed(first.config, first.cached._kinds)
+    assert sum(bytes_of) == cache_plan.needed(first.config, first.cached.kinds)
 
 
 def test_two_runs_at_the_same_time_share_what_they_say(tmp_path, monkeypatch):
