@@ -79,6 +79,7 @@ def whole(folder: Path) -> None:
     """All ways to share a run, and all to end it together."""
     run(folder, "ddp")
     fit(folder / "fsdp", fsdp=True, accumulate=2)
+    fit(folder / "cached", teacher_cache=str(folder / "kept"), teacher_cache_dtype="fp32")
     told = {}
     try:
         with ranks.together():

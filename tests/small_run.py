@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from optima_fast.distill import StepLosses
 from optima_fast.training import experiment
@@ -86,3 +87,22 @@ def stop(t: Trainer, *, after: int) -> None:
     t._train_step = stopping  # type: ignore[method-assign]
     with contextlib.suppress(Interrupted):
         t.fit()
+
+
+class NothingIsRead(TorchDispatchMode):
+    """An error where a value goes to the host, which on CUDA would wait for the device."""
+
+    READS = frozenset(
+        {"_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2", "is_nonzero"}
+    )
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        # an index of booleans is turned into one of positions, which are counted first
+        chosen = (
+            [] if name not in ("index", "index_put_") else [x for x in args[1] if x is not None]
+        )
+        by_mask = any(x.dtype == torch.bool for x in chosen)
+        assert name not in self.READS, f"{func} reads a tensor"
+        assert not by_mask, f"{func} reads a tensor"
+        return func(*args, **(kwargs or {}))

@@ -187,8 +187,7 @@ class Split:
                 f"indices must be in 0 .. {len(self) - 1}, "
                 f"got {int(index.min())} .. {int(index.max())}"
             )
-        shown = self.image_index[index]
-        ids, where = torch.unique(shown, return_inverse=True)
+        ids, where = self.shown(index)
         if augment is None:
             images = self.images[ids]
         else:
@@ -198,12 +197,20 @@ class Split:
             "images": images,
             "text": self.text[index],
             "pair_image": where.reshape(-1),
-            "pair_text": torch.arange(len(index)).repeat_interleave(shown.shape[1]),
+            "pair_text": torch.arange(len(index)).repeat_interleave(where.shape[1]),
         }
         if self.target is not None:
             batch["target"] = self.target[index]
         batch.update({name: values[ids] for name, values in self.image_labels.items()})
         return batch
+
+    def shown(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """The images of a batch of examples: their numbers, and which of them each example shows.
+
+        Int64 `[I]` and `[T, k]`.
+        """
+        numbers: tuple[Tensor, Tensor] = torch.unique(self.image_index[index], return_inverse=True)
+        return numbers
 
     def load(self, indices: Tensor, augment: Augment | None = None) -> "Loaded":
         """`batch`, without the examples that show an unreadable image where these are skipped.

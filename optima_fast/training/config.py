@@ -34,6 +34,7 @@ CHOICES = {
 OF_A_CHOICE = ("policy", "reward", "reward_cost", "gamma", "variance_scale", "init_rounds")
 TASKS = ("vqa", "snli_ve", "nlvr2", "coco")
 SOFT_LABELS = ("kl", "bce")
+CACHE_DTYPES = ("bf16", "fp32")
 REWARD_SPLITS = ("train", "held-out")
 
 _POSITIVE = (
@@ -41,6 +42,7 @@ _POSITIVE = (
     *("image_size", "relation_heads", "negatives", "hidden_temperature"),
     *("clip", "teacher_lr", "teacher_head_lr", "teacher_batch_size"),
     *("log_every", "eval_every", "checkpoint_every", "accumulate", "max_hours"),
+    "teacher_cache_gb",
 )
 _NOT_NEGATIVE = (
     *("init_rounds", "variance_scale", "warmup_steps", "weight_decay", "prediction_weight"),
@@ -228,6 +230,15 @@ class TrainConfig:
     cache: str | None = _field(
         None, "where trained teachers are kept; default ~/.cache/optima_fast"
     )
+    teacher_cache: str | None = _field(
+        None,
+        "a folder that keeps what the teacher says of each training sample, for later epochs and "
+        "runs; with --augment none",
+    )
+    teacher_cache_dtype: str = _field(
+        "bf16", "what it is rounded to; fp32 is not rounded, bf16 is half the size", CACHE_DTYPES
+    )
+    teacher_cache_gb: float = _field(50.0, "how much that folder may hold")
     resume: str = _field("auto", "auto, never, or the run folder to go on with")
 
     def __post_init__(self) -> None:
@@ -279,8 +290,9 @@ class TrainConfig:
             )
         if self.data == "digits":
             self._check_digits()
-        if self.augment is not None:
-            RandAugment.parse(self.augment)
+        augmented = self.augment is not None and RandAugment.parse(self.augment) is not None
+        if self.teacher_cache is not None:
+            self._check_teacher_cache(augmented)
         if self.tokenizer is not None:
             tokenizers.check(self.tokenizer)
         if self.workers != "auto" and not (
@@ -337,6 +349,20 @@ class TrainConfig:
                     f"{flag(name)} {value} is for a data folder, not for the digits: leave it "
                     "out, or give --data FOLDER"
                 )
+
+    def _check_teacher_cache(self, augmented: bool) -> None:
+        """Refuse to keep what the teacher does not say again, or does not say alone."""
+        if augmented:
+            raise UserError(
+                f"--teacher-cache {self.teacher_cache} keeps what the teacher says of an image, "
+                f"which is another one in every epoch with --augment {self.augment}: give "
+                "--augment none, or leave --teacher-cache out"
+            )
+        if self.fsdp:
+            raise UserError(
+                f"--teacher-cache {self.teacher_cache} has each process run the teacher by "
+                "itself, and --fsdp true has all run it together: leave one of them out"
+            )
 
     def _check_numbers(self) -> None:
         for name in _POSITIVE + _NOT_NEGATIVE:

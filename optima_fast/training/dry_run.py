@@ -8,7 +8,7 @@ from optima_fast import tasks
 from optima_fast.distill import arm_name, arm_space, recipes
 from optima_fast.models import CoCa, CoCaConfig, paper_parameters
 from optima_fast.tasks import TaskData
-from optima_fast.training import cost, experiment, loader, pseudo, sources, teachers
+from optima_fast.training import cache_plan, cost, experiment, loader, pseudo, sources, teachers
 from optima_fast.training.config import TrainConfig, resolve
 from optima_fast.training.display import Display
 from optima_fast.training.sources import Models, Source
@@ -155,6 +155,9 @@ def _step(
                 f"{_bytes(held.working)}",
             ]
         )
+    if teacher is not None and config.teacher_cache is not None:
+        kinds = experiment.cached_kinds(config, models, data)
+        rows.append(["teacher cache", cache_plan.in_words(config, kinds)])
     return rows
 
 

@@ -23,6 +23,7 @@ from optima_fast.tasks.folders import FURTHER, SPLITS
 from optima_fast.tasks.shards import is_shards
 from optima_fast.tasks.workers import usable_cores
 from optima_fast.training import (
+    cache_plan,
     checkpoints,
     loader,
     parallel,
@@ -229,6 +230,8 @@ def rehearse(config: TrainConfig, models: Models, data: TaskData) -> None:
     if config.extra_images is not None:
         pseudo.files(config.extra_images)
     models.check(data)
+    if config.teacher_cache is not None and models.teacher is not None:
+        cache_plan.check_size(config, cached_kinds(config, models, data))
     try:
         shapes = filter(None, models.shapes(data))
         with torch.no_grad(), pretended(data, data.train.sample(), *shapes) as (made, batch):
@@ -248,6 +251,15 @@ def rehearse(config: TrainConfig, models: Models, data: TaskData) -> None:
         raise UserError(
             f"--student {config.student} and --teacher {config.teacher} on {config.data}: {error}"
         ) from error
+
+
+def cached_kinds(config: TrainConfig, models: Models, data: TaskData) -> dict[str, cache_plan.Kind]:
+    """What ``--teacher-cache`` would keep, which the models' shapes and the data tell."""
+    student, teacher = models.shapes(data)
+    assert teacher is not None
+    more = len(pseudo.files(config.extra_images)) if config.extra_images is not None else 0
+    layers = distilled(config, student, teacher)["teacher_layers"]
+    return cache_plan.plan(config, data, teacher, layers, more=more)
 
 
 def _teacher(

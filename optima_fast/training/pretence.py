@@ -16,7 +16,10 @@ from optima_fast.tasks import TaskData
 
 @contextlib.contextmanager
 def pretended(
-    data: TaskData, batch: Mapping[str, Tensor], *configs: CoCaConfig
+    data: TaskData,
+    batch: Mapping[str, Tensor],
+    *configs: CoCaConfig,
+    device: torch.device | str = "cpu",
 ) -> Iterator[tuple[list[TaskModel], dict[str, Tensor]]]:
     """The task's models of these shapes and a batch like the given one, valid inside.
 
@@ -26,8 +29,9 @@ def pretended(
         data: the task, for its head.
         batch: of which only shapes and dtypes count.
         configs: the shape of each model.
+        device: where they pretend to be.
     """
-    with torch.random.fork_rng(devices=[]), FakeTensorMode():
+    with torch.random.fork_rng(devices=[]), FakeTensorMode(), torch.device(device):
         models = [build(config, data.head, data.num_classes) for config in configs]
         shapes = {name: torch.empty(v.shape, dtype=v.dtype) for name, v in batch.items()}
         yield models, shapes

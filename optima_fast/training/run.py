@@ -41,6 +41,8 @@ _PLACE = (
     "recipe",
     "out",
     "cache",
+    "teacher_cache",
+    "teacher_cache_gb",
     "resume",
     "device",
     "threads",
@@ -195,12 +197,12 @@ class Run:
         Raises:
             UserError: naming the first setting that differs and both values.
         """
-        before = dataclasses.asdict(self.config())
+        before = self.computed_by(dataclasses.asdict(self.config()))
         for name, value in self.computed_by(dataclasses.asdict(config)).items():
-            if before[name] != value:
+            if before.get(name) != value:
                 raise UserError(
                     f"{self.folder} holds a run of another configuration: {flag(name)} was "
-                    f"{before[name]} there and is {value} now; take the same value, or another "
+                    f"{before.get(name)} there and is {value} now; take the same value, or another "
                     "--out"
                 )
 
@@ -208,7 +210,11 @@ class Run:
     def computed_by(settings: Mapping[str, Any]) -> dict[str, Any]:
         """The settings that the result depends on."""
         other = _PLACE if settings["method"] in CHOICES else (*_PLACE, *OF_A_CHOICE)
-        return {name: value for name, value in settings.items() if name not in other}
+        found = {name: value for name, value in settings.items() if name not in other}
+        if settings["teacher_cache"] is None or settings["teacher_cache_dtype"] == "fp32":
+            # a teacher's records in float32 are those that it gives itself
+            found["teacher_cache_dtype"] = "fp32, or no --teacher-cache"
+        return found
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Add one JSON line to metrics.jsonl."""

@@ -76,13 +76,19 @@ def cached_run(config: TrainConfig, source: Source, data: TaskData, device: torc
     for split in (data.train, data.validation, data.test):
         digest.update(split.digest().encode())
     digest.update(torch.__version__.encode())
-    package = Path(optima_fast.__file__).parent
-    for room in _ROOMS:
-        for path in sorted((package / room).rglob("*.py")):
-            digest.update(path.read_bytes())
+    digest.update(code_digest(*_ROOMS).encode())
     if source.checkpoint is not None:
         file = source.checkpoint.path.resolve()
         digest.update(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
     kind = re.sub(r"[^\w.]+", "-", Path(str(config.student)).name)
     name = f"{config.task}-{kind}-{digest.hexdigest()[:12]}"
     return Run(cache_folder(config) / "teachers" / name)
+
+
+def code_digest(*rooms: str) -> str:
+    """SHA-256 of this package's sources in these folders."""
+    digest = hashlib.sha256()
+    for room in rooms:
+        for path in sorted((Path(optima_fast.__file__).parent / room).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from optima_fast import bandit
 from optima_fast.distill import (
@@ -42,6 +42,7 @@ from optima_fast.training.rewards import RewardMeter, reward_batches, training_s
 from optima_fast.training.run import Run
 from optima_fast.training.schedule import lr_at
 from optima_fast.training.step import Step, added
+from optima_fast.training.teacher_cache import CachedTeacher
 from optima_fast.training.tracking import Tracker
 from optima_fast.training.watch import GRADIENT, Watch
 
@@ -103,8 +104,9 @@ class Trainer:
         self.device = next(student.parameters()).device
         self.steps = config.steps
         self.sampler = training_sampler(config, data.train)
-        self.distiller = self._make_distiller(teacher)
         self.teacher_digest = "" if teacher is None else checkpoints.digest(teacher)
+        self.cached: CachedTeacher | None = None
+        self.distiller = self._make_distiller(teacher)
         self.cells = CellStage(config, data, student).to(self.device)
         step = Step(config, data, student, self.distiller, self.cells)
         self.engine = Engine(step, teacher, sharded=config.fsdp)
@@ -137,7 +139,14 @@ class Trainer:
         if teacher is None:
             return None
         settings = distilled(self.config, self.student, teacher)
-        distiller = Distiller(self.student, teacher, modules=MODULES, **settings)
+        if self.config.teacher_cache is not None:
+            layers, bf16 = settings["teacher_layers"], uses_bf16(self.config, self.device)
+            with ranks.together():
+                self.cached = CachedTeacher(
+                    teacher, self.config, self.data, layers, digest=self.teacher_digest, bf16=bf16
+                )
+        taught_by = self.cached or teacher
+        distiller = Distiller(self.student, taught_by, modules=MODULES, **settings)
         return distiller.to(self.device)
 
     def _make_meter(self, teacher: TaskModel | None) -> RewardMeter | None:
@@ -240,11 +249,13 @@ class Trainer:
 
     @contextlib.contextmanager
     def _reading_ahead(self) -> Iterator[None]:
-        """End the processes that read images, however it is left."""
+        """End the processes that read images, however it is left, and keep what was computed."""
         try:
             with killed_workers():
                 yield
         finally:
+            if self.cached is not None:
+                self.cached.flush()
             if self._batches is not None:
                 self._batches.close()
                 self._batches = None
@@ -294,7 +305,8 @@ class Trainer:
             batch = to_device(loaded.batch, self.device, wait=False)
             step = self.step, batch, self.arm, shares[i]
             last = i == len(found) - 1
-            done.append(self.engine.backward(*step, last=last, under=self._autocast()))
+            with self._seeing(loaded.index):
+                done.append(self.engine.backward(*step, last=last, under=self._autocast()))
         losses = added(done)
         losses = losses._replace(total=ranks.summed(losses.total))
         norm = ranks.whole(
@@ -308,6 +320,12 @@ class Trainer:
         self.optimizer.zero_grad()
         self.seconds["distill"] += time.perf_counter() - began
         return losses
+
+    def _seeing(self, examples: Tensor) -> contextlib.AbstractContextManager[None]:
+        """Tell a teacher that is cached what the batch is of."""
+        if self.cached is None:
+            return contextlib.nullcontext()
+        return self.cached.seeing(examples)
 
     def _seed(self, turn: int) -> None:
         """Draw dropout anew for a part of a step, whatever was drawn before it."""

@@ -54,7 +54,7 @@ def test_resolving_leaves_what_was_given_and_no_gap():
     assert (config.steps, config.lr, config.head_lr) == (200, 0.1, 0.1)
     assert config.warmup_steps == 10
     optional = {"arm", "student_init", "tokenizer", "image_size", "out", "cache"}
-    optional |= {"relation_heads", "recipe", "extra_images", "stages", "max_hours"}
+    optional |= {"relation_heads", "recipe", "extra_images", "stages", "max_hours", "teacher_cache"}
     gaps = {k for k, v in dataclasses.asdict(config).items() if v is None}
     assert gaps == optional | {"gamma", "init_rounds", "variance_scale"}
     config = resolve(TrainConfig(method="optima"))

@@ -78,7 +78,7 @@ def test_a_run_of_two_processes_is_the_run_of_one(shared):
     assert summaries[1]["test"] == pytest.approx(summaries[0]["test"], rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["fsdp/run", "killed/run"])
+@pytest.mark.parametrize("name", ["fsdp/run", "killed/run", "cached/run"])
 def test_processes_take_the_steps_of_one(shared, killed, name):
     """Sharded, with parts one after the other; and killed and gone on with by others."""
     alone, run = Run(shared / "loop" / "run"), Run(shared / name)

@@ -120,7 +120,7 @@ def test_the_student_that_is_kept(tmp_path, monkeypatch, keep, step, metric):
 
     monkeypatch.setattr(experiment.Trainer, "_train_step", stepping)
     # the teacher's own training is measured too
-    monkeypatch.setattr(experiment, "_teacher", lambda c, m, data, *rest: (_new(c, data), 0.5, None))
+    monkeypatch.setattr(experiment, "_teacher", _untrained)
     run, summary = experiment.run(config, QUIET)
     assert (summary["kept_step"], summary["validation_metric"]) == (step, metric)
     for name, value in run.load_weights().state_dict().items():
@@ -130,9 +130,9 @@ def test_the_student_that_is_kept(tmp_path, monkeypatch, keep, step, metric):
     assert summary["student_metric"] == experiment.evaluate(run.folder)[1]["accuracy"]
 
 
-def _new(config, data):
+def _untrained(config, models, data, *rest):
     torch.manual_seed(7)
-    return experiment.new_model(config.teacher, data)
+    return experiment.new_model(config.teacher, data), 0.5, None
 
 
 def test_the_best_is_known_after_a_stop(tmp_path, monkeypatch):

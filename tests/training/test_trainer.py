@@ -7,8 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from small_run import rounds, trainer, untimed
-from torch.utils._python_dispatch import TorchDispatchMode
+from small_run import NothingIsRead, rounds, trainer, untimed
 
 from optima_fast.distill import Measurement
 from optima_fast.errors import UserError
@@ -220,25 +219,6 @@ def test_what_a_step_broke_is_seen_at_the_next_line_and_no_later_step_is_taken(t
         t.fit()
     assert t.step == 5
     assert all(torch.equal(p, kept[n]) for n, p in t.student.state_dict().items())
-
-
-class NothingIsRead(TorchDispatchMode):
-    """An error where a value goes to the host, which on CUDA would wait for the device."""
-
-    READS = frozenset(
-        {"_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2", "is_nonzero"}
-    )
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        # an index of booleans is turned into one of positions, which are counted first
-        chosen = (
-            [] if name not in ("index", "index_put_") else [x for x in args[1] if x is not None]
-        )
-        by_mask = any(x.dtype == torch.bool for x in chosen)
-        assert name not in self.READS, f"{func} reads a tensor"
-        assert not by_mask, f"{func} reads a tensor"
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(
