@@ -71,7 +71,7 @@ def validation(task: Task) -> list[str]:
                     faint=faint,
                     colours=colours,
                 ),
-                f"{task.metric} on the validation split over {name}{each}.",
+                f"The {task.metric} on the validation split over {name}{each}.",
             )
         )
     return found

@@ -28,6 +28,7 @@ h3{font-size:1.05em;margin:1.4em 0 .3em}p{max-width:75ch;margin:.5em 0}
 code{background:var(--card);padding:.1em .35em;border-radius:3px;overflow-wrap:anywhere}
 pre{background:var(--card);padding:.6em .8em;border-radius:6px;white-space:pre-wrap;margin:.5em 0;
 overflow-wrap:anywhere}pre code{padding:0}
+pre span{display:inline-block;max-width:100%}
 .scroll{overflow-x:auto;margin:.6em 0}table{border-collapse:collapse;font-size:.94em}
 th,td{text-align:left;padding:.25em 1.1em .25em 0;vertical-align:top;
 border-bottom:1px solid var(--line);font-variant-numeric:tabular-nums}
@@ -77,8 +78,9 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:
 
 
 def commands(lines: Sequence[str]) -> str:
-    """What to type."""
-    return f"<pre><code>{escape(chr(10).join(lines))}</code></pre>"
+    """What to type; a line is broken between words, and not at the hyphens of a flag."""
+    words = (" ".join(f"<span>{escape(w)}</span>" for w in line.split(" ")) for line in lines)
+    return f"<pre><code>{chr(10).join(words)}</code></pre>"
 
 
 def details(summary: str, parts: Sequence[str]) -> str:

@@ -76,7 +76,7 @@ def _result(task: Task) -> str:
     return (
         f"<h1>{escape(_title(task))}</h1>"
         + html.paragraph(
-            f"{task.metric} on the test split of {summary['data']}, after {summary['steps']:,} "
+            f"The {task.metric} on the test split of {summary['data']}, after {summary['steps']:,} "
             f"steps in {_seconds(record):.0f} s on {summary['device']}."
         )
         + f'<div class="tiles">{tiles}</div>'
