@@ -24,6 +24,7 @@ from optima_fast.training import (
     dry_run,
     experiment,
     kept_rows,
+    sources,
     teacher_cache,
 )
 from optima_fast.training.config import TrainConfig, resolve
@@ -228,6 +229,20 @@ def test_a_dry_run_says_how_much_it_would_be(tmp_path, capsys):
     kept = "teacher cache 0.95 MB (image 16 x 9,216, text 64 x 2,016, multimodal 64 x 2,688, "
     assert kept + "cross 16 x 1,536, logits 64 x 12 numbers of 2 bytes)" in words
     assert not list(tmp_path.iterdir())
+
+
+def test_images_that_the_teacher_has_yet_to_caption_have_rows_too(tmp_path):
+    (tmp_path / "extra").mkdir()
+    for name in "ab":
+        (tmp_path / "extra" / f"{name}.png").touch()
+    given = {**TINY, "task": "coco", "teacher_cache": str(tmp_path / "kept")}
+    config = small(tmp_path, **given, extra_images=str(tmp_path / "extra"))
+    kinds = experiment.cached_kinds(config, sources.plan(config), experiment.load_data(config))
+    assert {name: kind.rows for name, kind in kinds.items()} == {
+        "image": 16 + 2,
+        "text": 5 * (16 + 2),
+        "multimodal": 5 * (16 + 2),
+    }
 
 
 def _cut(folder: Path) -> None:
