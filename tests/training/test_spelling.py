@@ -133,7 +133,7 @@ def test_a_run_folder_in_the_old_spelling_goes_on_and_reports_as_before(tmp_path
     captured = capsys.readouterr()
     assert " optima " in captured.out
     assert "paper" not in captured.out + captured.err
-    assert "<h1>vqa: optima</h1>" in (run.folder / "report.html").read_text()
+    assert "<h1>vqa: optima, seed 0</h1>" in (run.folder / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
