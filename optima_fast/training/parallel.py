@@ -9,8 +9,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -76,21 +74,9 @@ class Engine:
         self.step = step
         self._run: nn.Module = step
         device = next(step.parameters()).device
-        self._sharded = sharded and ranks.count() > 1
-        if self._sharded:
-            # records hold views, which nothing writes to
-            warnings.filterwarnings(
-                "ignore", "FSDP2-wrapped module .* returned a view", UserWarning
-            )
-            mesh = init_device_mesh(device.type, (ranks.count(),))
-            for name in MODULES:
-                fully_shard(
-                    getattr(step.student.coca, name), mesh=mesh, reshard_after_forward=False
-                )
-            fully_shard(step, mesh=mesh, reshard_after_forward=False)
-            register_fsdp_forward_method(step, "during")
-            if teacher is not None:
-                _shard_layers(teacher, mesh)
+        self._sharded: list[Any] = []  # FSDP's modules
+        if sharded and ranks.count() > 1:
+            self._sharded = _sharded(step, teacher, device)
         elif ranks.count() > 1:
             self._run = DistributedDataParallel(
                 step,
@@ -123,34 +109,49 @@ class Engine:
             with self._run.no_sync():
                 yield
             return
-        if isinstance(self._run, FSDPModule):
-            self._run.set_requires_gradient_sync(last)
+        for part in self._sharded[:1]:  # the step itself; it tells the others
+            part.set_requires_gradient_sync(last)
         yield
 
     def during(self, body: Callable[[], T]) -> T:
         """Call ``body``, which runs the student itself; its parameters are whole meanwhile."""
         if not self._sharded:
             return body()
-        parts = [m for m in self.step.modules() if isinstance(m, FSDPModule)]
 
         def gathered() -> T:
-            for part in parts:
+            for part in self._sharded:
                 part.unshard()
             return body()
 
         try:
             return self.step.during(gathered)
         finally:
-            for part in parts:
+            for part in self._sharded:
                 part.reshard()
 
 
-def _shard_layers(teacher: TaskModel, mesh: DeviceMesh) -> None:
-    for name in MODULES:
-        for layer in getattr(teacher.coca, name).layers:
-            fully_shard(layer, mesh=mesh)
-    fully_shard(teacher, mesh=mesh)
-    register_fsdp_forward_method(teacher, "record")
+def _sharded(step: Step, teacher: TaskModel | None, device: torch.device) -> list[Any]:
+    """Shard both in place; the modules of the step that FSDP gathers, the step first."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    try:
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    except ImportError as error:
+        raise UserError(f"--fsdp true needs torch 2.6, got {torch.__version__}") from error
+    # records hold views, which nothing writes to
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
+    mesh = init_device_mesh(device.type, (ranks.count(),))
+    parts = [*(getattr(step.student.coca, name) for name in MODULES), step]
+    for part in parts:
+        fully_shard(part, mesh=mesh, reshard_after_forward=False)
+    register_fsdp_forward_method(step, "during")
+    if teacher is not None:
+        for name in MODULES:
+            for layer in getattr(teacher.coca, name).layers:
+                fully_shard(layer, mesh=mesh)
+        fully_shard(teacher, mesh=mesh)
+        register_fsdp_forward_method(teacher, "record")
+    return parts[::-1]
 
 
 def load_weights(module: nn.Module, state: Mapping[str, Tensor]) -> None:
