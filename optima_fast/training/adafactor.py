@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+
+from optima_fast.training import ranks
 
 
 class Adafactor(Optimizer):
@@ -135,8 +136,9 @@ class Adafactor(Optimizer):
         return momentum.mul_(beta1).add_(_placed(x, momentum))
 
 
-def _placed(value: Tensor, like: Tensor) -> Tensor:
+def _placed(value: Tensor, like: Any) -> Tensor:
     """A value that is sharded over processes, as another is."""
-    if isinstance(value, DTensor) and isinstance(like, DTensor):
-        return value.redistribute(placements=like.placements)
-    return value
+    if not ranks.is_sharded(like):
+        return value
+    placed: Any = value
+    return cast(Tensor, placed.redistribute(placements=like.placements))

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from optima_fast.distill import maps
@@ -168,8 +167,10 @@ def shard_state(optimizer: torch.optim.Optimizer) -> None:
                 state[name] = _placed(value, p)
 
 
-def _placed(value: Tensor, like: object) -> Tensor:
-    if not isinstance(like, DTensor) or isinstance(value, DTensor):
+def _placed(value: Tensor, like: Any) -> Tensor:
+    if not ranks.is_sharded(like) or ranks.is_sharded(value):
         return value
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
     placements = like.placements if value.shape == like.shape else [Replicate()]
     return distribute_tensor(value.to(like.device), like.device_mesh, placements)

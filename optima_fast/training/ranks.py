@@ -18,7 +18,6 @@ from typing import Any, NoReturn, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
 from optima_fast.errors import UserError
@@ -124,7 +123,16 @@ def summed(value: Tensor) -> Tensor:
 
 def whole(state: T) -> T:
     """A tree with every tensor in it that is sharded over the processes brought together."""
-    return cast(T, tree_map_only(DTensor, lambda x: x.full_tensor(), state))
+
+    def brought(x: Any) -> Any:
+        return x.full_tensor() if is_sharded(x) else x
+
+    return cast(T, tree_map_only(Tensor, brought, state))
+
+
+def is_sharded(value: object) -> bool:
+    """Whether it is a DTensor, whose module takes seconds to import."""
+    return hasattr(value, "full_tensor")
 
 
 def of_first(decide: Callable[[], T]) -> T:
