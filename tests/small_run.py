@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from optima_fast import train
 from optima_fast.distill import StepLosses
 from optima_fast.training import experiment
 from optima_fast.training.config import TrainConfig, resolve
@@ -33,6 +35,19 @@ SMALL: dict[str, Any] = {
     "reward_examples": 16,
     "threads": 1,
 }
+
+
+class InThisProcess:
+    """Runs the trainer at once instead of in a process, without another second of imports."""
+
+    def __init__(self, argv: list[str], **options: Any) -> None:
+        assert argv[:3] == [sys.executable, "-m", "optima_fast.train"]
+        self.code = train.main(argv[3:])
+
+    def poll(self) -> int:
+        return self.code
+
+    wait = poll
 
 
 def small(tmp_path: Path, **settings: Any) -> TrainConfig:

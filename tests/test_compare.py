@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from small_run import QUIET, SMALL
+from small_run import QUIET, SMALL, InThisProcess
 
-from optima_fast import train
 from optima_fast.compare import __main__ as command
 from optima_fast.compare import curves, grid, runner, statistics, tables
 from optima_fast.compare.curves import Point, Result
@@ -27,20 +26,6 @@ SIZE = {k: v for k, v in SMALL.items() if k not in ("method", "init_rounds")}
 SIZE |= {"steps": 8, "teacher_steps": 2, "train_images": 30}
 FLAGS = [f"{flag(name)}={value}" for name, value in SIZE.items()]
 METHODS = ("layerwise", "random")
-
-
-class InThisProcess:
-    """Runs the trainer at once instead of in a process, without another second of imports."""
-
-    def __init__(self, argv: list[str], **options: Any) -> None:
-        assert argv[:3] == [sys.executable, "-m", "optima_fast.train"]
-        self.code = train.main(argv[3:])
-
-    def poll(self) -> int:
-        return self.code
-
-    def wait(self) -> int:
-        return self.code
 
 
 @pytest.fixture(autouse=True)

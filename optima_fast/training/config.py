@@ -216,7 +216,7 @@ class TrainConfig:
         "last", "the student that is kept: last, or best on the validation split", ("last", "best")
     )
     max_hours: float | None = _field(
-        None, "stop, saved, after so many hours; the rest is for later"
+        None, "stop, saved, so many hours after the command began; it goes on later"
     )
     track: str = _field(
         "none",

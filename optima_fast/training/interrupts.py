@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import time
 from collections.abc import Iterator
 from types import FrameType
 
 INTERRUPTED = 130  # the exit code of a command that was stopped
+
+
+STARTED = time.monotonic()  # when this process began, nearly
 
 
 class Interrupted(Exception):

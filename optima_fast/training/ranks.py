@@ -71,7 +71,11 @@ def said_once() -> Iterator[None]:
 
 @contextlib.contextmanager
 def joined(device: torch.device) -> Iterator[None]:
-    """Meet the other processes of the run, if there are any, and part from them at the end."""
+    """Meet the other processes of the run, if there are any, and part from them at the end.
+
+    Raises:
+        UserError: another one ended meanwhile, or cannot be reached.
+    """
     global _control
     if not started_by_torchrun() or dist.is_initialized():
         yield
@@ -79,15 +83,18 @@ def joined(device: torch.device) -> Iterator[None]:
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
-    _control = dist.new_group(backend="gloo", timeout=PATIENCE)
     try:
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        _control = dist.new_group(backend="gloo", timeout=PATIENCE)
         yield
     except RuntimeError as error:
         if not re.search("gloo|nccl|connection (closed|reset)|peer", str(error), re.IGNORECASE):
             raise
-        # who ended first has said why
-        leave_to_first()
+        line = (str(error).splitlines() or ["connection lost"])[0][:160]
+        raise UserError(
+            f"process {number()} of {count()} lost the others ({line}); what another one said "
+            "before it tells why"
+        ) from error
     finally:
         _control = None
     dist.destroy_process_group()

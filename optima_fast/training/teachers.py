@@ -53,6 +53,7 @@ def teacher_config(config: TrainConfig) -> TrainConfig:
         precision=config.precision,
         threads=config.threads,
         workers=config.workers,
+        max_hours=config.max_hours,
         accumulate=config.accumulate,
         recompute=config.recompute,
         fsdp=config.fsdp,

@@ -13,8 +13,6 @@ from optima_fast.errors import UserError
 from optima_fast.training.config import TrainConfig
 from optima_fast.training.run import Run
 
-PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
-
 
 class Tracker:
     """Hands every number of a line on, by its step; one that does nothing for ``--track none``.
@@ -74,11 +72,9 @@ def check(config: TrainConfig) -> None:
     Raises:
         UserError: it is not.
     """
-    package = PACKAGES.get(config.track)
-    if package is not None and importlib.util.find_spec(package) is None:
-        raise UserError(
-            f"--track {config.track}: the package {package} is not installed: pip install {package}"
-        )
+    name = config.track  # the package's too
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise UserError(f"--track {name}: the package {name} is not installed: pip install {name}")
 
 
 def _numbers(line: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, float]]:

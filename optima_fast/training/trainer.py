@@ -36,7 +36,7 @@ from optima_fast.training.cells import CellStage
 from optima_fast.training.config import TrainConfig
 from optima_fast.training.cost import arm_costs
 from optima_fast.training.display import Display, Stage
-from optima_fast.training.interrupts import Interrupted, Stop
+from optima_fast.training.interrupts import STARTED, Interrupted, Stop
 from optima_fast.training.parallel import Engine, load_weights
 from optima_fast.training.rewards import RewardMeter, reward_batches, training_sampler
 from optima_fast.training.run import Run
@@ -222,7 +222,7 @@ class Trainer:
                     self._log(losses, stage, (time.monotonic() - began) / (self.step - first))
                 if self.step % config.eval_every == 0 and not at_end:
                     self._evaluate()
-                late = time.monotonic() - began > 3600 * (config.max_hours or math.inf)
+                late = time.monotonic() - STARTED > 3600 * (config.max_hours or math.inf)
                 self._stop.asked |= late
                 # all processes were told of the same step, where there are several
                 stopping = self._stopping if self.parts > 1 else self._stop.asked

@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_run import QUIET
+from small_run import QUIET, InThisProcess
 
-from optima_fast import train
 from optima_fast.demo import __main__ as command
 from optima_fast.demo import demo, pair, result, words
 from optima_fast.demo.pair import METHODS, Settings
@@ -24,19 +23,6 @@ from optima_fast.training import Display, Interrupted, Run, checkpoints, process
 
 FURTHER = {"train_images": 60, "batch_size": 4, "round_steps": 2, "reward_examples": 8}
 SMALL = Settings("snli_ve", 1, 6, 2, FURTHER)
-
-
-class InThisProcess:
-    """Runs the trainer at once instead of in a process, without another second of imports."""
-
-    def __init__(self, argv: list[str], **options: Any) -> None:
-        assert argv[:3] == [sys.executable, "-m", "optima_fast.train"]
-        self.code = train.main(argv[3:])
-
-    def poll(self) -> int:
-        return self.code
-
-    wait = poll
 
 
 @pytest.fixture(scope="module")

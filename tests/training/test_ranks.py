@@ -14,6 +14,7 @@ import ranks_job
 import torch
 from torch.distributed.run import get_args_parser
 
+from optima_fast.errors import UserError
 from optima_fast.training import checkpoints, ranks, trainer
 from optima_fast.training.config import TrainConfig
 from optima_fast.training.flags import parse
@@ -123,6 +124,19 @@ def test_one_process_is_the_first_and_asks_nobody():
     assert ranks.of_first(lambda: 3) == 3
     x = torch.ones(2)
     assert ranks.summed(x) is x
+
+
+def test_processes_that_cannot_be_reached_are_told(monkeypatch):
+    for name in ("WORLD_SIZE", "LOCAL_RANK", "RANK"):
+        monkeypatch.setenv(name, "2")
+
+    def unreachable(*given, **options):
+        raise RuntimeError("NCCL error: no network\nmore lines")
+
+    monkeypatch.setattr(ranks.dist, "init_process_group", unreachable)
+    lost = pytest.raises(UserError, match=r"lost the others \(NCCL error: no network\); what")
+    with lost, ranks.joined(torch.device("cpu")):
+        pass
 
 
 def test_the_commands_that_are_shown_are_those_of_torchrun_and_the_trainer():

@@ -12,7 +12,7 @@ from small_run import QUIET, small, stop, trainer
 from optima_fast import train
 from optima_fast.errors import UserError
 from optima_fast.models import presets
-from optima_fast.training import checkpoints, experiment, stages
+from optima_fast.training import checkpoints, experiment, stages, teachers
 from optima_fast.training.config import TrainConfig
 from optima_fast.training.interrupts import Interrupted
 from optima_fast.training.run import Run
@@ -150,6 +150,7 @@ def test_a_run_stops_after_its_hours(tmp_path, monkeypatch):
     t = trainer(tmp_path, method="kd", steps=8, max_hours=1e-9)
     with pytest.raises(Interrupted, match="after step 1 of 8"):
         t.fit()
+    assert teachers.teacher_config(t.config).max_hours == 1e-9  # its teacher's training too
     # how long it takes is no part of what a run computes
     experiment.place(dataclasses.replace(t.config, max_hours=2.0))
 
