@@ -166,7 +166,8 @@ def explained(grid: Grid) -> list[str]:
         f"minus {base}: mean over the seeds of the metric minus that of {base} of the same seed, "
         "in brackets its standard error. arithmetic: matrix products of the steps, those of "
         f"{base} 1; measuring rewards is not in it. seconds: of the steps + of measuring rewards, "
-        "medians; a run is slower beside other work on its machine. "
+        "medians; CPU time where a run has one thread and no workers, else elapsed time, which is "
+        "longer beside other work. "
         f"{MARK.strip()}: ahead of each other method by more than {NOISE:g} standard errors of at "
         f"least {SEEDS} seeds.",
         teachers,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -74,6 +74,18 @@ def uses_bf16(config: TrainConfig, device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def clock(device: torch.device, *, workers: int) -> Callable[[], float]:
+    """What a run's seconds are read from.
+
+    Elapsed time, but for a process that computes everything on one core: there it is the
+    process's CPU time, which is the same on an idle machine and hardly more on a busy one, so
+    that runs side by side can be compared.
+    """
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    alone = alone and ranks.count() == 1 and not workers
+    return time.process_time if alone else time.perf_counter
+
+
 class Trainer:
     """Trains one student, with or without a teacher, and can stop and go on at any step.
 
@@ -123,6 +135,7 @@ class Trainer:
         self.choice = -1
         self.before: Measurement | None = None
         self.pulls = dict.fromkeys(map(arm_name, self.space.arms), 0)
+        self.clock = clock(self.device, workers=loader.workers(config))
         self.seconds = {"distill": 0.0, "reward": 0.0, "eval": 0.0}
         self.round_began = 0.0
         self.last_metric: float | None = None
@@ -288,7 +301,7 @@ class Trainer:
         return [x.of(whole) for x in held]
 
     def _train_step(self) -> StepLosses:
-        began = time.perf_counter()
+        began = self.clock()
         config = self.config
         assert config.warmup_steps is not None
         for group in self.optimizer.param_groups:
@@ -318,7 +331,7 @@ class Trainer:
         good = self.watch.note(self.step + 1, losses, norm, examples)
         self.optimizer.step(good=good)
         self.optimizer.zero_grad()
-        self.seconds["distill"] += time.perf_counter() - began
+        self.seconds["distill"] += self.clock() - began
         return losses
 
     def _seeing(self, examples: Tensor) -> contextlib.AbstractContextManager[None]:
@@ -340,9 +353,9 @@ class Trainer:
 
     def _check(self) -> None:
         """Wait for the device, and stop if a step was not finite: none was taken from it on."""
-        began = time.perf_counter()
+        began = self.clock()
         bad = self.watch.read()
-        self.seconds["distill"] += time.perf_counter() - began
+        self.seconds["distill"] += self.clock() - began
         if bad is None:
             return
         # all processes find the same step bad, and one of them at least a term of it
@@ -419,10 +432,10 @@ class Trainer:
         """The losses of the full model on the reward's examples."""
         assert self.meter is not None
         self._check()
-        began = time.perf_counter()
+        began = self.clock()
         meter = self.meter
         measured = self.engine.during(lambda: meter.measure(self.device))
-        self.seconds["reward"] += time.perf_counter() - began
+        self.seconds["reward"] += self.clock() - began
         return measured
 
     def reward_summary(self) -> dict[str, Any] | None:
@@ -508,11 +521,11 @@ class Trainer:
 
     def evaluate(self, split: Split) -> dict[str, float]:
         """Metrics of the student as it is now."""
-        began = time.perf_counter()
+        began = self.clock()
         metrics = self.engine.during(
             lambda: predicting.evaluate(self.data, self.student, split, self.device)
         )
-        self.seconds["eval"] += time.perf_counter() - began
+        self.seconds["eval"] += self.clock() - began
         return metrics
 
     def save(self) -> Path:
