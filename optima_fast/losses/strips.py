@@ -56,10 +56,18 @@ def needed(layer: Inputs) -> bool:
     return _has_residual(layer) and _residual_bytes(layer, 0) > ROOM
 
 
+def shape(layer: Inputs) -> tuple[int, int]:
+    """How many batch items and queries make a strip: whole items, or queries of one."""
+    items, queries = layer.trained[0].shape[0], layer.trained[0].shape[2]
+    row_bytes = _residual_bytes(layer, 0) // (items * queries)
+    rows = min(queries, max(ROWS, ROOM // row_bytes // ROWS * ROWS))
+    return max(1, min(items, ROOM // (row_bytes * queries))), rows
+
+
 def gradients(backend: Backend, upstream: Tensor, x: Inputs) -> Gradients:
     """Those of one layer, from its upstream gradient [1] and its inputs."""
     q, k = x.trained[:2]
-    (B, _, Nq, _), Nk, dtype = q.shape, x.teacher_k[0].shape[2], accumulator(*x.tensors)
+    (B, _, Nq, _), Nk, dtype = q.shape, k.shape[-2], accumulator(*x.tensors)
     causal, window = x.causal[0], getattr(x, "window", [0])[0]
     pairs = valid_pairs(x.query_mask[0], x.key_mask[0], causal, window, (B, Nq, Nk), dtype)
     squared = getattr(x, "target", "kl") in ("scores", "probs")
@@ -69,9 +77,7 @@ def gradients(backend: Backend, upstream: Tensor, x: Inputs) -> Gradients:
     pairs_of = zip(x.trained, x.needed, strict=True)
     found = [torch.empty_like(t) if need else None for t, need in pairs_of]
     sums = k.new_zeros(k.shape, dtype=dtype) if x.needed[1] else None
-    row_bytes = _residual_bytes(x, 0) // (B * Nq)
-    items = max(1, min(B, ROOM // (row_bytes * Nq)))
-    rows = min(Nq, max(ROWS, ROOM // row_bytes // ROWS * ROWS))
+    items, rows = shape(x)
     for b0, b1 in starts(B, items):
         for i0, i1 in starts(Nq, rows):
             j0, j1 = pairs.seen(i0, i1, Nk)
@@ -105,6 +111,6 @@ def _has_residual(x: Inputs) -> bool:
 
 
 def _residual_bytes(x: Inputs, layer: int) -> int:
-    q, keys = x.trained[layer], x.teacher_k[layer].shape[2]
+    q, keys = x.trained[layer], x.trained[len(x[0]) + layer].shape[-2]
     wider = q.dtype == torch.float16 and getattr(x, "target", None) == "kl"
     return int(q.shape[0] * q.shape[2] * keys * (4 if wider else q.element_size()))
