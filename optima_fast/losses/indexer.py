@@ -58,6 +58,7 @@ def indexer_kl(
     Megatron-LM's ``compute_dsa_indexer_loss`` without its 1e-10 within the logarithms.
 
     Example:
+        >>> import torch, optima_fast
         >>> q, k, w = torch.ones(1, 1, 2, 4), torch.ones(1, 2, 4), torch.ones(1, 1, 2)
         >>> optima_fast.indexer_kl(q, k, w, q, k[:, None])  # all keys alike to both
         tensor([0.])
