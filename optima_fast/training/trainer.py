@@ -496,15 +496,15 @@ class Trainer:
             means = self.balance.means().tolist()
             line["divided_by"] = dict(zip(self.balance.names, means, strict=True))
         self._write(line)
-        shown = {"loss": f"{line['loss']:.3f}"}
+        shown: dict[str, str | dict[str, float]] = {"loss": f"{line['loss']:.3f}"}
         if self.last_metric is not None:
             shown[self.data.metric_name] = f"{self.last_metric:.3f}"
         if self.policy is not None:
-            top = sorted(self.pulls.items(), key=lambda item: -item[1])[:2]
             rounds = max(1, sum(self.pulls.values()))
-            shown["arms"] = ", ".join(f"{n} {c / rounds:.0%}" for n, c in top if c)
+            shown["arms"] = {name: pulls / rounds for name, pulls in self.pulls.items()}
         shown["samples/s"] = f"{rate:.0f}"
-        stage.update(self.step, shown)
+        terms = ("prediction", "kl", "hidden", "attention")
+        stage.update(self.step, shown, {x: _in_words(line[x]) for x in terms if x in line})
 
     def _evaluate(self) -> None:
         self._check()
@@ -551,3 +551,10 @@ class Trainer:
         snapshot.restore(self, path)
         if self.policy is not None and self.step % self._round_steps:
             self.arm = self.space.arms[self.choice]
+
+
+def _in_words(loss: float | dict[str, float]) -> str:
+    """A term of the loss, of all modules or of each."""
+    if isinstance(loss, float):
+        return f"{loss:.3f}"
+    return "  ".join(f"{module} {value:.3f}" for module, value in loss.items())
