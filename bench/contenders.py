@@ -334,7 +334,6 @@ class Contender(NamedTuple):
 
 
 EVERY = (*TARGETS, *FAMILY)
-IN_TRITON = tuple(x for x in EVERY if x != "cosine")
 CONTENDERS: dict[str, Contender] = {
     "eager": Contender(lambda case, _: _loop(case, EAGER), EVERY),
     "gemm": Contender(lambda case, _: _loop(case, GEMM), ("scores",)),
@@ -347,10 +346,7 @@ CONTENDERS: dict[str, Contender] = {
         lambda case, _: _compiled(case, mode="max-autotune-no-cudagraphs"), compiler=True
     ),
     "blockwise": Contender(lambda case, _: _ours(case, "blockwise"), EVERY, ours=True),
-    "triton": Contender(
-        lambda case, _: _ours(case, "triton"), IN_TRITON, ours=True, lacks=no_triton
-    ),
-    "auto": Contender(lambda case, _: _ours(case, "auto"), ("cosine",), ours=True),
+    "triton": Contender(lambda case, _: _ours(case, "triton"), EVERY, ours=True, lacks=no_triton),
     "triton-lse": Contender(_triton_lse, ("probs",), lse=True, ours=True, lacks=no_triton),
     "triton-recompute": Contender(
         lambda case, _: _ours(case, "triton", recompute=True), ("scores", "probs", "kl-mean"),

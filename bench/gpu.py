@@ -247,7 +247,7 @@ CALLS: dict[str, dict[str, Part]] = {
     "2": {
         "compile-and-test": Part(100, without_a_clock, test_figures),
         "headline": Part(75, card("losses", "--suite", "headline", "--providers", *MORE_OF_MAIN)),
-        "others": Part(50, card("losses", "--suite", "others-card", "--providers", "auto", *MAIN)),
+        "others": Part(50, card("losses", "--suite", "others-card", "--providers", *MAIN)),
         "step": Part(75, steps),
         "training": Part(20, training),
     },

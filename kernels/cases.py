@@ -66,7 +66,10 @@ def hidden_mse(case: Case) -> None:
         case.tensors(*shape) for shape in ((tokens, student), (tokens, teacher), (student, teacher))
     )
     masks = case.masks(tokens)
-    _, e, scales = k.hidden_mse_forward(s, t, w, masks, need_residual=case.gradient)
+    for measure in ("cosine", "smooth_l1", "mse"):
+        _, e, scales = k.hidden_mse_forward(
+            s, t, w, masks, measure=measure, need_residual=case.gradient
+        )
     if case.gradient:
         flags: dict[str, Any] = {"need_student": case.each(True), "need_weight": case.each(False)}
         wider = torch.float32 if case.dtype == torch.float16 else None

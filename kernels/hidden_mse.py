@@ -1,4 +1,4 @@
-"""Squared error, or smooth L1, of projected hidden states: layers of one form in one launch.
+"""Squared error, smooth L1 or cosine of projected hidden states: layers of one form in one launch.
 
     E = M (Hs W - Ht)               Hs: [T, d_s], W: [d_s, d_t], Ht: [T, d_t]; M: which tokens count
     loss = sum E^2 / n              n = (tokens that count) * d_t; no token counts: 0
@@ -7,6 +7,12 @@
 
 Smooth L1 with beta: the mean of E^2 / (2 beta) where |E| < beta, of |E| - beta / 2 elsewhere; half
 its derivative, clamp(E / beta, -1, 1) / 2, then takes the place of E, and all else is the same.
+
+The cosine, of the rows P = M Hs W and Ht: loss = sum (1 - cos) / n, n = tokens that count; half its
+derivative, (cos P / |P|^2 - Ht / (|P| |Ht|)) / 2, takes the place of E. A row's lengths are known
+only when all its columns are: the product stores P alone, in the students' dtype, and a second
+launch reads rows of P and Ht, once from memory, and puts the derivative in P's place: 2 T d_t
+elements more.
 
 A token that does not count may hold nan or inf: its row of E and of dHs is exactly 0, and its row
 of Hs never enters dW. E is stored in the students' dtype, and only when a gradient is wanted.
@@ -45,6 +51,8 @@ from .launch import LaunchConfig
 from .launcher import kernel
 from .layers import cdiv, groups, in_order, of_layers, pick, pointers, total
 
+COSINE_EPS = tl.constexpr(1e-8)  # the least length of a row, as PyTorch's
+COSINE_TILE = {"BLOCK_M": 8, "BLOCK_N": 256}
 MAX_STRIDE = 2**24  # a tile has at most 2**7 rows
 
 
@@ -66,8 +74,9 @@ def _hidden_forward_kernel(
     w_ptrs,  # [D_S, D_T] projections, in the students' dtype
     m_ptrs,  # [T] bool, True where a token counts; unused unless MASKED
     e_ptrs,  # [T, D_T] out, contiguous; unused without STORE
-    sum_ptr,  # [L, tiles] out: sum of the measure of E over the tile
-    count_ptr,  # [L, tiles] int32 out: tokens that count, once per row of tiles; only if MASKED
+    sum_ptr,  # [L, tiles] out: sum of the measure of E over the tile; not of COSINE
+    count_ptr,  # [L, tiles] int32 out: tokens that count, once per row of tiles; only if MASKED,
+    # not of COSINE
     stride_s,
     stride_t,
     stride_w,
@@ -76,6 +85,7 @@ def _hidden_forward_kernel(
     d_t,
     beta,  # of smooth L1
     SMOOTH: tl.constexpr,
+    COSINE: tl.constexpr,
     MASKED: tl.constexpr,
     WHOLE: tl.constexpr,  # sizes are multiples of the tile's
     STORE: tl.constexpr,
@@ -95,23 +105,28 @@ def _hidden_forward_kernel(
     rows = in_rows
     if MASKED:
         rows &= tl.load(pick(m_ptrs, layer) + row + m, mask=in_rows, other=0) != 0
-    t_tile = pick(t_ptrs, layer) + row * stride_t + col + m[:, None] * stride_t + n[None, :]
-    if WHOLE and not MASKED:
-        t = tl.load(t_tile)
-    else:
-        t = tl.load(t_tile, mask=rows[:, None] & cols[None, :], other=0.0)
-    # the sum starts at -t: read at the end, t would take a third more registers
+    start = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+    if not COSINE:
+        t_tile = pick(t_ptrs, layer) + row * stride_t + col + m[:, None] * stride_t + n[None, :]
+        if WHOLE and not MASKED:
+            t = tl.load(t_tile)
+        else:
+            t = tl.load(t_tile, mask=rows[:, None] & cols[None, :], other=0.0)
+        # the sum starts at -t: read at the end, t would take a third more registers
+        start = -t.to(ACC)
     e = add_product(
-        -t.to(ACC), pick(s_ptrs, layer) + row * stride_s, pick(w_ptrs, layer) + col,
+        start, pick(s_ptrs, layer) + row * stride_s, pick(w_ptrs, layer) + col,
         0, stride_s, 1, 0, stride_w, 1, rows, cols, 1, 1, d_s, BLOCK_K, WHOLE and not MASKED,
     )  # fmt: skip
-    at = layer.to(tl.int64) * tl.num_programs(0) + tile
     if MASKED:
         e = tl.where(rows[:, None], e, 0.0)  # 0 * nan in W is nan
-        counted = tl.sum(rows.to(tl.int32), axis=0)
-        tl.store(count_ptr + at, tl.where(column == 0, counted, 0))
-    terms, e = _measured(e, beta, SMOOTH)
-    tl.store(sum_ptr + at, tl.sum(terms))
+    if not COSINE:
+        at = layer.to(tl.int64) * tl.num_programs(0) + tile
+        if MASKED:
+            counted = tl.sum(rows.to(tl.int32), axis=0)
+            tl.store(count_ptr + at, tl.where(column == 0, counted, 0))
+        terms, e = _measured(e, beta, SMOOTH)
+        tl.store(sum_ptr + at, tl.sum(terms))
     if STORE:
         e_ptr = pick(e_ptrs, layer)
         e_tile = e_ptr + row * d_t + col + m[:, None] * d_t + n[None, :]
@@ -140,6 +155,7 @@ def _hidden_forward_tma_kernel(
     d_t,
     beta,
     SMOOTH: tl.constexpr,
+    COSINE: tl.constexpr,
     MASKED: tl.constexpr,
     STORE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -181,19 +197,77 @@ def _hidden_forward_tma_kernel(
                 if MASKED:
                     m_ptr = pick(m_ptrs, layer) + row.to(tl.int64) + m
                     rows = tl.load(m_ptr, mask=m < tokens - row, other=0) != 0
-                    counted = tl.sum(rows.to(tl.int32), axis=0)
-                    tl.store(count_ptr + at, tl.where(col == 0, counted, 0))
+                    if not COSINE:
+                        counted = tl.sum(rows.to(tl.int32), axis=0)
+                        tl.store(count_ptr + at, tl.where(col == 0, counted, 0))
                 measure = tl.zeros((), dtype=ACC)
                 part = parts(acc, SPLIT)
                 for i in tl.static_range(SPLIT):
-                    error = part[i] - t.load([row, col + i * WIDTH]).to(ACC)
+                    error = part[i]
+                    if not COSINE:
+                        error -= t.load([row, col + i * WIDTH]).to(ACC)
                     if MASKED:
                         error = tl.where(rows[:, None], error, 0.0)
-                    terms, error = _measured(error, beta, SMOOTH)
-                    measure += tl.sum(terms)
+                    if not COSINE:
+                        terms, error = _measured(error, beta, SMOOTH)
+                        measure += tl.sum(terms)
                     if STORE:
                         e.store([row, col + i * WIDTH], error.to(e.dtype))
-                tl.store(sum_ptr + at, measure)
+                if not COSINE:
+                    tl.store(sum_ptr + at, measure)
+
+
+@kernel(["tokens"])
+def _cosine_kernel(
+    t_ptrs,  # [T, D_T] teachers, as all pointers one a layer
+    m_ptrs,  # [T] bool, True where a token counts; unused unless MASKED
+    e_ptrs,  # [T, D_T] in: P; out: half the derivative by P; unused without STORE
+    sum_ptr,  # [L, tiles] out: sum of 1 - cos over the tile
+    count_ptr,  # [L, tiles] int32 out: tokens that count; only if MASKED
+    stride_t,
+    tokens,
+    d_t,
+    MASKED: tl.constexpr,
+    STORE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    layer, tile = tl.program_id(1), tl.program_id(0)
+    m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    row = tile.to(tl.int64) * BLOCK_M
+    rows = m < tokens - row
+    at = layer.to(tl.int64) * tl.num_programs(0) + tile
+    if MASKED:
+        rows &= tl.load(pick(m_ptrs, layer) + row + m, mask=rows, other=0) != 0
+        tl.store(count_ptr + at, tl.sum(rows.to(tl.int32), axis=0))
+    t_ptr = pick(t_ptrs, layer) + row * stride_t + m[:, None] * stride_t
+    e_ptr = pick(e_ptrs, layer) + row * d_t + m[:, None] * d_t
+    product = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+    ours, theirs = product, product
+    for start in range(0, d_t, BLOCK_N):
+        col = start + n[None, :]
+        inside = rows[:, None] & (col < d_t)
+        p = tl.load(e_ptr + col, mask=inside, other=0.0).to(ACC)
+        t = tl.load(t_ptr + col, mask=inside, other=0.0).to(ACC)
+        product += p * t
+        ours += p * p
+        theirs += t * t
+    length = tl.sqrt(tl.sum(ours, axis=1))
+    inverse = 1 / tl.maximum(length, COSINE_EPS)
+    both = inverse / tl.maximum(tl.sqrt(tl.sum(theirs, axis=1)), COSINE_EPS)
+    cosine = tl.sum(product, axis=1) * both
+    tl.store(sum_ptr + at, tl.sum(tl.where(rows, 1 - cosine, 0.0)))
+    if STORE:
+        # below the least length the length is a constant
+        along = tl.where(length < COSINE_EPS, 0.0, cosine * inverse * inverse)
+        for start in range(0, d_t, BLOCK_N):
+            col = start + n[None, :]
+            inside = rows[:, None] & (col < d_t)
+            p = tl.load(e_ptr + col, mask=inside, other=0.0).to(ACC)
+            t = tl.load(t_ptr + col, mask=inside, other=0.0).to(ACC)
+            e = (along[:, None] * p - both[:, None] * t) / 2
+            tl.store(e_ptr + col, e.to(e_ptr.dtype.element_ty), mask=inside)
 
 
 @kernel(["tokens"])
@@ -303,7 +377,8 @@ def hidden_mse_forward(
     weights: Sequence[Tensor],
     masks: Sequence[Tensor | None],
     *,
-    beta: float | None = None,
+    measure: str = "mse",
+    beta: float = 1.0,
     need_residual: bool,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """Losses of L layers, and what their backward needs.
@@ -313,7 +388,8 @@ def hidden_mse_forward(
         teachers: L x ``[T, d_t]`` of one dtype.
         weights: L x ``[d_s, d_t]``, rounded to the students' dtype.
         masks: L x ``[T]`` bool, True where a token counts, or None where each does.
-        beta: of smooth L1, above 0; None: the squared error.
+        measure: ``"mse"``, ``"smooth_l1"`` or ``"cosine"``.
+        beta: of smooth L1, above 0.
         need_residual: whether a gradient will be wanted.
 
     Returns:
@@ -322,7 +398,8 @@ def hidden_mse_forward(
     """
     s, t = [_unit_stride(x) for x in students], [_unit_stride(x) for x in teachers]
     w = _projections(weights, s[0].dtype)
-    e = [x.new_empty(len(x), y.shape[1]) if need_residual else y for x, y in zip(s, w, strict=True)]
+    store = need_residual or measure == "cosine"
+    e = [x.new_empty(len(x), y.shape[1]) if store else y for x, y in zip(s, w, strict=True)]
     forms = {
         i: (len(s[i]), w[i].shape, *(x[i].stride(0) for x in (s, t, w)), masks[i] is not None)
         for i in range(len(s))
@@ -332,7 +409,7 @@ def hidden_mse_forward(
     with torch.cuda.device_of(s[0]):
         launches = groups(forms)
         for _, part in launches:
-            found = _residuals(part, s, t, w, masks, e, beta, need_residual)
+            found = _residuals(part, s, t, w, masks, e, measure, beta, need_residual)
             losses.update(zip(part, found[0], strict=True))
             scales.update(zip(part, found[1], strict=True))
     if len(launches) > 1:
@@ -347,18 +424,21 @@ def _residuals(
     w: Sequence[Tensor],
     masks: Sequence[Tensor | None],
     e: Sequence[Tensor],
-    beta: float | None,
-    store: bool,
+    measure: str,
+    beta: float,
+    gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Losses and scales of layers of one form; fills their residuals if asked to."""
+    """Losses and scales of layers of one form; fills their residuals where one has room."""
     first = part[0]
+    cosine = measure == "cosine"
+    store = gradient or cosine
     x, (tokens, (d_s, d_t)) = s[first], (len(s[first]), w[first].shape)
     dtype, acc = accumulator(x)
     config = _config(x, [y[i] for y in ((s, t, w, e) if store else (s, t, w)) for i in part])
     m, n = config.block_m, config.block_n
     tiles = cdiv(tokens, m) * cdiv(d_t, n)
-    sums = x.new_empty(len(part), tiles, dtype=dtype)
     masked = masks[first] is not None
+    sums = x.new_empty(len(part), tiles, dtype=dtype)
     counts = x.new_empty(len(part), tiles, dtype=torch.int32) if masked else None
     if tiles:
         given = [mask.contiguous() for i in part if (mask := masks[i]) is not None] or [x]
@@ -368,9 +448,9 @@ def _residuals(
             sums, sums if counts is None else counts,
             x.stride(0), t[first].stride(0), w[first].stride(0),
         )  # fmt: skip
-        flags = {"MASKED": masked, "STORE": store, "ACC": acc, "SMOOTH": beta is not None}
-        flags |= launch.options(config)
-        sizes = (tokens, d_s, d_t, beta or 1.0)
+        flags = {"MASKED": masked, "STORE": store, "ACC": acc, "COSINE": cosine}
+        flags |= {"SMOOTH": measure == "smooth_l1", **launch.options(config)}
+        sizes = (tokens, d_s, d_t, beta)
         if config.programs:
             allow_scratch()
             grid = launch.persistent(config, tiles * len(part), x)
@@ -378,7 +458,35 @@ def _residuals(
         else:
             whole = not (tokens % m or d_t % n or d_s % config.block_k)
             _hidden_forward_kernel[(tiles, len(part))](*every, *sizes, WHOLE=whole, **flags)
+    if cosine:
+        return _cosines(part, t, masks, e, gradient)
     return total(sums, counts, d_t if masked else tokens * d_t)
+
+
+def _cosines(
+    part: Sequence[int],
+    t: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+    e: Sequence[Tensor],
+    gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """Losses and scales of projected states; makes of these half the derivative by them."""
+    first = part[0]
+    x, (tokens, d_t) = e[first], t[first].shape
+    dtype, acc = accumulator(x)
+    tiles = cdiv(tokens, COSINE_TILE["BLOCK_M"])
+    sums = x.new_empty(len(part), tiles, dtype=dtype)
+    masked = masks[first] is not None
+    counts = x.new_empty(len(part), tiles, dtype=torch.int32) if masked else None
+    if tiles:
+        given = [mask.contiguous() for i in part if (mask := masks[i]) is not None] or [x]
+        _cosine_kernel[(tiles, len(part))](
+            pointers(t, part), pointers(given, range(len(given))), pointers(e, part),
+            sums, sums if counts is None else counts, t[first].stride(0), tokens, d_t,
+            MASKED=masked, STORE=gradient, ACC=acc, **COSINE_TILE, num_warps=4, num_stages=2,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+    return total(sums, counts, 1 if masked else tokens)
 
 
 def hidden_mse_backward(

@@ -253,7 +253,7 @@ def _triton_hidden(x: HiddenInputs) -> tuple[Tensor, list[Tensor]]:
     wanted = any(x.needed)
     losses, residuals, scales = kernel.hidden_mse_forward(
         _rows(x.student), _rows(x.teacher), x.weight, _flat(x.mask),
-        beta=x.beta if x.measure == "smooth_l1" else None, need_residual=wanted,
+        measure=x.measure, beta=x.beta, need_residual=wanted,
     )  # fmt: skip
     return losses, [*residuals, scales] if wanted else []
 
@@ -308,10 +308,7 @@ def _scales_like(x: Inputs) -> Tensor:
 def _hidden_refusals(x: HiddenInputs) -> list[str]:
     from optima_fast.kernels import hidden_mse as kernel
 
-    reasons: list[str] = kernel.not_served(x.student, x.teacher, x.weight)
-    if x.measure == "cosine":
-        reasons.append("it computes squared and smooth L1 errors, got cosine")
-    return reasons
+    return list(kernel.not_served(x.student, x.teacher, x.weight))
 
 
 def _triton_attention(

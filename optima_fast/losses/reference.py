@@ -45,7 +45,9 @@ def hidden_loss(
         projected = student if weight is None else student @ weight.to(dtype)
         number = counted.sum().clamp(min=1)
         if measure == "cosine":
-            cosine = F.cosine_similarity(projected, teacher, dim=-1, eps=COSINE_EPS)
+            # not F.cosine_similarity: its gradient is another one below the least length
+            ours, theirs = (F.normalize(x, dim=-1, eps=COSINE_EPS) for x in (projected, teacher))
+            cosine = (ours * theirs).sum(-1)
             return torch.where(counted, 1 - cosine, 0).sum() / number
         if measure == "mse":
             total = (projected - teacher).square().sum()

@@ -22,7 +22,6 @@ class Case(NamedTuple):
     trained: tuple[tuple[int, ...], ...]  # shapes
     fixed: tuple[tuple[int, ...], ...]
     masks: tuple[str, ...]  # the argument that masks the tokens of each; empty: none
-    triton: bool = False
 
 
 def heads(h: int, d: int) -> tuple[int, ...]:
@@ -53,43 +52,43 @@ INDEXER = (
 )  # fmt: skip
 STATES = ((B, N, 5), (5, 7)), ((B, N, 7),)
 CASES = {
-    "kl-each": Case(attention(KL), *GROUPED, MAPS, True),
-    "kl-each causal": Case(attention(KL, causal=True, temperature=2.0), *GROUPED, MAPS, True),
-    "kl-each window": Case(attention(KL, window=4), *GROUPED, MAPS, True),
-    "kl-each fewer": Case(attention(KL), *FEWER, MAPS, True),
-    "kl-mean": Case(attention(KL, heads="mean"), *GROUPED, MAPS, True),
-    "kl-mean causal": Case(attention(KL, heads="mean", causal=True), *FEWER, MAPS, True),
-    "kl groups": Case(attention(KL, heads=2), *GROUPED, MAPS, True),
-    "probs-each": Case(attention(MSE, target="probs", heads="each"), *FEWER, MAPS, True),
+    "kl-each": Case(attention(KL), *GROUPED, MAPS),
+    "kl-each causal": Case(attention(KL, causal=True, temperature=2.0), *GROUPED, MAPS),
+    "kl-each window": Case(attention(KL, window=4), *GROUPED, MAPS),
+    "kl-each fewer": Case(attention(KL), *FEWER, MAPS),
+    "kl-mean": Case(attention(KL, heads="mean"), *GROUPED, MAPS),
+    "kl-mean causal": Case(attention(KL, heads="mean", causal=True), *FEWER, MAPS),
+    "kl groups": Case(attention(KL, heads=2), *GROUPED, MAPS),
+    "probs-each": Case(attention(MSE, target="probs", heads="each"), *FEWER, MAPS),
     "probs-each grouped": Case(
-        attention(MSE, target="probs", heads="each"), *GROUPED, MAPS, True
+        attention(MSE, target="probs", heads="each"), *GROUPED, MAPS
     ),
-    "scores-each": Case(attention(MSE, heads="each"), *FEWER, MAPS, True),
+    "scores-each": Case(attention(MSE, heads="each"), *FEWER, MAPS),
     "relations": Case(
         lambda s, t, **more: optima_fast.relation_kl([s, s], [t, t], relation_heads=3, **more),
-        ((B, N, 12),), (heads(4, 6),), (T, T), True,
+        ((B, N, 12),), (heads(4, 6),), (T, T),
     ),
     "gram": Case(
         lambda s, t, **more: optima_fast.gram_mse([s, s], [t, t], **more),
-        ((B, N, 12),), ((B, N, 9),), (T, T), True,
+        ((B, N, 12),), ((B, N, 9),), (T, T),
     ),
     "similarity": Case(
         lambda s, t, **more: optima_fast.gram_mse(s, t, normalize=False, **more),
-        ((B, N, 12),), ((B, N, 9),), (T, T), True,
+        ((B, N, 12),), ((B, N, 9),), (T, T),
     ),
     "indexer": Case(
         lambda q, k, w, *t, **more: optima_fast.indexer_kl(q, k, w, *t, **more),
-        *INDEXER, True,
+        *INDEXER,
     ),
     "indexer of all": Case(
         lambda q, k, w, *t, **more: optima_fast.indexer_kl(
             [q, q], [k, k * 0.5], [w, w], *([x, x] for x in t), causal=False, **more
         ),
-        *INDEXER, True,
+        *INDEXER,
     ),
     "cosine": Case(hidden(optima_fast.hidden_cosine), *STATES, (T, "", T)),
     "smooth-l1": Case(hidden(optima_fast.hidden_smooth_l1, beta=0.5), *STATES, (T, "", T)),
-    "normalized": Case(hidden(optima_fast.hidden_mse, normalize=True), *STATES, (T, "", T), True),
+    "normalized": Case(hidden(optima_fast.hidden_mse, normalize=True), *STATES, (T, "", T)),
 }  # fmt: skip
 
 
@@ -140,7 +139,7 @@ def test_blockwise(small_blocks, device, name, dtype, masked, poisoned_memory):
     compare(Problem(name, dtype, masked, device), "blockwise")
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.triton])
+@pytest.mark.parametrize("name", CASES)
 def test_triton(device, name, poisoned_memory):
     compare(Problem(name, torch.float16, name != "kl-each", device), "triton")
 
@@ -271,7 +270,7 @@ def test_no_token_counts_and_none_is_there(device):
     for name in ("kl-each fewer", "kl-mean", "gram", "indexer", "cosine", "smooth-l1"):
         p = Problem(name, torch.float32, True, device)
         p.masks = {m: torch.zeros_like(x) for m, x in p.masks.items()}
-        for backend in ("reference", "blockwise", *["triton"] * p.case.triton):
+        for backend in ("reference", "blockwise", "triton"):
             for x in p(backend):
                 assert x.abs().sum() == 0, (name, backend)
 
@@ -344,11 +343,6 @@ SAME = (QS, KS, QS, KS)
             r"must be \[B, H, Nq, d\], \[B, Nk, d\] and \[B, H, Nq\], got",
         ),
         (lambda: optima_fast.hidden_smooth_l1(X, X, beta=-1.0), ValueError, "above 0, got -1.0"),
-        (
-            lambda: optima_fast.hidden_cosine(X, X, torch.zeros(6, 6), backend="triton"),
-            ValueError,
-            "squared and smooth L1 errors, got cosine",
-        ),
         (
             lambda: optima_fast.indexer_kl(
                 QS, X[..., :2].half(), QS[..., 0], QS, KS, backend="triton"
