@@ -46,10 +46,18 @@ def formula(source: str, display: str) -> str:
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     config.mdx_configs.setdefault("pymdownx.superfences", {})["custom_fences"] = [
-        {"name": "math", "class": "math", "format": lambda source, *_, **__: formula(source, "block")}
+        {
+            "name": "math",
+            "class": "math",
+            "format": lambda source, *_, **__: formula(source, "block"),
+        }
     ]
     config.mdx_configs.setdefault("pymdownx.inlinehilite", {})["custom_inline"] = [
-        {"name": "math", "class": "math", "format": lambda source, *_, **__: formula(source, "inline")}
+        {
+            "name": "math",
+            "class": "math",
+            "format": lambda source, *_, **__: formula(source, "inline"),
+        }
     ]
     return config
 
