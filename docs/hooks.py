@@ -1,10 +1,15 @@
 """What mkdocs does not do by itself: pages made of the repository's files, flags, formulas.
 
-A page says ``<!-- include README.md#install -->`` for a section of a file, with its subsections;
-``<!-- include README.md#results alone -->`` for one without; ``<!-- include CONTRIBUTING.md -->`` for a
-whole file, ``at 1`` behind it to make its first heading that of the page. Links between included
-files lead to the pages that have them; pictures and other files come along.
-``<!-- commands -->`` is every command with its flags, from the parsers themselves.
+In a page, a line of its own:
+
+<!-- include README.md#install -->       a section of a file, with its subsections
+<!-- include README.md#any alone -->     a section without them
+<!-- include README.md#any at 1 -->      its first heading becomes one of level 1
+<!-- include CONTRIBUTING.md -->         a whole file
+<!-- commands -->                        every command with its flags, from the parsers themselves
+<!-- names -->                           every name in the API reference, with its first sentence
+
+Links between included files lead to the pages that have them; their pictures are copied.
 """
 
 from __future__ import annotations
@@ -14,9 +19,11 @@ import contextlib
 import posixpath
 import re
 import sys
+import textwrap
 from pathlib import Path
 from unittest import mock
 
+import griffe
 from latex2mathml.converter import convert
 from markdown.extensions.toc import slugify
 from mkdocs.config.defaults import MkDocsConfig
@@ -102,10 +109,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         found = []
         for match in INCLUDE.finditer(text):
             name, anchor, alone, level = match.groups()
-            if name.endswith(".md"):
-                body, anchors = section(name, anchor, bool(alone), level and int(level))
-            else:
-                body, anchors = (ROOT / name).read_text(encoding="utf-8"), set()
+            body, anchors = section(name, anchor, bool(alone), int(level) if level else None)
             homes.update({(name, each): file.src_uri for each in anchors})
             if anchor is None:
                 homes[name, ""] = file.src_uri
@@ -119,8 +123,6 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def linked(text: str, name: str, uri: str, files: Files, config: MkDocsConfig) -> str:
     """A file's text with links as they are from the page at ``uri``."""
-    if not name.endswith(".md"):
-        return text
 
     def link(match: re.Match[str]) -> str:
         path, _, anchor = match[2].partition("#")
@@ -145,7 +147,35 @@ def linked(text: str, name: str, uri: str, files: Files, config: MkDocsConfig) -
 
 def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
     text = pages[page.file.src_uri]
-    return text.replace("<!-- commands -->", commands()) if "<!-- commands -->" in text else text
+    for name, made in (("commands", commands), ("names", names)):
+        if f"<!-- {name} -->" in text:
+            text = text.replace(f"<!-- {name} -->", made())
+    return text
+
+
+# -- the reference ---------------------------------------------------------------------------------
+
+
+def names() -> str:
+    """Each name in the reference, linked, with the first sentence of its docstring."""
+    package, lines = griffe.load("optima_fast", search_paths=[ROOT]), []
+    for uri, text in pages.items():
+        if not uri.startswith("api/"):
+            continue
+        found = re.findall(r"^::: optima_fast\.(\S+)\n(?:    options: \{(.*)\})?", text, re.MULTILINE)
+        rows = [row(package, name) for name, options in found if "show_root_heading: false" not in options]
+        if rows:
+            title = re.search(r"^# (.*)", text, re.MULTILINE)[1]
+            lines += [f"## [{title}]({uri.removeprefix('api/')})", "| | |\n|---|---|\n" + "\n".join(rows)]
+    return "\n\n".join(lines)
+
+
+def row(package: griffe.Module, name: str) -> str:
+    found = package[name]
+    found = found.final_target if found.is_alias else found
+    first = " ".join(found.docstring.value.split("\n\n")[0].split())
+    plain = re.sub(r":\w+:`([^`]+)`", r"`\1`", first.replace("``", "`")).replace("|", "\\|")
+    return f"| [`{found.name}`][{found.path}] | {plain} |"
 
 
 # -- commands --------------------------------------------------------------------------------------
@@ -185,8 +215,7 @@ def described(name: str, parser: argparse.ArgumentParser) -> str:
 
 
 def synopsis(parser: argparse.ArgumentParser) -> str:
-    usage = parser.format_usage().removeprefix("usage: ")
-    return " ".join(usage.split())
+    return textwrap.dedent(" " * len("usage: ") + parser.format_usage().removeprefix("usage: ")).strip()
 
 
 def prose(parser: argparse.ArgumentParser) -> str:
