@@ -44,15 +44,15 @@ class Watched(RewardMeter):
 
     def __init__(self, config: TrainConfig, *given: Any) -> None:
         super().__init__(config, *given)
-        data, distiller, _, arms, costs = given
+        data, distiller, _, space, costs = given
         split = data.train
         runs = min(POOL, len(split)) // split.group
         examples = Sampler(split, runs, config.seed + 2).at(0)
         parts = torch.split(examples, max(1, PART // split.group) * split.group)
         others = [part for part in parts if len(part) == len(parts[0])]
-        self.pool = RewardMeter(config, data, distiller, others, arms, costs)
+        self.pool = RewardMeter(config, data, distiller, others, space, costs)
         matched = {name: len(pairs) for name, pairs in distiller.pairs.items()}
-        self.model = (arms, costs, matched, distiller.modules_matched[-1])
+        self.model = (space.arms, costs, matched, distiller.modules_matched[-1])
         self.rows: list[list[Part]] = []
         self.seconds: list[float] = []
         Watched.made.append(self)

@@ -43,7 +43,8 @@ OWN = {
     "attention_scores": ("attention_scores",),
     "attention_probs": ("attention_probs", "probs_rows", "probs_sweeps"),
     "attention_kl": ("attention_kl", "attention_probs", "probs_rows", "probs_sweeps"),
-    "indexer": ("indexer", "attention_probs"),
+    "indexer": ("indexer", "attention_probs", "probs_sweeps"),
+    "strips": ("attention_scores", "attention_probs", "probs_sweeps", "indexer"),
 }
 
 

@@ -84,6 +84,7 @@ def attention_probs_forward(
     teacher_scale: Sequence[float],
     need_residual: bool,
     divergence: bool = False,
+    first: int | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
     """Losses of L layers, and what their backward needs.
 
@@ -100,6 +101,8 @@ def attention_probs_forward(
         student_scale, teacher_scale: L factors of the scores.
         need_residual: whether a gradient will be wanted.
         divergence: of the mean maps, in place of their mean squared error.
+        first: the queries are a strip of a layer's, whose first one has this place among the keys,
+            and the masks say what is in a valid pair; losses and scales are the strip's.
 
     Returns:
         losses ``[L]``; residuals, L x ``[B, Nq, residual_width(Nk)]`` in ``residual_dtype``, zero
@@ -110,7 +113,7 @@ def attention_probs_forward(
     """
     student = Model.of(student_q, student_k, student_scale).positive()
     teacher = Model.of(teacher_q, teacher_k, teacher_scale).positive()
-    pairs = Counted.of(query_masks, key_masks, causal, window)
+    pairs = Counted.of(query_masks, key_masks, causal, window, first)
     L = len(student_q)
     residuals = [
         q.new_empty(
@@ -121,7 +124,9 @@ def attention_probs_forward(
     ]  # fmt: skip
     with torch.cuda.device_of(student_q[0]):
         tiles = [
-            None if pairs.window[i] or divergence else _forward_tiles(student, teacher, i)
+            None
+            if pairs.window[i] or divergence or first is not None
+            else _forward_tiles(student, teacher, i)
             for i in range(L)
         ]
         lses, teacher_lses = (
@@ -172,6 +177,8 @@ def attention_probs_backward(
     need_q: Sequence[bool],
     need_k: Sequence[bool],
     dtype: torch.dtype | None = None,
+    first: int | None = None,
+    sums: Sequence[Tensor] = (),
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Gradients of L layers from what the forward kept, which is only read.
 
@@ -183,24 +190,30 @@ def attention_probs_backward(
         need_q, need_k: L flags: which gradients to compute.
         dtype: of the gradients, the inputs' own by default. A unit gradient (``grad`` of ones, to
             be scaled later) of float16 inputs underflows in float16.
+        first: of a strip, as for the forward.
+        sums: of a strip, L x ``[B, G_s, Nk, d_s]``, dense: dK of the strips before it, to which its
+            own is added.
 
     Returns:
         dQ, L x ``[B, H_s, Nq, d_s]``, and dK, L x ``[B, G_s, Nk, d_s]``, in the layout that
         ``torch.empty_like`` gives; None where none was asked for.
     """
     student = Model.of(student_q, student_k, student_scale)
-    pairs = Counted.of(query_masks, key_masks, causal, window)
+    pairs = Counted.of(query_masks, key_masks, causal, window, first)
     factor = (grad * scales).to(scales.dtype).contiguous()
     wanted = [i for i, needs in enumerate(zip(need_q, need_k, strict=True)) if any(needs)]
     # dQ is needed on the way to dK
     d_q = {i: torch.empty_like(student_q[i], dtype=dtype) for i in wanted}
-    d_k = {i: torch.empty_like(student_k[i], dtype=dtype) for i in wanted}
+    d_k = {i: sums[i] if sums else torch.empty_like(student_k[i], dtype=dtype) for i in wanted}
     # where rows are not dense, kernels write elsewhere
     to_q, to_k = (
         {i: x if is_dense(x) else x.new_empty(x.shape) for i, x in y.items()} for y in (d_q, d_k)
     )
     with torch.cuda.device_of(student_q[0]):
-        tiles = {i: None if pairs.window[i] else _backward_tiles(student, i) for i in wanted}
+        tiles = {
+            i: None if pairs.window[i] or first is not None else _backward_tiles(student, i)
+            for i in wanted
+        }
         forms = {i: (tiles[i], student.form(i), pairs.form(i)) for i in wanted}
         for (tile, *_), layers in groups(forms):
             inputs = (student, pairs, layers, student_lses, residuals, factor)

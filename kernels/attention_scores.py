@@ -40,6 +40,7 @@ from .attention_tiles import (
     in_reach,
     is_dense,
     place,
+    placed,
     residual_width,
     strides,
     valid_count,
@@ -105,7 +106,7 @@ def _scores_forward_kernel(
     m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     in_rows, in_cols = m < queries - row, n < keys - col
     if CAUSAL or WINDOW:  # a tile without a valid pair has no heads to sum over
-        live = in_reach(row, col, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
+        live = in_reach(placed(masks, row), col, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
         student_heads, teacher_heads = student_heads * live, teacher_heads * live
     # R = (T ratio + S) scale, so that one accumulator serves both; where the student's scale is 0,
     # (T ratio) 1
@@ -129,7 +130,7 @@ def _scores_forward_kernel(
     if MASKED or CAUSAL or WINDOW:
         rows = counted(pick(masks.query, layer), item, row, queries, MASKED, BLOCK_M)
         cols = counted(pick(masks.key, layer), item, col, keys, MASKED, BLOCK_N)
-        valid = valid_pairs(rows, cols, row, col, CAUSAL, WINDOW)
+        valid = valid_pairs(rows, cols, placed(masks, row), col, CAUSAL, WINDOW)
         r = tl.where(valid, r, 0.0)
         if MASKED:
             tl.store(count_ptr + at, tl.sum(valid.to(tl.int32)))
@@ -198,27 +199,31 @@ def _scores_backward_kernel(
     q_mask = pick(masks.query, layer) + item.to(tl.int64) * queries
     k_mask = pick(masks.key, layer) + item.to(tl.int64) * keys
     # the inner rows that can have a valid pair; what else they hold must not enter the product
+    at = row  # its place among them
     if TRANSPOSED:
+        if masks.first is not None:
+            at -= masks.first
         low, high = row * 0, queries
         if CAUSAL:
-            low = row
+            low = tl.maximum(at, 0)
         if MASKED:
             first_key, end_key = _extent(k_mask, keys, BLOCK_K * 8)
             if CAUSAL:
-                low = tl.maximum(low, first_key)
+                low = tl.maximum(low, at - row + first_key)
             high = tl.where(end_key == 0, 0, high)
     else:
+        at = placed(masks, row)
         low, high = row * 0, keys
         if CAUSAL:
-            high = tl.minimum(tl.minimum(high, queries), row + BLOCK_M)
+            high = tl.minimum(tl.minimum(high, placed(masks, queries)), at + BLOCK_M)
         if MASKED:
             _, end_query = _extent(q_mask, queries, BLOCK_K * 8)
             if CAUSAL:
-                high = tl.minimum(high, end_query)
+                high = tl.minimum(high, placed(masks, end_query))
             high = tl.where(end_query == 0, 0, high)
     if WINDOW:
-        low = tl.maximum(low, first_seen(row, WINDOW, BLOCK_K))
-        high = tl.minimum(high, row + BLOCK_M + (WINDOW - 1))
+        low = tl.maximum(low, first_seen(at, WINDOW, BLOCK_K))
+        high = tl.minimum(high, at + BLOCK_M + (WINDOW - 1))
     m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     in_rows, in_cols = m < length - row, n < width - col
     r_ptr = pick(r_ptrs, layer) + item.to(tl.int64) * queries * stride_r
@@ -250,8 +255,11 @@ def _scores_backward_kernel(
     factor = tl.load(factor_ptr + layer) * tl.cast(scale, ACC) / of
     dx_ptr = place(pick(dx_ptrs, layer), dx_stride, item, head, row) + col
     dx_tile = dx_ptr + m[:, None] * dx_stride[2] + n[None, :]
-    dx = (acc * factor).to(dx_ptr.dtype.element_ty)
-    tl.store(dx_tile, dx, mask=in_rows[:, None] & in_cols[None, :])
+    inside = in_rows[:, None] & in_cols[None, :]
+    acc *= factor
+    if TRANSPOSED and masks.first is not None:  # what the strips before this one found is there
+        acc += tl.load(dx_tile, mask=inside, other=0.0)
+    tl.store(dx_tile, acc.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
 def not_served(
@@ -279,6 +287,7 @@ def attention_scores_forward(
     student_scale: Sequence[float],
     teacher_scale: Sequence[float],
     need_residual: bool,
+    first: int | None = None,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """Losses of L layers, and what their backward needs.
 
@@ -292,6 +301,7 @@ def attention_scores_forward(
         window: L numbers: a query sees keys less than so many places from it; 0: each.
         student_scale, teacher_scale: L factors of the scores.
         need_residual: whether a gradient will be wanted.
+        first: of a strip, as for ``attention_probs_forward``.
 
     Returns:
         losses ``[L]`` and scales ``[L]`` (2 / n, n at least 1), float32 or float64; and between
@@ -300,7 +310,7 @@ def attention_scores_forward(
     L = len(student_q)
     student = _joined(Model.of(student_q, student_k, student_scale))
     teacher = _joined(Model.of(teacher_q, teacher_k, teacher_scale))
-    pairs = Counted.of(query_masks, key_masks, causal, window)
+    pairs = Counted.of(query_masks, key_masks, causal, window, first)
     r = [empty_residual(q, k) for q, k in zip(student_q, student_k, strict=True) if need_residual]
     of = [(q.shape[1], t.shape[1]) for q, t in zip(student_q, teacher_q, strict=True)]
     forms = {i: (student.form(i), teacher.form(i), pairs.form(i), of[i]) for i in range(L)}
@@ -404,6 +414,8 @@ def attention_scores_backward(
     need_q: Sequence[bool],
     need_k: Sequence[bool],
     dtype: torch.dtype | None = None,
+    first: int | None = None,
+    sums: Sequence[Tensor] = (),
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Gradients of L layers from what the forward kept, which is only read.
 
@@ -414,13 +426,14 @@ def attention_scores_backward(
         residuals, scales: as it returned them.
         need_q, need_k: L flags: which gradients to compute.
         dtype: of the gradients, each input's own by default.
+        first, sums: of a strip, as for ``attention_probs_backward``.
 
     Returns:
         dQ, L x ``[B, H, Nq, d]``, and dK, L x ``[B, H, Nk, d]``, laid out as ``torch.empty_like``
         of their input; None where none was asked for.
     """
     factor = (grad * scales).to(scales.dtype).contiguous()
-    pairs = Counted.of(query_masks, key_masks, causal, window)
+    pairs = Counted.of(query_masks, key_masks, causal, window, first)
     r = [_padded(x) for x in residuals]
     results: list[list[Tensor | None]] = []
     # the mean is over the queries' heads
@@ -431,6 +444,8 @@ def attention_scores_backward(
             (student_k, student_q, need_k),
         ):
             out = {i: torch.empty_like(x, dtype=dtype) for i, x in enumerate(outer) if need[i]}
+            if sums and outer is student_k:
+                out = dict(enumerate(sums))
             _gradients(out, inner, pairs, r, factor, student_scale, of, outer is student_k)
             results.append([out.get(i) for i in range(len(outer))])
     return results[0], results[1]

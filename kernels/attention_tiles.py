@@ -37,6 +37,7 @@ class Masks(NamedTuple):
 
     query: Any  # pointers, one a layer, to [B, Nq] bool
     key: Any  # to [B, Nk] bool
+    first: Any  # the place of the first query among the keys; None: 0
 
 
 @triton.jit
@@ -125,6 +126,14 @@ def valid_pairs(rows, cols, row, col, CAUSAL: tl.constexpr, WINDOW: tl.constexpr
     if WINDOW:
         valid &= tl.abs(i[:, None] - j[None, :]) < WINDOW
     return valid
+
+
+@triton.jit
+def placed(masks, row):
+    """The place of a query among the keys."""
+    if masks.first is not None:
+        row += masks.first
+    return row
 
 
 @triton.jit
@@ -259,6 +268,7 @@ class Counted(NamedTuple):
     key_masks: Sequence[Tensor | None]
     causal: Sequence[bool]
     window: Sequence[int]
+    first: int | None = None  # of a strip of queries: its first one's place among the keys
 
     @classmethod
     def of(
@@ -267,9 +277,13 @@ class Counted(NamedTuple):
         key_masks: Sequence[Tensor | None],
         causal: Sequence[bool],
         window: Sequence[int] | None,
+        first: int | None = None,
     ) -> Counted:
-        """With a window, masks of what is in a valid pair: anything else may hold nan."""
+        """With a window, masks of what is in a valid pair: anything else may hold nan. Those of a
+        strip are such masks already."""
         windows = window or [0] * len(causal)
+        if first is not None:
+            return cls(query_masks, key_masks, causal, windows, first)
         q_masks, k_masks = list(query_masks), list(key_masks)
         for i, w in enumerate(windows):
             q, k = q_masks[i], k_masks[i]
@@ -289,7 +303,8 @@ class Counted(NamedTuple):
     def arguments(self, like: Tensor, queries: int, keys: int, layers: Sequence[int]) -> Masks:
         """What a launch passes: where only queries or only keys are masked, all others count."""
         if not self.form(layers[0])[0]:
-            return Masks(*[pointers([like], [0])] * 2)
+            unread = pointers([like], [0])
+            return Masks(unread, unread, self.first)
         both = (
             [
                 like.new_ones(len(like), n, dtype=torch.bool) if mask is None else mask.contiguous()
@@ -297,13 +312,14 @@ class Counted(NamedTuple):
             ]
             for n, masks in ((queries, self.query_masks), (keys, self.key_masks))
         )
-        return Masks(*(pointers(x, range(len(x))) for x in both))
+        query, key = (pointers(x, range(len(x))) for x in both)
+        return Masks(query, key, self.first)
 
     def queries_that_see(self, layer: int, q: Tensor, keys: int) -> Tensor:
         """How many queries of a layer count and see a key that counts; 1 at least."""
         queries, seen = self.query_masks[layer], self.key_masks[layer]
         number = q.new_full((), q.shape[0] * q.shape[2] * min(keys, 1), dtype=torch.int64)
-        if seen is not None:
+        if seen is not None and self.first is None:
             # with a window the masks hold what is in a valid pair already
             sees = _near(seen, keys, 0) if self.causal[layer] else seen.any(1, keepdim=True)
             queries = sees.expand(q.shape[0], q.shape[2]) if queries is None else queries & sees

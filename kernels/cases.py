@@ -166,10 +166,60 @@ def indexer(case: Case) -> None:
             )  # fmt: skip
 
 
+def strips(case: Case) -> None:
+    """Backward of one layer, of a strip of its queries."""
+    from . import attention_probs as probs
+    from . import attention_scores as scores
+    from . import indexer as index
+
+    if not case.gradient or case.layers > 4:
+        return
+    case = case._replace(layers=1)
+    n, m = 320, 640  # queries, keys: half of them before the strip
+    need, sums = case.each(True), case._replace(dtype=torch.float32)
+    strip: dict[str, Any] = {"first": m - n, "dtype": torch.float32}
+    q_mask, k_mask = case.masks(2, n), case.masks(2, m)
+    for width in case.widths:
+        q, keys, t_q, t_k = (
+            case.tensors(2, heads, size, width, heads=True) for heads in (12, 16) for size in (n, m)
+        )
+        flags = case.flags()
+        forward: dict[str, Any] = {"teacher_scale": case.each(0.125), "need_residual": True}
+        forward["first"] = strip["first"]
+        backward = strip | {"need_q": need, "need_k": need}
+        onto = sums.tensors(2, 12, m, width)
+        _, r, scale = scores.attention_scores_forward(
+            q, keys, t_q, t_k, q_mask, k_mask, **flags, **forward
+        )
+        scores.attention_scores_backward(
+            scale, q, keys, q_mask, k_mask, r, scale, **flags, **backward, sums=onto
+        )
+        none = case.each(None)
+        for divergence in (False, True):
+            _, r, lses, scale = probs.attention_probs_forward(
+                q, keys, t_q, t_k, q_mask, k_mask, none, none, **flags, **forward,
+                divergence=divergence,
+            )  # fmt: skip
+            probs.attention_probs_backward(
+                scale, q, keys, q_mask, k_mask, r, lses, scale, **flags, **backward, sums=onto
+            )
+        one_head = case.tensors(2, m, width)
+        w = [x[..., 0] for x in case.tensors(2, 12, n, 1, heads=True)]
+        causal = {"causal": case.each(case.causal)}
+        _, r, lses, scale = index.indexer_forward(
+            q, one_head, w, t_q, t_k, q_mask, k_mask, none, **causal, **forward
+        )
+        index.indexer_backward(
+            scale, q, one_head, w, q_mask, k_mask, r, lses, scale, **causal, **backward,
+            need_weight=need, sums=sums.tensors(2, m, width),
+        )  # fmt: skip
+
+
 CASES: dict[str, Callable[[Case], None]] = {
     "hidden_mse": hidden_mse,
     "attention_scores": attention_scores,
     "attention_probs": attention_probs,
     "attention_kl": attention_kl,
     "indexer": indexer,
+    "strips": strips,
 }

@@ -48,6 +48,7 @@ from .attention_tiles import (
     load_rows,
     log_sums,
     place,
+    placed,
     products,
     residual_width,
     shifts,
@@ -136,7 +137,7 @@ def _index_lse_kernel(
     m = tl.arange(0, BLOCK_M)
     rows, cols = m < queries - row, tl.arange(0, BLOCK_N) < keys - col
     if CAUSAL:  # a tile without a pair that sees one another has no heads to sum over
-        heads *= in_reach(row, col, CAUSAL, 0, BLOCK_M, BLOCK_N)
+        heads *= in_reach(placed(masks, row), col, CAUSAL, 0, BLOCK_M, BLOCK_N)
     index = _index(
         model, weights, layer, item, row, col, heads, rows, cols, WHOLE, WIDTH, BLOCK_K, D, ACC
     )
@@ -144,7 +145,8 @@ def _index_lse_kernel(
         if MASKED:
             rows = counted(pick(masks.query, layer), item, row, queries, True, BLOCK_M)
             cols = counted(pick(masks.key, layer), item, col, keys, True, BLOCK_N)
-        index = tl.where(valid_pairs(rows, cols, row, col, CAUSAL), index, -float("inf"))
+        valid = valid_pairs(rows, cols, placed(masks, row), col, CAUSAL)
+        index = tl.where(valid, index, -float("inf"))
     top = tl.max(index, axis=1)
     safe = tl.where(top == -float("inf"), 0.0, top)  # inf - inf is nan
     total = tl.sum(tl.exp2((index - safe[:, None]) * LOG2E), axis=1)
@@ -224,7 +226,7 @@ def _index_residual_kernel(
     item = tile // across // down
     rows, cols = tl.arange(0, BLOCK_M) < queries - row, tl.arange(0, BLOCK_N) < keys - col
     if CAUSAL:
-        live = in_reach(row, col, CAUSAL, 0, BLOCK_M, BLOCK_N)
+        live = in_reach(placed(masks, row), col, CAUSAL, 0, BLOCK_M, BLOCK_N)
         heads, teacher_heads = heads * live, teacher_heads * live
     p = add_map(
         tl.zeros((BLOCK_M, BLOCK_N), ACC), 1.0, teacher, pick(teacher_lse, layer), teacher_heads,
@@ -244,7 +246,7 @@ def _index_residual_kernel(
         if MASKED:
             rows = counted(pick(masks.query, layer), item, row, queries, True, BLOCK_M)
             cols = counted(pick(masks.key, layer), item, col, keys, True, BLOCK_N)
-        valid = valid_pairs(rows, cols, row, col, CAUSAL)
+        valid = valid_pairs(rows, cols, placed(masks, row), col, CAUSAL)
         # before the arithmetic: what does not count may be nan or inf
         p, logs = tl.where(valid, p, 0.0), tl.where(valid, logs, 0.0)
         chosen = tl.where(valid, chosen, 0.0)
@@ -292,7 +294,7 @@ def _index_dq_kernel(
     m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     inside = m < (BLOCK_M if WHOLE else queries - row)
     rows = counted(pick(masks.query, layer), item, row, queries, MASKED, BLOCK_M)
-    end = keys_seen(rows, row, keys, CAUSAL)
+    end = keys_seen(rows, placed(masks, row), keys, CAUSAL)
     lse_ptr = pick(lse_ptrs, layer) + item.to(tl.int64) * 2 * queries
     _, rows = log_sums(lse_ptr + row, rows, 0, MASKED)
     stride_q, stride_k = model.q_stride[2], model.k_stride[2]
@@ -368,7 +370,10 @@ def _index_dk_kernel(
     stride_w = tl.cast(weights.stride[2], tl.int64)
     low = start
     if CAUSAL:  # queries before the first of these keys see none of them
-        low = tl.maximum(start, col // BLOCK_M * BLOCK_M)
+        place_of_col = col  # among the queries
+        if masks.first is not None:
+            place_of_col = tl.maximum(col - masks.first, 0)
+        low = tl.maximum(start, place_of_col // BLOCK_M * BLOCK_M)
     dk = tl.zeros((BLOCK_N, WIDTH), ACC)
     for row in tl.range(low, tl.minimum(start + chunk, queries), BLOCK_M):
         rows = counted(query_mask, item, row, queries, MASKED, BLOCK_M)
@@ -422,6 +427,7 @@ def indexer_forward(
     causal: Sequence[bool],
     teacher_scale: Sequence[float],
     need_residual: bool,
+    first: int | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
     """Losses of L layers, and what their backward needs.
 
@@ -439,7 +445,7 @@ def indexer_forward(
     """
     model = _model(q, k)
     teacher = Model.of(teacher_q, teacher_k, teacher_scale).positive()
-    pairs = Counted.of(query_masks, key_masks, causal, None)
+    pairs = Counted.of(query_masks, key_masks, causal, None, first)
     L, (dtype, acc) = len(q), accumulator(q[0])
     lses = [empty_log_sums(x, dtype) for x in q]
     residuals = [empty_residual(*x) for x in zip(q, k, strict=True)] if need_residual else [*q]
@@ -510,6 +516,9 @@ def indexer_backward(
     need_q: Sequence[bool],
     need_k: Sequence[bool],
     need_weight: Sequence[bool],
+    dtype: torch.dtype | None = None,
+    first: int | None = None,
+    sums: Sequence[Tensor] = (),
 ) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
     """Gradients of L layers from what the forward kept, which is only read.
 
@@ -517,19 +526,20 @@ def indexer_backward(
         grad: ``[L]``, the upstream gradient; read on the device.
         residuals, lses, scales: as ``indexer_forward`` returned them.
         need_q, need_k, need_weight: L flags: which gradients to compute.
+        dtype, first, sums: of a strip, as for ``attention_probs_backward``.
         the others: as given to it.
 
     Returns:
-        dq, dk and dw in the inputs' dtypes and the layout that ``torch.empty_like`` gives; None
-        where none was asked for.
+        dq, dk and dw in ``dtype``, by default the inputs', and the layout that ``torch.empty_like``
+        gives; None where none was asked for.
     """
     model = _model(q, k)
-    pairs = Counted.of(query_masks, key_masks, causal, None)
+    pairs = Counted.of(query_masks, key_masks, causal, None, first)
     factor = (grad * scales).to(scales.dtype).contiguous()
     # one comes with the other
     wanted = [i for i, needs in enumerate(zip(need_q, need_weight, strict=True)) if any(needs)]
-    d_q, d_w = ({i: torch.empty_like(x[i]) for i in wanted} for x in (q, weight))
-    d_k = {i: torch.empty_like(k[i]) for i, need in enumerate(need_k) if need}
+    d_q, d_w = ({i: torch.empty_like(x[i], dtype=dtype) for i in wanted} for x in (q, weight))
+    d_k = {i: sums[i] if sums else torch.empty_like(k[i]) for i, x in enumerate(need_k) if x}
     # where rows are not dense, the kernel writes elsewhere
     to_q = {i: x if is_dense(x) else x.new_empty(x.shape) for i, x in d_q.items()}
     with torch.cuda.device_of(q[0]):
@@ -603,7 +613,7 @@ def _keys_gradients(
                 **_constants(x, keys, pairs, layers[0], chosen), **launch.options(chosen),
             )  # fmt: skip
         for i, total in zip(layers, parts.sum(2), strict=True):
-            d_k[i].copy_(total)
+            d_k[i].copy_(total if pairs.first is None else total + d_k[i])
 
 
 def _model(q: Sequence[Tensor], k: Sequence[Tensor]) -> Model:
@@ -635,9 +645,10 @@ def _constants(
     masked, causal, _ = pairs.form(layer)
     queries = x.shape[2]
     # keys after the last query are seen by none
-    whole = not (masked or queries % chosen.block_m or keys % chosen.block_n)
+    unseen = causal and keys > queries + (pairs.first or 0)
+    whole = not (masked or unseen or queries % chosen.block_m or keys % chosen.block_n)
     return {
-        "MASKED": masked, "CAUSAL": causal, "WHOLE": whole and not (causal and keys > queries),
+        "MASKED": masked, "CAUSAL": causal, "WHOLE": whole,
         "SETTLE": launch.settles(x), "SHIFT": shifts(x)[1],
         "D": x.shape[3], "WIDTH": width(x), "ACC": accumulator(x)[1],
     }  # fmt: skip

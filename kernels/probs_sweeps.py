@@ -29,6 +29,7 @@ from .attention_tiles import (
     load_rows,
     log_sums,
     place,
+    placed,
     positive,
     products,
     residual_width,
@@ -97,7 +98,8 @@ def _lse_kernel(
     tile, blocks = tl.program_id(0), tl.cdiv(queries, BLOCK_M)
     row, head, item = tile % blocks * BLOCK_M, tile // blocks % heads, tile // blocks // heads
     rows = counted(pick(masks.query, layer), item, row, queries, MASKED, BLOCK_M)
-    end = keys_seen(rows, row, keys, CAUSAL, WINDOW)
+    at = placed(masks, row)
+    end = keys_seen(rows, at, keys, CAUSAL, WINDOW)
     stride_q, stride_k = model.q_stride[2], model.k_stride[2]
     q_ptr = place(pick(model.q, layer), model.q_stride, item, head, row)
     k_base = place(pick(model.k, layer), model.k_stride, item, head // model.share, 0)
@@ -107,15 +109,15 @@ def _lse_kernel(
     top = tl.full((BLOCK_M,), -float("inf"), ACC)
     total = tl.zeros((BLOCK_M,), ACC)
     # the keys that all of the block see, none of them masked
-    inner = first_seen(row, WINDOW, BLOCK_N)
+    inner = first_seen(at, WINDOW, BLOCK_N)
     if not (MASKED or WINDOW):
-        inner = (tl.minimum(row + 1, end) if CAUSAL else end) // BLOCK_N * BLOCK_N
+        inner = (tl.minimum(at + 1, end) if CAUSAL else end) // BLOCK_N * BLOCK_N
         top, total = _lse_sweep(
-            top, total, q, c, q_ptr, k_base, stride_q, stride_k, key_mask, rows, item, row,
+            top, total, q, c, q_ptr, k_base, stride_q, stride_k, key_mask, rows, item, at,
             0, inner, end, False, MASKED, CAUSAL, WINDOW, BLOCK_N, WIDTH, BLOCK_K, D, ACC,
         )  # fmt: skip
     top, total = _lse_sweep(
-        top, total, q, c, q_ptr, k_base, stride_q, stride_k, key_mask, rows, item, row,
+        top, total, q, c, q_ptr, k_base, stride_q, stride_k, key_mask, rows, item, at,
         inner, end, keys, True, MASKED, CAUSAL, WINDOW, BLOCK_N, WIDTH, BLOCK_K, D, ACC,
     )  # fmt: skip
     m = tl.arange(0, BLOCK_M)
@@ -166,7 +168,7 @@ def _residual_kernel(
     item = tile // across // down
     rows, cols = tl.arange(0, BLOCK_M) < queries - row, tl.arange(0, BLOCK_N) < keys - col
     if CAUSAL or WINDOW:  # a tile without a pair that sees one another has no heads to sum over
-        live = in_reach(row, col, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
+        live = in_reach(placed(masks, row), col, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
         student_heads, teacher_heads = student_heads * live, teacher_heads * live
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     acc = add_map(
@@ -186,7 +188,7 @@ def _residual_kernel(
         if MASKED:
             rows = counted(pick(masks.query, layer), item, row, queries, True, BLOCK_M)
             cols = counted(pick(masks.key, layer), item, col, keys, True, BLOCK_N)
-        valid = valid_pairs(rows, cols, row, col, CAUSAL, WINDOW)
+        valid = valid_pairs(rows, cols, placed(masks, row), col, CAUSAL, WINDOW)
         # both 0 where nothing counts: no divergence, and after it no residual
         acc, other = tl.where(valid, acc, 0.0), tl.where(valid, other, 0.0)
         if MASKED:
@@ -218,7 +220,7 @@ def _row_sum(total, x, one, ACC: tl.constexpr):
 @triton.jit
 def _dq_sweep(
     u, v, u_sum, v_sum, q, c, lse, q_ptr, k_base, r_ptr, stride_q, stride_k, stride_r,
-    mask, rows, in_rows, item, row, start, stop, keys,
+    mask, rows, in_rows, item, row, place_of_row, start, stop, keys,
     EDGE: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     SETTLE: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
     D: tl.constexpr, ACC: tl.constexpr,
@@ -238,7 +240,7 @@ def _dq_sweep(
         s = products(q, k, q_ptr, k_ptr, stride_q, stride_k, rows, cols, WIDTH, CHUNK, D, ACC)
         p = tl.exp2(s * c - lse[:, None])
         if EDGE:
-            p = tl.where(valid_pairs(rows, cols, row, col, CAUSAL, WINDOW), p, 0.0)
+            p = tl.where(valid_pairs(rows, cols, place_of_row, col, CAUSAL, WINDOW), p, 0.0)
         pr = (p * r).to(k.dtype)
         p = p.to(k.dtype)
         # of the rounded factors, so that their errors cancel in u - term v
@@ -284,7 +286,8 @@ def _dq_kernel(
     head, row, item = tile % heads, tile // heads % down * BLOCK_M, tile // heads // down
     inside = tl.arange(0, BLOCK_M) < queries - row
     rows = counted(pick(masks.query, layer), item, row, queries, MASKED, BLOCK_M)
-    end = keys_seen(rows, row, keys, CAUSAL, WINDOW)
+    place_of_row = placed(masks, row)
+    end = keys_seen(rows, place_of_row, keys, CAUSAL, WINDOW)
     at = (item.to(tl.int64) * heads + head) * queries + row
     lse, rows = log_sums(pick(lse_ptrs, layer) + at, rows, P_SHIFT, MASKED)
     stride_q, stride_k = student.q_stride[2], student.k_stride[2]
@@ -297,17 +300,17 @@ def _dq_kernel(
     c = scale * LOG2E
     u, v = tl.zeros((BLOCK_M, WIDTH), ACC), tl.zeros((BLOCK_M, WIDTH), ACC)
     u_sum, v_sum = tl.zeros((BLOCK_M, 16), ACC), tl.zeros((BLOCK_M, 16), ACC)
-    inner = first_seen(row, WINDOW, BLOCK_N)
+    inner = first_seen(place_of_row, WINDOW, BLOCK_N)
     if not (MASKED or WINDOW):
-        inner = (tl.minimum(row + 1, end) if CAUSAL else end) // BLOCK_N * BLOCK_N
+        inner = (tl.minimum(place_of_row + 1, end) if CAUSAL else end) // BLOCK_N * BLOCK_N
         u, v, u_sum, v_sum = _dq_sweep(
             u, v, u_sum, v_sum, q, c, lse, q_ptr, k_base, r_ptr, stride_q, stride_k, stride_r,
-            key_mask, rows, inside, item, row, 0, inner, keys,
+            key_mask, rows, inside, item, row, place_of_row, 0, inner, keys,
             False, MASKED, CAUSAL, WINDOW, SETTLE, BLOCK_N, WIDTH, BLOCK_K, D, ACC,
         )  # fmt: skip
     u, v, u_sum, v_sum = _dq_sweep(
         u, v, u_sum, v_sum, q, c, lse, q_ptr, k_base, r_ptr, stride_q, stride_k, stride_r,
-        key_mask, rows, inside, item, row, inner, end, keys,
+        key_mask, rows, inside, item, row, place_of_row, inner, end, keys,
         True, MASKED, CAUSAL, WINDOW, SETTLE, BLOCK_N, WIDTH, BLOCK_K, D, ACC,
     )  # fmt: skip
     # 16 columns that are alike
@@ -322,7 +325,7 @@ def _dq_kernel(
 @triton.jit
 def _dk_sweep(
     dk, k, c, k_ptr, q_base, r_ptr, lse_ptr, term_ptr, stride_q, stride_k, stride_r,
-    mask, cols, item, col, start, stop, queries,
+    mask, cols, item, col, place_of_col, start, stop, queries,
     EDGE: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     SETTLE: tl.constexpr, P_SHIFT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     WIDTH: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr,
@@ -346,7 +349,7 @@ def _dk_sweep(
         s = products(q, k, q_ptr, k_ptr, stride_q, stride_k, rows, cols, WIDTH, CHUNK, D, ACC)
         p = tl.exp2(s * c - lse[:, None])
         if EDGE:
-            p = tl.where(valid_pairs(rows, cols, row, col, CAUSAL, WINDOW), p, 0.0)
+            p = tl.where(valid_pairs(rows, cols, row, place_of_col, CAUSAL, WINDOW), p, 0.0)
         ds = (p * (r - term[:, None])).to(q.dtype)
         dk = settle(tl.dot(tl.trans(ds), q, dk, input_precision="ieee", out_dtype=ACC), SETTLE)
     return dk
@@ -396,17 +399,20 @@ def _dk_kernel(
     dk = tl.zeros((BLOCK_N, WIDTH), ACC)
     # queries that see some of the keys, those that see all of them, and what is left of a block
     low, end = col * 0, queries
+    place_of_col = col  # among the queries
+    if masks.first is not None:
+        place_of_col -= masks.first
     if CAUSAL:
-        low = col // BLOCK_M * BLOCK_M
+        low = tl.maximum(place_of_col, 0) // BLOCK_M * BLOCK_M
     elif WINDOW:
-        low = first_seen(col, WINDOW, BLOCK_M)
+        low = first_seen(place_of_col, WINDOW, BLOCK_M)
     if WINDOW:
-        end = tl.minimum(queries, col + BLOCK_N - 1 + WINDOW)
+        end = tl.minimum(queries, place_of_col + BLOCK_N - 1 + WINDOW)
     if MASKED or WINDOW:
         whole, rest = low, low
     elif CAUSAL:
-        whole = tl.cdiv(tl.minimum(tl.cdiv(col + BLOCK_N - 1, BLOCK_M) * BLOCK_M, queries), BLOCK_M)
-        whole *= BLOCK_M
+        whole = tl.cdiv(tl.maximum(place_of_col + BLOCK_N - 1, 0), BLOCK_M) * BLOCK_M
+        whole = tl.cdiv(tl.minimum(whole, queries), BLOCK_M) * BLOCK_M
         rest = tl.maximum(queries // BLOCK_M * BLOCK_M, whole)
     else:
         whole, rest = low, queries // BLOCK_M * BLOCK_M
@@ -418,25 +424,28 @@ def _dk_kernel(
             if CAUSAL:
                 dk = _dk_sweep(
                     dk, k, c, k_ptr, q_base, r_ptr, lse_ptr, term_ptr, stride_q, stride_k, stride_r,
-                    query_mask, cols, item, col, low, tl.minimum(whole, queries), queries,
-                    True, MASKED, CAUSAL, WINDOW, SETTLE, P_SHIFT, BLOCK_M, BLOCK_N,
+                    query_mask, cols, item, col, place_of_col, low, tl.minimum(whole, queries),
+                    queries, True, MASKED, CAUSAL, WINDOW, SETTLE, P_SHIFT, BLOCK_M, BLOCK_N,
                     WIDTH, BLOCK_K, D, ACC,
                 )  # fmt: skip
             dk = _dk_sweep(
                 dk, k, c, k_ptr, q_base, r_ptr, lse_ptr, term_ptr, stride_q, stride_k, stride_r,
-                query_mask, cols, item, col, whole, rest, queries,
+                query_mask, cols, item, col, place_of_col, whole, rest, queries,
                 False, MASKED, CAUSAL, WINDOW, SETTLE, P_SHIFT, BLOCK_M, BLOCK_N,
                 WIDTH, BLOCK_K, D, ACC,
             )  # fmt: skip
         dk = _dk_sweep(
             dk, k, c, k_ptr, q_base, r_ptr, lse_ptr, term_ptr, stride_q, stride_k, stride_r,
-            query_mask, cols, item, col, rest, end, queries,
+            query_mask, cols, item, col, place_of_col, rest, end, queries,
             True, MASKED, CAUSAL, WINDOW, SETTLE, P_SHIFT, BLOCK_M, BLOCK_N,
             WIDTH, BLOCK_K, D, ACC,
         )  # fmt: skip
     alpha = tl.load(factor_ptr + layer) * scale / heads * 2.0 ** -(P_SHIFT + R_SHIFT)
+    dk *= alpha
     dk_ptr = place(pick(dk_ptrs, layer), dk_stride, item, key_head, col)
-    store_rows(dk_ptr, alpha * dk, dk_stride[2], inside, D)
+    if masks.first is not None:  # what the strips before this one found is there
+        dk += load_rows(dk_ptr, dk_stride[2], inside, 0, WIDTH, D, False)
+    store_rows(dk_ptr, dk, dk_stride[2], inside, D)
 
 
 @kernel(["heads", "scale", "queries", "keys"])
@@ -613,7 +622,7 @@ def gradients(
     one = config(launch.PROBS_ONE_BLOCK, width(x), x)
     share = student.share(layers[0])
     # keys that heads share are summed over programs there
-    if queries <= one.block_m and share == 1 and not window:
+    if queries <= one.block_m and share == 1 and not window and pairs.first is None:
         for (dq_stride, dk_stride), part in groups(
             {i: (strides(d_q[i]), strides(all_k[i])) for i in layers}
         ):

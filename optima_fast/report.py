@@ -54,6 +54,12 @@ def _main(argv: Sequence[str] | None) -> int:
         metavar="N",
         help="show N right and N wrong answers of the test split; default %(default)s",
     )
+    parser.add_argument(
+        "--data",
+        metavar="FOLDER",
+        help="where the data set is now, if not where the runs had it; of runs on the built-in "
+        "data it says nothing",
+    )
     arguments = parser.parse_args(argv)
     display = Display()
     runs, others = [], []
@@ -72,6 +78,8 @@ def _main(argv: Sequence[str] | None) -> int:
         display.note(f"left out: {why}")
     if not runs:
         return 0
+    if arguments.data is not None:
+        runs = _moved(runs, arguments.data)
     path = arguments.out or _place(runs)
     if path.is_dir():
         raise UserError(f"--out {path} is a folder: name a file in it, {path / PAGE}")
@@ -82,6 +90,28 @@ def _main(argv: Sequence[str] | None) -> int:
         overview.show_rewards(run, display)
     display.note(f"wrote {report.write(records.read(runs), path, arguments.examples)}")
     return 0
+
+
+def _moved(runs: Sequence[Run], data: str) -> list[Run]:
+    """The runs, those on folders with their data where it is now.
+
+    Raises:
+        UserError: there are none on folders, they are of several tasks, or there is no such folder.
+    """
+    from optima_fast import tasks
+
+    configs = {run.folder: run.config() for run in runs}
+    moved = {folder: config.task for folder, config in configs.items() if config.data != "digits"}
+    names = list(dict.fromkeys(moved.values()))
+    if not names:
+        raise UserError(f"--data {data}: all runs are on the built-in data: leave it out")
+    if len(names) > 1:
+        raise UserError(
+            f"--data {data} is of one task, and the runs on folders are of {', '.join(names)}: "
+            "report each task by itself"
+        )
+    tasks.check(data)
+    return [type(run)(run.folder, data) if run.folder in moved else run for run in runs]
 
 
 def _place(runs: Sequence[Run]) -> Path:

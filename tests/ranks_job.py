@@ -40,6 +40,8 @@ SETTINGS: dict[str, Any] = {
     "eval_every": 5,
     "log_every": 1,
 }
+BALANCED = {"method": "balanced", "init_rounds": None}
+GATE = {"method": "gradient-cosine", "init_rounds": None, "round_steps": 2}
 
 
 def run(folder: Path, name: str, **settings: Any) -> None:
@@ -79,6 +81,8 @@ def whole(folder: Path) -> None:
     """All ways to share a run, and all to end it together."""
     run(folder, "ddp")
     fit(folder / "fsdp", fsdp=True, accumulate=2)
+    fit(folder / "balanced", accumulate=2, **BALANCED)
+    fit(folder / "gate", **GATE)
     fit(folder / "cached", teacher_cache=str(folder / "kept"), teacher_cache_dtype="fp32")
     told = {}
     try:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from optima_fast.distill import recipes
 from optima_fast.distill.arms import arm_name, arm_space, arms, group_arms, parse_arm
+from optima_fast.distill.balance import Balance
+from optima_fast.distill.cosine import GradientCosine
 from optima_fast.distill.distiller import Distiller, LayerLosses, StepLosses
 from optima_fast.distill.headroom import Headroom
 from optima_fast.distill.matching import LayerPair, match_layers
@@ -16,8 +18,10 @@ from optima_fast.distill.reward import REWARDS, parse_reward, relative_drop
 
 __all__ = [
     "REWARDS",
+    "Balance",
     "Distillable",
     "Distiller",
+    "GradientCosine",
     "Headroom",
     "LayerLosses",
     "LayerPair",

@@ -12,7 +12,7 @@ from optima_fast.errors import UserError, unknown
 Arm = tuple[str, ...]
 
 MAX_MODULES = 12  # 4095 arms: more than any bandit could try
-ARM_SPACES = ("modules", "layer-groups:2", "layer-groups:3")
+ARM_SPACES = ("modules", "single-modules", "layer-groups:2", "layer-groups:3")
 
 _MEMBER = re.compile(r"([^\[\]+]+)(?:\[([0-9]{1,6})(?:-([0-9]{1,6}))?\])?")
 
@@ -104,12 +104,12 @@ def group_arms(layer_counts: Mapping[str, int], groups: int) -> list[Arm]:
 
 
 def arm_space(kind: str, layer_counts: Mapping[str, int]) -> ArmSpace:
-    """The arms that ``modules`` or ``layer-groups:N`` stands for.
+    """The arms that ``modules``, ``single-modules`` or ``layer-groups:N`` stands for.
 
     Raises:
         UserError: an unknown kind, or more than 12 units.
     """
-    if kind == "modules":
+    if kind in ("modules", "single-modules"):
         units = list(layer_counts)
     elif kind.startswith("layer-groups:") and kind in ARM_SPACES:
         units = layer_units(layer_counts, int(kind.rpartition(":")[2]))
@@ -120,7 +120,7 @@ def arm_space(kind: str, layer_counts: Mapping[str, int]) -> ArmSpace:
             f"arms {kind} of modules with {', '.join(map(str, layer_counts.values()))} layers are "
             f"subsets of {len(units)} groups, more than {MAX_MODULES}: take fewer groups"
         )
-    subsets = arms(units)
+    subsets = [(unit,) for unit in units] if kind == "single-modules" else arms(units)
     return ArmSpace(
         [_short(subset, layer_counts) for subset in subsets],
         units,

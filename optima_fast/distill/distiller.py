@@ -27,7 +27,8 @@ from optima_fast.taps.records import Layer
 class StepLosses(NamedTuple):
     """Eq. 5 and its terms, before their weights. ``hidden`` and ``attention`` are [L], as pairs.
 
-    A layer to which a mapping gives the weight 0 is not computed: its entry is 0.
+    A layer to which a mapping gives the weight 0 is not computed: its entry is 0. ``each`` [L] is
+    what a pair adds to the total by both, after their weights.
     """
 
     total: Tensor
@@ -36,6 +37,7 @@ class StepLosses(NamedTuple):
     hidden: Tensor | None
     attention: Tensor | None
     pairs: tuple[LayerPair, ...]
+    each: Tensor | None = None
 
     def terms(self, change: Callable[..., Tensor], *others: StepLosses) -> StepLosses:
         """``change`` of every tensor, with those of others of the same arm."""
@@ -45,19 +47,21 @@ class StepLosses(NamedTuple):
             given = (getattr(other, name) for other in others)
             return value if value is None else change(value, *given)
 
-        return self._replace(**{name: changed(name) for name in self._fields[:-1]})
+        return self._replace(**{name: changed(name) for name in self._fields if name != "pairs"})
 
 
 class LayerLosses(NamedTuple):
     """The layers' terms of Eq. 5: their weighted sum, and each before its weight, [L] as pairs.
 
-    A layer to which a mapping gives the weight 0 is not computed: its entry is 0.
+    A layer to which a mapping gives the weight 0 is not computed: its entry is 0. ``each`` [L] is
+    what a pair adds to the total.
     """
 
     total: Tensor
     hidden: Tensor
     attention: Tensor | None
     pairs: tuple[LayerPair, ...]
+    each: Tensor | None = None
 
 
 class _Records(NamedTuple):
@@ -233,7 +237,7 @@ class Distiller(nn.Module):
                 self.hidden.add(pair, widths, negatives, always=projections == "all")
         self.projections = self.hidden.projections
         self.queues = self.hidden.queues
-        frozen = _module(teacher)
+        frozen = module_of(teacher)
         if frozen is not None:
             frozen.eval().requires_grad_(False)
 
@@ -390,7 +394,7 @@ class Distiller(nn.Module):
         Returns:
             The sums with layers reduced as in training, and each layer's; unweighted.
         """
-        student = _module(self.student)
+        student = module_of(self.student)
         training = student is not None and student.training
         if student is not None:
             student.eval()
@@ -552,7 +556,7 @@ class Distiller(nn.Module):
         if shares is not None:
             prediction = shares.prediction * prediction
 
-        kl = hidden = attention = None
+        kl = hidden = attention = each = None
         total = self.prediction_weight * prediction
         if divergence is not None:
             assert teacher is not None and teacher.logits is not None
@@ -566,8 +570,8 @@ class Distiller(nn.Module):
                 pairs, student, teacher, whole=whole, maps=maps, shares=shares
             )
             total = total + of_layers.total
-            hidden, attention = of_layers.hidden, of_layers.attention
-        return StepLosses(total, prediction, kl, hidden, attention, pairs)
+            hidden, attention, each = of_layers.hidden, of_layers.attention, of_layers.each
+        return StepLosses(total, prediction, kl, hidden, attention, pairs, each)
 
     def _layer_losses(
         self,
@@ -585,14 +589,13 @@ class Distiller(nn.Module):
             self.hidden.remember(pairs, layers)
         unfit = any(s.refusals or t.refusals for s, t in layers)
         if not maps or (unfit and not self.attention):
-            return LayerLosses(hidden.weighed, hidden.layers, None, pairs)
+            return LayerLosses(hidden.weighed, hidden.layers, None, pairs, hidden.each)
         attention = self.attention(pairs, layers, whole, shares)
-        return LayerLosses(
-            hidden.weighed + attention.weighed, hidden.layers, attention.layers, pairs
-        )
+        total, each = hidden.weighed + attention.weighed, hidden.each + attention.each
+        return LayerLosses(total, hidden.layers, attention.layers, pairs, each)
 
 
-def _module(model: object) -> nn.Module | None:
+def module_of(model: object) -> nn.Module | None:
     """The PyTorch module of a model, if it is one."""
     inner = model.model if isinstance(model, TappedModel) else model
     return inner if isinstance(inner, nn.Module) else None

@@ -100,6 +100,10 @@ class Headroom:
             for arm, cost in zip(self._arms, self._costs, strict=True)
         ]
 
+    def told(self) -> dict[str, Any]:
+        """h of every layer, for the record of a round."""
+        return {"headroom": self.layers()}
+
     def state_dict(self) -> dict[str, Any]:
         """The best of each so far."""
         best = {name: [*values] for name, values in self._unexplained.items()}

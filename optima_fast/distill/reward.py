@@ -70,8 +70,9 @@ def prediction(before: Measurement, after: Measurement, context: Context) -> tup
     return relative_drop(before._asdict(), after._asdict(), ("prediction",), context)
 
 
-# known of every arm after every measurement, not of a round of one arm: see headroom.py
-HEADROOM = "headroom"
+# known of every arm after every measurement, not of a round of one arm: see the files of that name
+HEADROOM, COSINE = "headroom", "gradient-cosine"
+OF_EVERY_ARM = (HEADROOM, COSINE)
 REWARDS: dict[str, Reward] = {
     "drop": drop,
     "normalised": normalised,
@@ -98,12 +99,12 @@ def parse_reward(text: str) -> Reward:
     if text in REWARDS:
         return REWARDS[text]
     terms = _listed(text)
-    known = f"{', '.join((HEADROOM, *REWARDS))} or terms of {','.join(TERMS)}"
+    known = f"{', '.join((*OF_EVERY_ARM, *REWARDS))} or terms of {','.join(TERMS)}"
     if not terms:
         raise UserError(f"reward {text!r} names no term; choose {known}")
     for term in terms:
         if term not in TERMS:
-            names = TERMS if len(terms) > 1 else (HEADROOM, *REWARDS, *TERMS)
+            names = TERMS if len(terms) > 1 else (*OF_EVERY_ARM, *REWARDS, *TERMS)
             what = "term of a reward" if len(terms) > 1 else "reward"
             raise unknown(what, term, names, otherwise=f"choose {known}")
     if len(set(terms)) < len(terms):
@@ -120,7 +121,7 @@ def terms_of(text: str) -> tuple[str, ...]:
         >>> terms_of("headroom"), terms_of("kl,prediction")
         (('hidden', 'prediction'), ('kl', 'prediction'))
     """
-    if text == HEADROOM:
+    if text in OF_EVERY_ARM:
         return ("hidden", "prediction")
     return PAPER if text in ("drop", "paper", "normalised") else _listed(text)
 

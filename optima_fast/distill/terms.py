@@ -25,10 +25,12 @@ class Term(NamedTuple):
     Attributes:
         layers: ``[pairs]``, each pair's loss before its weight; 0 where it was not computed.
         weighed: the term itself: their weighted sum, or mean.
+        each: ``[pairs]``, what each pair adds to it.
     """
 
     layers: Tensor
     weighed: Tensor
+    each: Tensor
 
 
 class _LayerTerm:
@@ -83,9 +85,12 @@ class _LayerTerm:
             return total.index_add(0, owner, values)
 
         layers = by_owner(losses)
+        share = 1.0 if self.reduction == "sum" else 1.0 / count
         if isinstance(self.weights, float):
-            return Term(layers, self.weights * self.reduced(layers))
-        return Term(layers, self.reduced(by_owner(losses * on_device(weights, losses))))
+            each = self.weights * share * layers
+            return Term(layers, self.weights * self.reduced(layers), each)
+        weighted = by_owner(losses * on_device(weights, losses))
+        return Term(layers, self.reduced(weighted), share * weighted)
 
 
 class HiddenTerm(_LayerTerm):
@@ -294,7 +299,7 @@ def _check_pattern(pair: LayerPair, a: Attention, b: Attention) -> None:
 def _nothing(layers: Sequence[Matched]) -> Term:
     """No loss of any layer."""
     zeros = torch.zeros(len(layers), device=layers[0][0].hidden.device)
-    return Term(zeros, zeros.sum())
+    return Term(zeros, zeros.sum(), zeros)
 
 
 def variances(layers: Sequence[Matched]) -> Tensor:

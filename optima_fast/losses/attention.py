@@ -80,8 +80,11 @@ def attention_mse(
         recompute: keep nothing between forward and backward but the inputs: backward computes each
             layer again, one at a time. Else each layer keeps its residual ``[B, Nq, Nk]`` in the
             student's dtype and, for ``"probs"``, a log-sum-exp ``[B, H_s, Nq]`` (``triton``), or
-            the unit gradients, of the size of the student's q and k (``blockwise``). The reference
-            backend keeps what autograd keeps.
+            the unit gradients, of the size of the student's q and k (``blockwise``). A layer whose
+            residual would take more than 2 GiB keeps nothing either way; where it would take more
+            than 256 MiB and nothing is kept, backward goes through strips of queries. Beside the
+            gradients it then needs 256 MiB, and 4 bytes for each element of the student's k. The
+            reference backend keeps what autograd keeps.
 
     Returns:
         ``[L]`` float32 (float64 if an input is float64).

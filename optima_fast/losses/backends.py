@@ -15,6 +15,7 @@ from torch import Tensor
 
 from optima_fast.losses import blockwise
 from optima_fast.losses.reference import accumulator
+from optima_fast.losses.strips import Strip
 
 NAMES = ("auto", "triton", "blockwise", "reference")
 
@@ -122,11 +123,11 @@ Gradients = list[Tensor | None]  # of ``trained``; None where none was wanted
 class Backend(NamedTuple):
     """How one backend computes one loss, for all layers."""
 
-    forward: Callable[[Inputs], tuple[Tensor, list[Tensor]]]
+    forward: Callable[..., tuple[Tensor, list[Tensor]]]
     """Losses [L], and what backward needs: nothing where no gradient is wanted."""
     saved_like: Callable[[Inputs], list[Tensor]]
     """Tensors of the shapes, strides and dtypes of what ``forward`` keeps."""
-    backward: Callable[[Tensor, list[Tensor], Inputs], Gradients] | None
+    backward: Callable[..., Gradients] | None
     """From upstream gradients [L] and what was kept. None: what ``forward`` keeps are the unit
     gradients of ``trained``, to be scaled."""
     refusals: Callable[[Inputs], list[str]]
@@ -135,6 +136,8 @@ class Backend(NamedTuple):
     """Whether ``auto`` takes it where it can serve."""
     only_forward: Callable[[Inputs], set[str]] = lambda inputs: set()
     """Fields that backward does without, unless it computes again; they are not kept."""
+    strips: bool = False
+    """Whether ``forward`` and ``backward`` take a ``Strip`` of one layer too, as last argument."""
 
 
 def resolve(backends: dict[str, Backend], backend: str, inputs: Inputs) -> Backend:
@@ -311,13 +314,16 @@ def _hidden_refusals(x: HiddenInputs) -> list[str]:
     return reasons
 
 
-def _triton_attention(x: AttentionInputs) -> tuple[Tensor, list[Tensor]]:
+def _triton_attention(
+    x: AttentionInputs, strip: Strip | None = None
+) -> tuple[Tensor, list[Tensor]]:
     settings: dict[str, Any] = {
         "causal": x.causal,
         "window": x.window,
         "student_scale": x.student_scale,
         "teacher_scale": x.teacher_scale,
         "need_residual": any(x.needed),
+        "first": strip and strip.first,
     }
     if x.target == "scores":
         from optima_fast.kernels import attention_scores as scores
@@ -328,6 +334,7 @@ def _triton_attention(x: AttentionInputs) -> tuple[Tensor, list[Tensor]]:
         from optima_fast.kernels import attention_kl as kl
 
         wanted = settings.pop("need_residual")
+        del settings["first"]
         losses, *lses_of, scales = kl.attention_kl_forward(*x[:8], **settings)
         kept = _kept(x, *lses_of)
         return losses, [*kept, scales] if wanted else []
@@ -393,7 +400,9 @@ def _lses_like(x: AttentionInputs, givens: list[Tensor | None]) -> list[Tensor]:
     return [x.student_q[0].new_empty(shape, dtype=dtype) for shape in shapes]
 
 
-def _triton_attention_backward(grad: Tensor, saved: list[Tensor], x: AttentionInputs) -> Gradients:
+def _triton_attention_backward(
+    grad: Tensor, saved: list[Tensor], x: AttentionInputs, strip: Strip | None = None
+) -> Gradients:
     settings: dict[str, Any] = {
         "causal": x.causal,
         "window": x.window,
@@ -406,7 +415,9 @@ def _triton_attention_backward(grad: Tensor, saved: list[Tensor], x: AttentionIn
         from optima_fast.kernels import attention_scores as scores
 
         *residuals, scale = saved
-        first, second = scores.attention_scores_backward(*inputs, residuals, scale, **settings)
+        first, second = scores.attention_scores_backward(
+            *inputs, residuals, scale, **settings, **_of_strip(strip, scale.dtype)
+        )
         return [*first, *second]
     layers, scale = len(x.student_q), saved[-1]
     if x.target == "kl-each":
@@ -421,8 +432,18 @@ def _triton_attention_backward(grad: Tensor, saved: list[Tensor], x: AttentionIn
     from optima_fast.kernels import attention_probs as probs
 
     lses = _restored(x, saved[layers:-1], scale.dtype)
-    first, second = probs.attention_probs_backward(*inputs, saved[:layers], lses, scale, **settings)
+    first, second = probs.attention_probs_backward(
+        *inputs, saved[:layers], lses, scale, **settings, **_of_strip(strip, scale.dtype)
+    )
     return [*first, *second]
+
+
+def _of_strip(strip: Strip | None, dtype: torch.dtype) -> dict[str, Any]:
+    """What a backward is told: dK is added up, so in the dtype of sums."""
+    if strip is None:
+        return {}
+    sums = [] if strip.sums is None else [strip.sums]
+    return {"first": strip.first, "sums": sums, "dtype": dtype}
 
 
 def _attention_refusals(x: AttentionInputs) -> list[str]:
@@ -434,12 +455,13 @@ def _attention_refusals(x: AttentionInputs) -> list[str]:
     return reasons
 
 
-def _triton_indexer(x: IndexerInputs) -> tuple[Tensor, list[Tensor]]:
+def _triton_indexer(x: IndexerInputs, strip: Strip | None = None) -> tuple[Tensor, list[Tensor]]:
     from optima_fast.kernels import indexer as kernel
 
     losses, residuals, lses, scales = kernel.indexer_forward(
-        *x[:8], causal=x.causal, teacher_scale=x.teacher_scale, need_residual=any(x.needed)
-    )
+        *x[:8], causal=x.causal, teacher_scale=x.teacher_scale, need_residual=any(x.needed),
+        first=strip and strip.first,
+    )  # fmt: skip
     return losses, [*residuals, *lses, scales] if residuals else []
 
 
@@ -451,7 +473,9 @@ def _triton_indexer_saved(x: IndexerInputs) -> list[Tensor]:
     return [*residuals, *(kernel.empty_log_sums(q, scales.dtype) for q in x.q), scales]
 
 
-def _triton_indexer_backward(grad: Tensor, saved: list[Tensor], x: IndexerInputs) -> Gradients:
+def _triton_indexer_backward(
+    grad: Tensor, saved: list[Tensor], x: IndexerInputs, strip: Strip | None = None
+) -> Gradients:
     from optima_fast.kernels import indexer as kernel
 
     layers = len(x.q)
@@ -459,6 +483,7 @@ def _triton_indexer_backward(grad: Tensor, saved: list[Tensor], x: IndexerInputs
         grad, x.q, x.k, x.weight, x.query_mask, x.key_mask,
         saved[:layers], saved[layers:-1], saved[-1],
         causal=x.causal, need_q=x.need_q, need_k=x.need_k, need_weight=x.need_weight,
+        **_of_strip(strip, saved[-1].dtype),
     )  # fmt: skip
     return [g for kind in gradients for g in kind]
 
@@ -510,6 +535,7 @@ ATTENTION = {
         _attention_refusals,
         _attention_wins,
         _teacher,
+        strips=True,
     ),
 }
 INDEXER = {
@@ -521,5 +547,6 @@ INDEXER = {
         _indexer_refusals,
         _indexer_wins,
         lambda x: {"teacher_q", "teacher_k", "teacher_lse"},
+        strips=True,
     ),
 }

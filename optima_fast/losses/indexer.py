@@ -34,7 +34,8 @@ def indexer_kl(
     in nats, over the :math:`n` queries that count and see a key that counts; :math:`\bar P` is the
     mean over heads of the frozen attention's probabilities. Gradients go to the indexer's q, k and
     w. Backend ``blockwise`` works on a block of queries at a time and keeps no ``[Nq, Nk]`` tensor;
-    ``triton`` keeps one, softmax - P, in the dtype of q and where a gradient is wanted.
+    ``triton`` keeps one, softmax - P, in the dtype of q and where a gradient is wanted, up to 2 GiB
+    a layer; beyond, and with ``recompute``, see :func:`optima_fast.attention_mse`.
 
     Args:
         indexer_q: ``[B, H, Nq, d]``, or a sequence of L such: the indexer's queries.

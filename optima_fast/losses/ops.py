@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optima_fast.losses import strips
 from optima_fast.losses.backends import (
     ATTENTION,
     HIDDEN,
@@ -52,7 +53,8 @@ def _operator(
     def unpacked(arguments: tuple[Any, ...]) -> tuple[Inputs, Backend, bool]:
         *fields, backend, recompute = arguments
         inputs = kind(*fields)
-        return inputs, resolve(backends, backend, inputs), recompute
+        chosen = resolve(backends, backend, inputs)
+        return inputs, chosen, recompute or (chosen.strips and strips.too_large(inputs))
 
     def forward(*arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
         inputs, backend, recompute = unpacked(arguments)
@@ -78,8 +80,7 @@ def _operator(
             layers = len(upstream)
             for i, layer in enumerate(_layers(inputs)):
                 if any(layer.needed):
-                    _, saved = backend.forward(layer)
-                    gradients[i::layers] = _gradients(backend, upstream[i : i + 1], saved, layer)
+                    gradients[i::layers] = _again(backend, upstream[i : i + 1], layer)
             return filled(gradients, inputs)
 
     def backward_like(
@@ -185,6 +186,14 @@ def _layers(inputs: Inputs) -> Iterator[Inputs]:
     """Each layer as inputs of its own."""
     for i in range(len(inputs[0])):
         yield type(inputs)(*(x[i : i + 1] if isinstance(x, list) else x for x in inputs))
+
+
+def _again(backend: Backend, upstream: Tensor, layer: Inputs) -> Gradients:
+    """Of one layer that kept nothing."""
+    if backend.strips and strips.needed(layer):
+        return strips.gradients(backend, upstream, layer)
+    _, saved = backend.forward(layer)
+    return _gradients(backend, upstream, saved, layer)
 
 
 def _gradients(

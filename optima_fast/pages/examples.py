@@ -58,12 +58,19 @@ class Example:
 
 
 def of_task(task: Task, each: int) -> str:
-    """The part of a page with ``each`` right and as many wrong answers, or why there is none."""
+    """The part of a page with ``each`` right and as many wrong answers, or why there is none.
+
+    Raises:
+        UserError: there is none, though it was said where the data is.
+    """
     head = f"<h2>{escape(task.name)}: examples of the test split</h2>"
+    first = task.groups[0].records[0]
     try:
-        data = data_of(task.groups[0].records[0])
+        data = data_of(first)
         found, missing = ask(task, data, each)
     except UserError as error:
+        if first.run.moved is not None:
+            raise
         return head + html.paragraph(f"No examples are shown: {error}.", "quiet")
     name = _name(task.groups[0])
     rule = (

@@ -13,7 +13,7 @@ from optima_fast.bandit import GaussianThompson, Greedy
 from optima_fast.distill import arm_space, maps, matching, parse_arm, parse_reward
 from optima_fast.distill.arms import ARM_SPACES
 from optima_fast.distill.recipes import RECIPES
-from optima_fast.distill.reward import HEADROOM
+from optima_fast.distill.reward import COSINE, HEADROOM, OF_EVERY_ARM
 from optima_fast.distill.weights import by_layer
 from optima_fast.errors import UserError
 from optima_fast.losses import HIDDEN_LOSSES, QUEUED, UNPROJECTED
@@ -24,11 +24,15 @@ from optima_fast.training import policies
 
 MAX_THREADS = 1024
 
-METHODS = ("headroom", "optima", "layerwise", "random", "fixed", "kd", "finetune")
+METHODS = (
+    *("headroom", "optima", "gradient-cosine", "layerwise", "balanced", "random", "fixed", "kd"),
+    "finetune",
+)
 # where modules are chosen each round by what is measured: the method's policy and reward
 CHOICES = {
     "headroom": {"policy": Greedy.name, "reward": HEADROOM},
     "optima": {"policy": GaussianThompson.name, "reward": "drop"},
+    "gradient-cosine": {"policy": Greedy.name, "reward": COSINE},
 }
 # settings that only these methods look at
 OF_A_CHOICE = ("policy", "reward", "reward_cost", "gamma", "variance_scale", "init_rounds")
@@ -68,9 +72,10 @@ class TrainConfig:
     method: str = _field(
         "headroom",
         "which modules are distilled: headroom, those with most left to teach for their cost; "
-        "optima, those that the paper's bandit picks; layerwise, all; random, a subset drawn anew "
-        "each round; fixed, those of --arm; kd, none, only the teacher's logits; finetune, none, "
-        "without a teacher",
+        "optima, those that the paper's bandit picks; gradient-cosine, those whose gradient agrees "
+        "with the task's on a batch; layerwise, all; balanced, all, each module's loss and the "
+        "task's divided by its running mean; random, a subset drawn anew each round; fixed, those "
+        "of --arm; kd, none, only the teacher's logits; finetune, none, without a teacher",
         METHODS,
     )
     arm: str | None = _field(
@@ -84,7 +89,8 @@ class TrainConfig:
     )
     arms: str = _field(
         "modules",
-        "what is chosen among: subsets of modules, or of groups of their layers",
+        "what is chosen among: subsets of modules, single modules, or subsets of groups of their "
+        "layers",
         ARM_SPACES,
     )
     policy: str | None = _field(
@@ -93,8 +99,8 @@ class TrainConfig:
     reward: str | None = _field(
         None,
         "what --method optima rewards: drop (of KL, hidden and attention losses, Eq. 6), "
-        "normalised (every layer alike), headroom, or a list of kl,hidden,attention,prediction; "
-        "default drop",
+        "normalised (every layer alike), headroom, gradient-cosine, or a list of "
+        "kl,hidden,attention,prediction; default drop",
     )
     reward_clip: bool = _field(True, "count a loss that rose as 0, not as a negative drop")
     reward_cost: str | None = _field(
@@ -298,8 +304,10 @@ class TrainConfig:
                 "--reward headroom is per cost, or all modules would always be best: leave out "
                 "--reward-cost none"
             )
-        if self.reward not in (None, HEADROOM):
+        if self.reward not in (None, *OF_EVERY_ARM):
             parse_reward(self.reward)
+        if self.rewarded and COSINE in (self.method, self.reward):
+            self._check_cosine()
         self._check_choice()
         if self.recipe is not None and self.method == "finetune":
             raise UserError(f"--recipe {self.recipe} needs a teacher: leave --method finetune out")
@@ -373,13 +381,25 @@ class TrainConfig:
             known = policies.choices()
             if self.policy not in known:
                 raise UserError(f"--policy must be one of {', '.join(known)}, got {self.policy!r}")
-        if self.method == "headroom":
-            for name, own in CHOICES["headroom"].items():
+        if self.method in CHOICES and self.method != "optima":
+            for name, own in CHOICES[self.method].items():
                 value = getattr(self, name)
                 if value not in (None, own):
                     raise UserError(
-                        f"{flag(name)} {value} is for --method optima, not for --method headroom"
+                        f"{flag(name)} {value} is for --method optima, not for --method "
+                        f"{self.method}"
                     )
+
+    def _check_cosine(self) -> None:
+        """Refuse what gradients of single modules cannot be measured with, or not compared."""
+        for name, value, why in (
+            ("fsdp", True, "shards the gradients that it compares"),
+            ("reward_cost", "flops", "divides cosines, of which the sign counts"),
+            *(("hidden_loss", loss, "remembers every batch that it sees") for loss in QUEUED),
+        ):
+            if getattr(self, name) == value:
+                told = str(value).lower()
+                raise UserError(f"{COSINE}: {flag(name)} {told} {why}: leave one of them out")
 
     def _check_digits(self) -> None:
         """Refuse settings that the built-in data would ignore."""

@@ -412,20 +412,17 @@ def evaluate(
     Raises:
         UserError: no finished run, an unknown split, or a file that is there or cannot be written.
     """
-    run = Run(folder)
+    run = Run(folder, data)
     config = run.config()
     recorded = {name: run.summary().get(key) for name, key in _RECORDED.items()}.get(split)
     if device is not None:
         config = dataclasses.replace(config, device=device)
-    if data is not None:
-        config = _moved(run, config, data)
     further = FURTHER.get(config.task, ()) if config.data != "digits" else ()
     if split not in (*SPLITS, *further):
         raise unknown("split", split, (*SPLITS, *further))
     file = submissions.new_file(predictions, config.data) if predictions is not None else None
     where = prepare(config)
-    moved = "--data FOLDER says where it is now"
-    task = data_of(run, config, () if split in SPLITS else (split,), way_out=moved)
+    task = data_of(run, config, () if split in SPLITS else (split,))
     model = run.load_student().to(where)
     part = task.split(split)
     said = task.predict(model, part, device=where)
@@ -434,39 +431,28 @@ def evaluate(
     return run, task.metrics(part, said) if part.measurable else {}, recorded
 
 
-def data_of(
-    run: Run,
-    config: TrainConfig,
-    further: tuple[str, ...] = (),
-    *,
-    way_out: str = "put it back",
-) -> TaskData:
+def data_of(run: Run, config: TrainConfig, further: tuple[str, ...] = ()) -> TaskData:
     """The data of a finished run, read as its student knows it.
 
     Args:
         run: whose student it is for.
         config: the run's settings, with the data set where it is now.
         further: splits that training does not read.
-        way_out: what to do where the data set is not there.
 
     Raises:
         UserError: the data set is not there, or is of other answers or texts than the student's.
     """
     if config.data == "digits":
         task = load_data(config)
-    elif not is_shards(config.data) and not Path(config.data).is_dir():
-        raise UserError(f"{run.folder} was trained on {config.data}, which is not there: {way_out}")
+    elif not (run.moved or is_shards(config.data) or Path(config.data).is_dir()):
+        raise UserError(
+            f"{run.folder} was trained on {config.data}, which is not there: --data FOLDER says "
+            "where it is now"
+        )
     else:
         task = _load_folder(config, run.reading(), further)
     run.check_fits(task)
     return task
-
-
-def _moved(run: Run, config: TrainConfig, data: str | Path) -> TrainConfig:
-    """The settings with the data set where it is now."""
-    if config.data == "digits":
-        raise UserError(f"{run.folder} is a run on the built-in data: leave --data {data} out")
-    return dataclasses.replace(config, data=str(data))
 
 
 def compile_modules(

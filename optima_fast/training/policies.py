@@ -60,7 +60,9 @@ def check_options(config: TrainConfig) -> None:
     """
     assert config.policy
     known = options(config.policy)
-    whose = "--method headroom" if config.method == "headroom" else f"--policy {config.policy}"
+    whose = (
+        f"--policy {config.policy}" if config.method == "optima" else f"--method {config.method}"
+    )
     for key in OPTIONS:
         if getattr(config, key) is not None and key not in known:
             has = ", ".join(f"--{k.replace('_', '-')}" for k in OPTIONS if k in known)

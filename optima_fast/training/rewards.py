@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optima_fast.distill import Distiller, Headroom, Measurement, parse_reward
-from optima_fast.distill.arms import Arm
+from optima_fast.distill import Distiller, GradientCosine, Headroom, Measurement, parse_reward
+from optima_fast.distill.arms import ArmSpace
 from optima_fast.distill.measurement import average
-from optima_fast.distill.reward import HEADROOM, Context, terms_of
+from optima_fast.distill.reward import COSINE, HEADROOM, Context, terms_of
 from optima_fast.distill.taught import Taught
 from optima_fast.errors import UserError
 from optima_fast.tasks import Split, TaskData
@@ -65,14 +65,14 @@ class RewardMeter:
         data: the task.
         distiller: measures one batch.
         batches: indices of the training examples to measure on.
-        arms: of the bandit.
+        space: the arms of the bandit.
         costs: of each arm, which divide the reward; see
             :func:`optima_fast.training.cost.arm_costs`.
 
     Attributes:
         batches: as given.
         costs: as given.
-        headroom: what every arm can still teach, for ``--reward headroom``.
+        known: what is known of every arm, for ``--reward headroom`` and ``gradient-cosine``.
         kept_bytes: of what the teacher said of the batches, kept on the device.
     """
 
@@ -82,16 +82,19 @@ class RewardMeter:
         data: TaskData,
         distiller: Distiller,
         batches: Sequence[Tensor],
-        arms: Sequence[Arm],
+        space: ArmSpace,
         costs: Sequence[float],
     ) -> None:
         assert config.reward
         self._data, self._distiller = data, distiller
         self._reward, self._clip = None, config.reward_clip
-        self.headroom = None
+        self.known: Headroom | GradientCosine | None = None
         if config.reward == HEADROOM:
             matched = {name: len(pairs) for name, pairs in distiller.pairs.items()}
-            self.headroom = Headroom(arms, costs, matched, output=distiller.modules_matched[-1])
+            output = distiller.modules_matched[-1]
+            self.known = Headroom(space.arms, costs, matched, output=output)
+        elif config.reward == COSINE:
+            self.known = GradientCosine(distiller, space)
         else:
             self._reward = parse_reward(config.reward)
         self.batches, self.costs = tuple(batches), tuple(costs)
@@ -126,9 +129,17 @@ class RewardMeter:
         if not parts:
             raise UserError("none of the images that the reward is measured on can be read")
         measurement = average(parts)
-        if self.headroom is not None:
-            self.headroom.measured(measurement)
+        if isinstance(self.known, Headroom):
+            self.known.measured(measurement)
+        elif self.known is not None:
+            readable = [number for number in numbers if found[number] is not None]
+            batch = self._loaded(readable[self.known.turn % len(readable)]).batch
+            self.known.update(ranks.of_first(lambda: self._cosines(to_device(batch, device))))
         return measurement
+
+    def _cosines(self, batch: Batch) -> list[float]:
+        assert isinstance(self.known, GradientCosine)
+        return self.known.measure(batch, predict=self._data.loss, divergence=self._data.divergence)
 
     def part(self, number: int, device: torch.device) -> tuple[Measurement, int] | None:
         """The measurement on one of the batches, and how many examples of it could be read.
@@ -187,10 +198,10 @@ class RewardMeter:
         }
         losses, layers = measured, {name: of for name, of in found.items() if of}
         line = {"cost": self.costs[choice], "losses": losses, "layers": layers}
-        if self.headroom is not None:
-            rewards = self.headroom.rewards()
-            left = self.headroom.layers()
-            return {"reward": rewards[choice], "rewards": rewards, "headroom": left, **line}
+        if self.known is not None:
+            rewards = self.known.rewards()
+            told = {"rewards": rewards, **self.known.told()}
+            return {"reward": rewards[choice], **told, **line}
         assert self._reward is not None
         context = Context(clip=self._clip, cost=self.costs[choice])
         reward, drops = self._reward(before, after, context)

@@ -59,10 +59,16 @@ _PLACE = (
 
 
 class Run:
-    """The files of one run, below one folder."""
+    """The files of one run, below one folder.
 
-    def __init__(self, folder: str | Path) -> None:
+    Args:
+        folder: of the run.
+        data: where the data set is now, if not where the run was trained on it.
+    """
+
+    def __init__(self, folder: str | Path, data: str | Path | None = None) -> None:
         self.folder = Path(folder)
+        self.moved = data
         self.config_path = self.folder / "config.yaml"
         self.data_path = self.folder / "data.json"
         self.metrics_path = self.folder / "metrics.jsonl"
@@ -88,14 +94,22 @@ class Run:
         return self.model_path.is_file() and not self.metrics_path.is_file()
 
     def config(self) -> TrainConfig:
-        """The resolved settings the run was started with.
+        """The resolved settings the run was started with, its data where it is now.
 
         Raises:
-            UserError: there is no run, or its file is damaged.
+            UserError: there is no run, its file is damaged, or the built-in data is said to have
+                moved.
         """
         if not self.exists():
             raise UserError(f"{self.folder} holds no run (no config.yaml)")
-        return TrainConfig(**spelling.modern(read_yaml(self.config_path)))
+        config = TrainConfig(**spelling.modern(read_yaml(self.config_path)))
+        if self.moved is None:
+            return config
+        if config.data == "digits":
+            raise UserError(
+                f"{self.folder} is a run on the built-in data: leave --data {self.moved} out"
+            )
+        return dataclasses.replace(config, data=str(self.moved))
 
     def summary(self) -> dict[str, Any]:
         """What ``summary.json`` holds.

@@ -23,7 +23,7 @@ _LATER = ("best_metric", "kept_step")  # counters that older checkpoints lack
 
 def save(trainer: Trainer) -> Path:
     """Write a checkpoint of everything that the rest of the run depends on."""
-    headroom = trainer.meter.headroom if trainer.meter else None
+    known = trainer.meter.known if trainer.meter else None
     state: dict[str, Any] = {
         "format": FORMAT,
         "config": dataclasses.asdict(trainer.config),
@@ -34,7 +34,8 @@ def save(trainer: Trainer) -> Path:
         "optimizer": ranks.whole(trainer.optimizer.state_dict()),
         "bandit": trainer.policy.state_dict() if trainer.policy else None,
         "before": trainer.before._asdict() if trainer.before else None,
-        "headroom": headroom.state_dict() if headroom else None,
+        "headroom": known.state_dict() if known else None,
+        "balance": trainer.balance.state_dict() if trainer.balance else None,
         "pulls": trainer.pulls,
         "seconds": trainer.seconds,
         "metrics_size": trainer.run.metrics_size(),
@@ -81,8 +82,10 @@ def restore(trainer: Trainer, path: Path) -> None:
         for name in _LATER:
             setattr(trainer, name, state.get(name, getattr(trainer, name)))
         trainer.before = Measurement(**state["before"]) if state["before"] else None
-        if trainer.meter is not None and trainer.meter.headroom is not None:
-            trainer.meter.headroom.load_state_dict(state["headroom"])
+        if trainer.meter is not None and trainer.meter.known is not None:
+            trainer.meter.known.load_state_dict(state["headroom"])
+        if trainer.balance is not None:
+            trainer.balance.load_state_dict(state["balance"])
         trainer.run.truncate_metrics(state["metrics_size"])
     except UserError:
         raise

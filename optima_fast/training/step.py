@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from optima_fast.distill import Distiller, StepLosses
+from optima_fast.distill import Balance, Distiller, StepLosses
 from optima_fast.distill.arms import Arm
 from optima_fast.distill.shares import Extent, Shares
 from optima_fast.models.task_model import TaskModel
@@ -29,6 +29,7 @@ class Step(nn.Module):
         student: the model that learns.
         distiller: compares it with its teacher; None without one.
         cells: the first stage of a teacher's own training.
+        balance: what makes the total of the distiller's terms instead of their weights.
     """
 
     def __init__(
@@ -38,10 +39,12 @@ class Step(nn.Module):
         student: TaskModel,
         distiller: Distiller | None,
         cells: CellStage,
+        balance: Balance | None = None,
     ) -> None:
         super().__init__()
         self._config, self._data = config, data
         self.student, self.distiller, self.cells = student, distiller, cells
+        self.balance = balance
 
     def forward(
         self, step: int, batch: dict[str, Tensor], arm: Arm, shares: Shares | None
@@ -61,7 +64,8 @@ class Step(nn.Module):
         losses: StepLosses = self.distiller(
             batch, arm, predict=self._data.loss, divergence=self._divergence, shares=shares
         )
-        return losses.terms(Tensor.detach)._replace(total=losses.total)
+        total = losses.total if self.balance is None else self.balance(losses)
+        return losses.terms(Tensor.detach)._replace(total=total)
 
     def shares_of(self, batch: dict[str, Tensor]) -> Shares:
         """How much of each kind a batch on the CPU holds."""

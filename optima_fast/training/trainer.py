@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from optima_fast import bandit
 from optima_fast.distill import (
+    Balance,
     Distiller,
     Measurement,
     StepLosses,
@@ -120,7 +121,10 @@ class Trainer:
         self.cached: CachedTeacher | None = None
         self.distiller = self._make_distiller(teacher)
         self.cells = CellStage(config, data, student).to(self.device)
-        step = Step(config, data, student, self.distiller, self.cells)
+        self.balance: Balance | None = None
+        if self.distiller is not None and config.method == "balanced":
+            self.balance = Balance(self.distiller).to(self.device)
+        step = Step(config, data, student, self.distiller, self.cells, self.balance)
         self.engine = Engine(step, teacher, sharded=config.fsdp)
         self.parts = ranks.count() * config.accumulate  # of every batch
         self.optimizer = self._make_optimizer()
@@ -165,18 +169,18 @@ class Trainer:
     def _make_meter(self, teacher: TaskModel | None) -> RewardMeter | None:
         if self.distiller is None or teacher is None:
             return None
-        batches, arms = reward_batches(self.config, self.data.train), self.space.arms
-        costs = [1.0] * len(arms)
+        batches = reward_batches(self.config, self.data.train)
+        costs = [1.0] * len(self.space.arms)
         if self._rewarded and self.config.reward_cost == "flops":
             costs = arm_costs(
                 self.student.coca.config,
                 teacher.coca.config,
                 self.data,
                 self.data.train.load(batches[0]).batch,
-                arms,
+                self.space.arms,
                 **distilled(self.config, self.student, teacher),
             )
-        return RewardMeter(self.config, self.data, self.distiller, batches, arms, costs)
+        return RewardMeter(self.config, self.data, self.distiller, batches, self.space, costs)
 
     def _make_optimizer(self) -> Adafactor:
         """The head apart, at its own rate; the teacher in none of the groups."""
@@ -196,7 +200,7 @@ class Trainer:
         config = self.config
         if config.method in ("kd", "finetune"):
             return None, ()
-        if config.method == "layerwise":
+        if config.method in ("layerwise", "balanced"):
             return None, MODULES
         if config.method == "fixed":
             assert config.arm is not None
@@ -322,6 +326,8 @@ class Trainer:
                 done.append(self.engine.backward(*step, last=last, under=self._autocast()))
         losses = added(done)
         losses = losses._replace(total=ranks.summed(losses.total))
+        if self.balance is not None:
+            self.balance.update(ranks.summed(self.balance.terms(losses)))
         norm = ranks.whole(
             nn.utils.clip_grad_norm_(
                 [p for group in self.optimizer.param_groups for p in group["params"]], config.clip
@@ -425,8 +431,8 @@ class Trainer:
     def _observe(self) -> None:
         """Tell a policy that can use it what every arm is worth, where that is known."""
         assert self.meter is not None
-        if self.meter.headroom is not None and isinstance(self.policy, bandit.Greedy):
-            self.policy.observe(self.meter.headroom.rewards())
+        if self.meter.known is not None and isinstance(self.policy, bandit.Greedy):
+            self.policy.observe(self.meter.known.rewards())
 
     def _measure(self) -> Measurement:
         """The losses of the full model on the reward's examples."""
@@ -486,16 +492,19 @@ class Trainer:
                 for pair, value in zip(losses.pairs, layers.tolist(), strict=True):
                     sums[pair.module] = sums.get(pair.module, 0.0) + value
                 line[name] = sums
+        if self.balance is not None:
+            means = self.balance.means().tolist()
+            line["divided_by"] = dict(zip(self.balance.names, means, strict=True))
         self._write(line)
-        shown = {"loss": f"{line['loss']:.3f}"}
+        shown: dict[str, str | dict[str, float]] = {"loss": f"{line['loss']:.3f}"}
         if self.last_metric is not None:
             shown[self.data.metric_name] = f"{self.last_metric:.3f}"
         if self.policy is not None:
-            top = sorted(self.pulls.items(), key=lambda item: -item[1])[:2]
             rounds = max(1, sum(self.pulls.values()))
-            shown["arms"] = ", ".join(f"{n} {c / rounds:.0%}" for n, c in top if c)
+            shown["arms"] = {name: pulls / rounds for name, pulls in self.pulls.items()}
         shown["samples/s"] = f"{rate:.0f}"
-        stage.update(self.step, shown)
+        terms = ("prediction", "kl", "hidden", "attention")
+        stage.update(self.step, shown, {x: _in_words(line[x]) for x in terms if x in line})
 
     def _evaluate(self) -> None:
         self._check()
@@ -542,3 +551,10 @@ class Trainer:
         snapshot.restore(self, path)
         if self.policy is not None and self.step % self._round_steps:
             self.arm = self.space.arms[self.choice]
+
+
+def _in_words(loss: float | dict[str, float]) -> str:
+    """A term of the loss, of all modules or of each."""
+    if isinstance(loss, float):
+        return f"{loss:.3f}"
+    return "  ".join(f"{module} {value:.3f}" for module, value in loss.items())

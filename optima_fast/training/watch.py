@@ -53,7 +53,7 @@ class Watch:
         """Take a step into account, before its update; returns ``good``."""
         finite = torch.isfinite(losses.total.detach()) & torch.isfinite(norm)
         self.good = self.good & finite
-        kept = [None if x is None else x.detach() for x in losses[1:-1]]
+        kept = [None if x is None else x.detach() for x in losses[1:5]]
         self._steps.append(_Step(number, kept, losses.pairs, finite, examples))
         return self.good
 

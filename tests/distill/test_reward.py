@@ -156,12 +156,15 @@ def test_measurements_of_parts_are_averaged_by_size():
         ("kl,hiden", "unknown term of a reward 'hiden'; did you mean 'hidden'"),
         ("dorp", "did you mean 'drop'"),
         ("normalized", "did you mean 'normalised'"),
-        ("kl,drop", "unknown term of a reward 'drop'; choose headroom, drop, normalised"),
+        (
+            "kl,drop",
+            "unknown term of a reward 'drop'; choose headroom, gradient-cosine, drop, normalised",
+        ),
         ("headrom", "did you mean 'headroom'"),
         ("kl,kl", "repeats a term"),
         (
             "zzz",
-            "choose headroom, drop, normalised, prediction or terms of kl,hidden,attention,",
+            "choose headroom, gradient-cosine, drop, normalised, prediction or terms of kl,hid",
         ),
     ],
 )

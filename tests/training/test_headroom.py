@@ -91,9 +91,9 @@ def test_a_stopped_run_goes_on_exactly(tmp_path):
         with pytest.raises(Interrupted, match=f"stopped after step {at}"):
             first.fit()
         second = trainer(tmp_path / str(at), steps=12)
-        assert second.meter.headroom.state_dict() != first.meter.headroom.state_dict()
+        assert second.meter.known.state_dict() != first.meter.known.state_dict()
         second.resume(first.run.checkpoints / f"step-{at:08d}.pt")
-        assert second.meter.headroom.state_dict() == first.meter.headroom.state_dict()
+        assert second.meter.known.state_dict() == first.meter.known.state_dict()
         second.fit()
         assert rounds(second) == rounds(whole)
 

@@ -42,6 +42,8 @@ def shared(tmp_path_factory):
         patch.setattr(trainer, "arm_costs", ranks_job.costs)
         ranks_job.run(folder, "alone")
         ranks_job.fit(folder / "loop")
+        ranks_job.fit(folder / "loop-balanced", **ranks_job.BALANCED)
+        ranks_job.fit(folder / "loop-gate", **ranks_job.GATE)
     done = job(JOB, "whole", folder, 2)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
@@ -91,6 +93,19 @@ def test_processes_take_the_steps_of_one(shared, killed, name):
             assert (key in other) == (key in one)
             if key in one:
                 assert other[key] == pytest.approx(one[key], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["balanced", "gate"])
+def test_processes_balance_and_choose_as_one(shared, name):
+    alone, run = Run(shared / f"loop-{name}" / "run"), Run(shared / name / "run")
+    same(alone, run, within=2e-4)
+    lines = [[line for line in x.metrics() if "loss" in line] for x in (alone, run)]
+    for one, other in zip(*lines, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-3)
+        assert other["arm"] == one["arm"]
+        if name == "balanced":
+            assert other["divided_by"] == pytest.approx(one["divided_by"], rel=1e-3)
+    assert (len({line["arm"] for line in lines[0]}) > 2) == (name == "gate")
 
 
 def test_all_processes_end_by_the_mistake_of_one(shared):

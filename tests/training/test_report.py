@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from official import make_vqa
+from official import edit, make_coco, make_vqa
 from small_run import finetuned, small
 
 from optima_fast import report
@@ -66,10 +66,10 @@ def copied(run: Path, to: Path, **changes: Any) -> Run:
     return copy
 
 
-def made(*runs: Run, out: Path, examples: int = 0) -> str:
+def made(*runs: Run, out: Path, examples: int = 0, data: Path | None = None) -> str:
     """The page of these runs."""
-    folders = [str(run.folder) for run in runs]
-    assert report.main([*folders, f"--out={out}", f"--examples={examples}"]) == 0
+    flags = [f"--out={out}", f"--examples={examples}", *([f"--data={data}"] if data else [])]
+    assert report.main([*(str(run.folder) for run in runs), *flags]) == 0
     return out.read_text()
 
 
@@ -209,7 +209,7 @@ def test_what_is_not_at_hand_is_said_and_the_rest_is_shown(run, tmp_path):
     )
 
 
-def test_a_folder_of_data_that_is_gone_is_named(tmp_path):
+def test_a_folder_of_data_that_is_gone_is_named_and_may_have_moved(tmp_path, capsys):
     vqa_folder = tmp_path / "data"
     make_vqa(vqa_folder)
     run = finetuned(tmp_path, "vqa", vqa_folder)
@@ -220,10 +220,48 @@ def test_a_folder_of_data_that_is_gone_is_named(tmp_path):
     assert "The teacher is not asked" not in text
     vqa_folder.rename(tmp_path / "moved")
     text = made(run, out=tmp_path / "page.html", examples=1)
-    gone = f"{run.folder} was trained on {vqa_folder}, which is not there: put it back."
+    gone = f"{run.folder} was trained on {vqa_folder}, which is not there: --data FOLDER"
     assert f"No examples are shown: {gone}" in text
     assert "Arithmetic is not counted" in text
     assert "validation over arithmetic" not in text
+
+    def said(*flags: str) -> str:
+        assert report.main([str(run.folder), *flags, f"--out={tmp_path / 'page.html'}"]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        return error
+
+    text = made(run, out=tmp_path / "page.html", examples=1, data=tmp_path / "moved")
+    assert "data:image/png" in text
+    assert "validation over arithmetic" in text
+    command = re.sub(r"<[^>]*>", "", text)
+    assert f"--data={tmp_path / 'moved'}" in command
+    assert "error: no data folder 'away': give an existing folder" in said("--data=away")
+    make_coco(tmp_path / "coco")
+    assert "what is there is of --task coco" in said(f"--data={tmp_path / 'coco'}")
+    edit(
+        tmp_path / "moved" / "v2_mscoco_val2014_annotations.json",
+        lambda c: [a.update(answer="1") for a in c["annotations"][0]["answers"]],
+    )
+    assert "was measured on another test split than" in said(f"--data={tmp_path / 'moved'}")
+
+
+def test_data_that_moved_is_of_one_task_and_no_built_in_data(run, tmp_path, capsys):
+    folder = tmp_path / "data"
+    make_vqa(folder)
+    vqa = finetuned(tmp_path, "vqa", folder)
+    folder.rename(tmp_path / "moved")
+    flag = f"--data={tmp_path / 'moved'}"
+    page = tmp_path / "page.html"
+    assert "No examples are shown" in made(vqa, run, out=page, examples=1)
+    text = made(vqa, run, out=page, examples=1, data=tmp_path / "moved")
+    assert "No examples are shown" not in text
+    assert report.main([str(run.folder), flag, f"--out={page}"]) == 2
+    assert "all runs are on the built-in data: leave it out" in capsys.readouterr().err
+    coco = copied(vqa.folder, tmp_path / "coco", task="coco")
+    assert report.main([str(vqa.folder), str(coco.folder), flag, f"--out={page}"]) == 2
+    error = capsys.readouterr().err
+    assert "is of one task, and the runs on folders are of vqa, coco: report each task" in error
 
 
 EVIL = "<img src=x onerror=alert(1)>$x$&amp;"

@@ -268,7 +268,10 @@ def test_the_summary_says_what_the_rewards_were_measured_on(tmp_path):
         ({"reward_cost": "seconds"}, "--reward-cost must be one of none, flops, got 'seconds'"),
         ({"reward_split": "test"}, "--reward-split must be one of train, held-out, got 'test'"),
         ({"reward_split": "validation"}, "--reward-split must be one of train, held-out"),
-        ({"arms": "layers"}, "--arms must be one of modules, layer-groups:2, layer-groups:3, got"),
+        (
+            {"arms": "layers"},
+            "--arms must be one of modules, single-modules, layer-groups:2, layer-gro",
+        ),
     ],
 )
 def test_unknown_kinds_are_told(settings, message):

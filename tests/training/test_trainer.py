@@ -60,6 +60,7 @@ def test_optima_pulls_each_arm_t0_times_then_follows_its_bandit(tmp_path):
     ("method", "arm", "expected"),
     [
         ("layerwise", None, {"image+text+multimodal"}),
+        ("balanced", None, {"image+text+multimodal"}),
         ("fixed", "text+image", {"image+text"}),
         ("kd", None, set()),
         ("finetune", None, set()),
@@ -87,6 +88,8 @@ def test_random_takes_different_arms_and_measures_no_reward(tmp_path):
     ("method", "steps", "stops", "more"),
     [
         ("optima", 17, (5, 10), {}),  # in a round and between two; the last round is cut short
+        ("gradient-cosine", 9, (3, 4), {"init_rounds": None, "batch_size": 8}),
+        ("balanced", 6, (3,), {"kl_weight": 0.5}),
         ("kd", 6, (3,), {}),
         ("finetune", 6, (2,), {"cell_stage": 0.8}),
     ],
@@ -116,13 +119,14 @@ def test_a_stopped_run_goes_on_exactly(tmp_path, monkeypatch, method, steps, sto
         assert t.last_metric == stopped.last_metric
         assert (t.last_metric is None) == (stop < 4)
     t.fit()
-    for one, other in ((whole.student, t.student), (whole.distiller, t.distiller)):
+    kept = ("student", "distiller", "balance")
+    for one, other in ((getattr(whole, name), getattr(t, name)) for name in kept):
         if one is not None:
             for name, value in one.state_dict().items():
                 assert torch.equal(value, other.state_dict()[name]), name
     assert whole.pulls == t.pulls
     assert untimed(whole.run) == untimed(t.run)
-    assert len(rounds(t)) == (9 if method == "optima" else 0)
+    assert len(rounds(t)) == {"optima": 9, "gradient-cosine": 5}.get(method, 0)
 
 
 def test_ctrl_c_saves_and_stops_after_the_step(tmp_path, monkeypatch):
@@ -226,6 +230,7 @@ def test_what_a_step_broke_is_seen_at_the_next_line_and_no_later_step_is_taken(t
     [
         {"method": "layerwise", "attention_loss": "probs", "cross_attention": True},
         {"method": "optima", "hidden_scale": "variance", "kl_weight": 1.0},
+        {"method": "balanced"},
         {"method": "kd"},
         {"method": "finetune"},
     ],
