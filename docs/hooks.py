@@ -33,6 +33,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
 INCLUDE = re.compile(r"^<!-- include (\S+?)(?:#(\S+))?( alone)?(?: at (\d))? -->$", re.MULTILINE)
+ENTRY = re.compile(r"^::: optima_fast\.(\S+)\n(?:    options: \{(.*)\})?", re.MULTILINE)
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 
 pages: dict[str, str] = {}  # the Markdown of each page, included files in it
@@ -162,17 +163,23 @@ def names() -> str:
     for uri, text in pages.items():
         if not uri.startswith("api/"):
             continue
-        found = re.findall(r"^::: optima_fast\.(\S+)\n(?:    options: \{(.*)\})?", text, re.MULTILINE)
-        rows = [row(package, name) for name, options in found if "show_root_heading: false" not in options]
+        rows = [
+            row(package, name)
+            for name, options in ENTRY.findall(text)
+            if "show_root_heading: false" not in options
+        ]
         if rows:
             title = re.search(r"^# (.*)", text, re.MULTILINE)[1]
-            lines += [f"## [{title}]({uri.removeprefix('api/')})", "| | |\n|---|---|\n" + "\n".join(rows)]
+            lines.append(f"## [{title}]({uri.removeprefix('api/')})")
+            lines.append("\n".join(["| | |", "|---|---|", *rows]))
     return "\n\n".join(lines)
 
 
 def row(package: griffe.Module, name: str) -> str:
     found = package[name]
     found = found.final_target if found.is_alias else found
+    if found.docstring is None:
+        raise PluginError(f"{found.path} has no docstring")
     first = " ".join(found.docstring.value.split("\n\n")[0].split())
     plain = re.sub(r":\w+:`([^`]+)`", r"`\1`", first.replace("``", "`")).replace("|", "\\|")
     return f"| [`{found.name}`][{found.path}] | {plain} |"
@@ -215,7 +222,8 @@ def described(name: str, parser: argparse.ArgumentParser) -> str:
 
 
 def synopsis(parser: argparse.ArgumentParser) -> str:
-    return textwrap.dedent(" " * len("usage: ") + parser.format_usage().removeprefix("usage: ")).strip()
+    usage = parser.format_usage().removeprefix("usage: ")
+    return textwrap.dedent(" " * len("usage: ") + usage).strip()
 
 
 def prose(parser: argparse.ArgumentParser) -> str:
