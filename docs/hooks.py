@@ -34,6 +34,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parents[1]
 INCLUDE = re.compile(r"^<!-- include (\S+?)(?:#(\S+))?( alone)?(?: at (\d))? -->$", re.MULTILINE)
 ENTRY = re.compile(r"^::: optima_fast\.(\S+)\n(?:    options: \{(.*)\})?", re.MULTILINE)
+FIXED = 'fence="false" stretchy="false"'
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 
 pages: dict[str, str] = {}  # the Markdown of each page, included files in it
@@ -46,7 +47,8 @@ homes: dict[tuple[str, str], str] = {}  # the page that has a file's heading
 def formula(source: str, display: str) -> str:
     if r"\\" in source:
         source = rf"\begin{{align*}}{source}\end{{align*}}"
-    made = convert(source, display=display)
+    # a norm's bars are as high as what stands beside them, not as the exponent
+    made = convert(source, display=display).replace("<mo>&#x02016;", f"<mo {FIXED}>&#x02016;")
     if "\\" in made:
         raise PluginError(f"not understood in a formula: {source}")
     return f'<div class="formula">{made}</div>' if display == "block" else made
@@ -216,7 +218,8 @@ def described(name: str, parser: argparse.ArgumentParser) -> str:
         if not actions:
             continue
         if group.title not in ("positional arguments", "options"):
-            lines.append(f"### {group.title} {{ #{name}-{slugify(group.title, '-')} }}")
+            title = group.title[:1].upper() + group.title[1:]
+            lines.append(f"### {title} {{ #{name}-{slugify(title, '-')} }}")
         lines += [flag(name, action, parser) for action in actions]
     return "\n\n".join(lines)
 
