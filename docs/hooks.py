@@ -25,14 +25,12 @@ from unittest import mock
 
 import griffe
 from latex2mathml.converter import convert
-from markdown.extensions.toc import slugify
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from sections import INCLUDE, ROOT, section, slug
 
-ROOT = Path(__file__).resolve().parents[1]
-INCLUDE = re.compile(r"^<!-- include (\S+?)(?:#(\S+))?( alone)?(?: at (\d))? -->$", re.MULTILINE)
 ENTRY = re.compile(r"^::: optima_fast\.(\S+)\n(?:    options: \{(.*)\})?", re.MULTILINE)
 FIXED = 'fence="false" stretchy="false"'
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
@@ -75,35 +73,6 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 # -- included files --------------------------------------------------------------------------------
 
 
-def headings(text: str) -> list[tuple[int, int, str]]:
-    """Line, level and anchor of each heading of a Markdown text."""
-    found, fenced = [], False
-    for number, line in enumerate(text.splitlines()):
-        fenced ^= line.startswith("```")
-        if not fenced and (match := re.match(r"(#+) (.*)", line)):
-            plain = re.sub(r"\[([^]]*)\]\([^)]*\)|`", r"\1", match[2])
-            found.append((number, len(match[1]), slugify(plain, "-")))
-    return found
-
-
-def section(file: str, anchor: str | None, alone: bool, level: int | None) -> tuple[str, set[str]]:
-    """A file's section as Markdown, and the anchors in it."""
-    text = (ROOT / file).read_text(encoding="utf-8")
-    lines, heads = text.splitlines(), headings(text)
-    begin, end = 0, len(lines)
-    if anchor is not None:
-        at = next((i for i, head in enumerate(heads) if head[2] == anchor), None)
-        if at is None:
-            raise PluginError(f"{file} has no heading #{anchor}")
-        begin, own, _ = heads[at]
-        end = next((line for line, other, _ in heads[at + 1 :] if alone or other <= own), end)
-    heads = [head for head in heads if begin <= head[0] < end]
-    if level is not None:
-        for line, own, _ in heads:
-            lines[line] = "#" * (own + level - heads[0][1]) + lines[line][own:]
-    return "\n".join(lines[begin:end]), {anchor for _, _, anchor in heads}
-
-
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     pages.clear(), homes.clear()
     parts: dict[str, list[tuple[str, str]]] = {}
@@ -111,8 +80,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         text = Path(file.abs_src_path).read_text(encoding="utf-8")
         found = []
         for match in INCLUDE.finditer(text):
-            name, anchor, alone, level = match.groups()
-            body, anchors = section(name, anchor, bool(alone), int(level) if level else None)
+            name, anchor, *_ = match.groups()
+            try:
+                body, anchors = section(*match.groups())
+            except ValueError as reason:
+                raise PluginError(f"{file.src_uri}: {reason}") from None
             homes.update({(name, each): file.src_uri for each in anchors})
             if anchor is None:
                 homes[name, ""] = file.src_uri
@@ -219,7 +191,7 @@ def described(name: str, parser: argparse.ArgumentParser) -> str:
             continue
         if group.title not in ("positional arguments", "options"):
             title = group.title[:1].upper() + group.title[1:]
-            lines.append(f"### {title} {{ #{name}-{slugify(title, '-')} }}")
+            lines.append(f"### {title} {{ #{name}-{slug(title)} }}")
         lines += [flag(name, action, parser) for action in actions]
     return "\n\n".join(lines)
 
