@@ -160,8 +160,8 @@ class TrainConfig:
     )
     augment: str | None = _field(
         None,
-        "RandAugment of training images: none (or off), or LAYERS,MAGNITUDE, which for "
-        "folders of vqa and snli_ve is 1,10 by default",
+        "RandAugment of training images: none (or off), or LAYERS,MAGNITUDE; it is "
+        "1,10 on folders of vqa and snli_ve unless you say otherwise",
     )
     image_errors: str = _field(
         "fail",
