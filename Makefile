@@ -5,12 +5,13 @@ CONSTRAINTS ?= constraints.txt
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
+DOCS_STAMP := $(VENV)/.installed-docs
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.h)
 # modules are compiled when they are first imported, not all of them now: half the time
 INSTALL := $(RUN) -m pip install --disable-pip-version-check --quiet --no-compile -c $(CONSTRAINTS)
 
 .PHONY: demo test test-all lint bench bench-compare gpu resources launches mutants \
-	sanitize dist hub clean
+	sanitize docs dist hub clean
 
 demo: $(DEMO_STAMP)  ## two students side by side, then DEMO="--seed 2"
 	$(RUN) -m optima_fast.demo $(DEMO)
@@ -60,6 +61,9 @@ mutants: $(STAMP)  ## planted faults, each of which a test must catch
 sanitize: $(STAMP)  ## the bandit's tests on an extension built with ASan and UBSan
 	PYTHON=$(abspath $(RUN)) sh csrc/sanitize.sh
 
+docs: $(DOCS_STAMP)  ## the site, in build/site; any warning is an error
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build -f docs/mkdocs.yml
+
 dist: $(STAMP)  ## sdist and wheel
 	$(RUN) -m build
 
@@ -72,6 +76,10 @@ clean:
 $(DEMO_STAMP): $(SOURCES)  # what the demo needs, a third of what the tests do
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) -e '.[train]'
+	touch $@
+
+$(DOCS_STAMP): $(DEMO_STAMP) docs/requirements.txt
+	$(INSTALL) -r docs/requirements.txt
 	touch $@
 
 $(STAMP): $(SOURCES)

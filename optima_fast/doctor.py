@@ -1,7 +1,7 @@
-"""``python -m optima_fast.doctor``: versions and what works on this machine, for a bug report.
+"""``python -m optima_fast.doctor``: print versions and what works here, for a bug report.
 
-With ``--task T --data FOLDER`` it looks at a data set instead, before anything trains: what is
-there of each split, what is missing, and where to download it.
+With --task and --data it checks a data set instead: what is there of each split, what is missing,
+and where to download it.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def _main(argv: Sequence[str] | None) -> int:
         metavar="SM",
         type=int,
         nargs="*",
-        help="compile the Triton kernels now, for the GPUs that are there or for such as 80 90, "
-        "so that no run has to",
+        help="compile the Triton kernels now, so that no run has to: for the GPUs of this machine, "
+        "or for architectures that you name, such as 80 90",
     )
     arguments = parser.parse_args(argv)
     if arguments.warm is not None:

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from optima_fast.errors import UserError
 
@@ -19,6 +19,10 @@ OF_EXPORT = ("onnx", "onnxruntime", "onnxscript")
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are :class:`UserError`, one line without the usage."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.description = (self.description or "")[:1].upper() + (self.description or "")[1:]
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help lists what there is")

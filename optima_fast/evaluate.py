@@ -1,7 +1,8 @@
-"""``python -m optima_fast.evaluate RUN``: measure a run's saved student again, write predictions.
+"""``python -m optima_fast.evaluate RUN``: measure the saved student of a run again.
 
-Predictions are written as the data set's own evaluation takes them: VQA's JSON for the server,
-NLVR2's CSV, COCO's JSON of results, JSON lines of pairs and labels for SNLI-VE.
+With --predictions it also writes the student's answers, in the format that the data set's own
+evaluation takes: JSON for VQA's server, CSV for NLVR2, JSON results for COCO, JSON lines of pairs
+and labels for SNLI-VE.
 """
 
 from __future__ import annotations
@@ -26,15 +27,18 @@ def _main(argv: Sequence[str] | None) -> int:
     )
     parser.add_argument("run", metavar="RUN", help="a run folder")
     parser.add_argument(
-        "--data", metavar="FOLDER", help="where the data set is now, if not where the run had it"
+        "--data", metavar="FOLDER", help="where the data set is now, if it has moved since the run"
     )
-    parser.add_argument("--device", default=None, help="auto, cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--device", default=None, help="auto, cpu, cuda or cuda:N; default the run's"
+    )
     parser.add_argument(
         "--split",
         default="test",
-        help="train, validation, test (default); of VQA v2 also test-dev, test-std; of NLVR2 test2",
+        help="train, validation or test (default); for VQA v2 also test-dev and test-std, for "
+        "NLVR2 also test2",
     )
-    parser.add_argument("--predictions", metavar="FILE", help="write predictions to a new file")
+    parser.add_argument("--predictions", metavar="FILE", help="write the answers to this new file")
     arguments = parser.parse_args(argv)
     run, metrics, recorded = experiment.evaluate(
         arguments.run,

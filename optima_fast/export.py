@@ -1,13 +1,13 @@
-"""``python -m optima_fast.export RUN --to FORMAT``: take a run's student away.
+"""``python -m optima_fast.export RUN --to FORMAT``: write a run's student in another format.
 
-Each format is a folder. What was written is read again and compared with the student before the
-folder gets its name. A README.md in it, the model card, is written from the run.
+Each format is a folder. What was written is read back and compared with the student before the
+folder gets its name. Its README.md, the model card, is written from the run.
 
-open_clip     open_clip_config.json and open_clip_model.safetensors, for open_clip and for
-              --teacher and --student-init here; without the task's head, as open_clip has none
-safetensors   the student and what describes it, a run folder without its checkpoints
-torch-export  the same with the student as a program, student.pt2, for torch.export.load
-onnx          the same with student.onnx, for onnxruntime (the extra [export])
+open_clip     open_clip_config.json and open_clip_model.safetensors, for open_clip, and for
+              --teacher and --student-init here; without the task's head, which open_clip lacks
+safetensors   the student and its description: a run folder without checkpoints
+torch-export  the same, with the student as a program, student.pt2, for torch.export.load
+onnx          the same, with student.onnx, for onnxruntime (needs the extra [export])
 """
 
 from __future__ import annotations
@@ -56,19 +56,23 @@ def _main(argv: Sequence[str] | None) -> int:
     parser.add_argument(
         "source",
         metavar="RUN",
-        help="a run folder; for open_clip also a checkpoint's file, folder or hf-hub: name",
+        help="a run folder; for open_clip also a checkpoint: a file, a folder or an hf-hub: name",
     )
     parser.add_argument("--to", metavar="FORMAT", required=True, help=", ".join(FORMATS))
     parser.add_argument(
-        "--out", metavar="FOLDER", type=Path, help="new or empty; default RUN-FORMAT"
+        "--out", metavar="FOLDER", type=Path, help="a new or empty folder; default RUN-FORMAT"
     )
     parser.add_argument(
-        "--licence", default="unknown", help="of the weights, for the card, such as apache-2.0"
+        "--licence",
+        default="unknown",
+        help="licence of the weights for the model card, such as apache-2.0",
     )
     parser.add_argument(
-        "--push-to-hub", metavar="ORG/NAME", help="upload the folder to the Hugging Face hub too"
+        "--push-to-hub", metavar="ORG/NAME", help="also upload the folder to the Hugging Face hub"
     )
-    parser.add_argument("--private", action="store_true", help="a new repository is private")
+    parser.add_argument(
+        "--private", action="store_true", help="make a new repository on the hub private"
+    )
     arguments = parser.parse_args(argv)
     if arguments.private and not arguments.push_to_hub:
         parser.error("--private goes with --push-to-hub ORG/NAME")

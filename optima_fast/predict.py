@@ -1,8 +1,8 @@
-"""``python -m optima_fast.predict MODEL --image F --text "..."``: ask a run's student.
+"""``python -m optima_fast.predict MODEL --image F --text "..."``: ask a run's student about images.
 
-MODEL is a run folder, or one that optima_fast.export wrote. Each answer, or caption, is printed
-with its probability. Several images and texts go together in order; one text is asked of each
-image, one image (NLVR2: two, left and right) is shown with each text.
+MODEL is a run folder, or a folder that optima_fast.export wrote. Each answer or caption is printed
+with its probability. Give as many texts as images, and they are paired in order; or give one text
+for all images, or one image (for NLVR2 two: left, right) for all texts.
 """
 
 from __future__ import annotations
@@ -32,22 +32,25 @@ def _main(argv: Sequence[str] | None) -> int:
     parser = Parser(
         prog="python -m optima_fast.predict", description=(__doc__ or "").partition(": ")[2]
     )
-    parser.add_argument("model", metavar="MODEL", help="a run folder or an exported one")
-    parser.add_argument("--image", metavar="FILE", action="append", default=[], help="repeatable")
+    parser.add_argument("model", metavar="MODEL", help="a run folder, or an exported one")
+    parser.add_argument(
+        "--image", metavar="FILE", action="append", default=[], help="may be repeated"
+    )
     parser.add_argument(
         "--text",
         action="append",
         default=[],
-        help="a question or statement, repeatable; none for captions",
+        help="a question or statement; may be repeated; leave it out for captions",
     )
     parser.add_argument(
         "--list",
         metavar="FILE.jsonl",
         type=Path,
-        help='instead of these: a line a question, {"image": "a.png", "text": "..."}, two images '
-        'as ["left.png", "right.png"], from the folder of the list; other keys stay for --json',
+        help="instead of --image and --text, a file with one question a line: "
+        '{"image": "a.png", "text": "..."}, or two images as ["left.png", "right.png"]; paths '
+        "start at the file's folder; --json prints other keys back",
     )
-    parser.add_argument("--json", action="store_true", help="print a JSON object a line")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
     arguments = parser.parse_args(argv)
     if bool(arguments.image) == (arguments.list is not None):

@@ -1,9 +1,9 @@
-"""``python -m optima_fast.report RUN...``: compare runs, and write a page of them all.
+"""``python -m optima_fast.report RUN...``: compare runs in one HTML page.
 
-Prints one line a run and each arm's rewards, and writes one HTML file that holds everything itself:
-results, test examples with the models' answers, losses, learning rate, validation over steps,
-arithmetic and seconds, which arm was chosen in each round and what it earned. Runs that differ in
-their seed alone are shown as their median.
+It prints one line for each run, and the rewards of each arm. The page is one file that needs no
+network. It shows results, test examples with the models' answers, losses, learning rate, validation
+over steps, arithmetic and seconds, which arm was chosen in each round, and what that arm earned.
+Runs that differ only in their seed are shown as their median.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ def _main(argv: Sequence[str] | None) -> int:
         "--out",
         type=Path,
         metavar="FILE.html",
-        help="the page; default report.html in the run's folder, or in the one that holds all runs",
+        help="where the page goes; default report.html in the folder of the run, or of all runs",
     )
     parser.add_argument(
         "--examples",
         type=_count,
         default=EXAMPLES,
         metavar="N",
-        help="of the test split, N answered rightly and N wrongly; 0 for none; default %(default)s",
+        help="show N right and N wrong answers of the test split; default %(default)s",
     )
     parser.add_argument(
         "--data",

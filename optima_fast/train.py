@@ -1,7 +1,7 @@
-"""``python -m optima_fast.train``: distil a student and say what came of it.
+"""``python -m optima_fast.train``: distil a student, measure it, and print the results.
 
-Without arguments it runs the built-in task end to end. ``--help`` lists every setting; each is a
-flag and, in the file given with ``--config``, a YAML key.
+Without arguments it runs the built-in task from start to end. Each setting below is a flag, and
+also a key of the YAML file that --config names.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ def _main(argv: Sequence[str] | None) -> int:
     from optima_fast.training.flags import parse
     from optima_fast.training.interrupts import Interrupted
 
+    description = (__doc__ or "").partition(": ")[2]
     with ranks.said_once():
-        given = parse(argv, prog="python -m optima_fast.train", description=__doc__ or "")
+        given = parse(argv, prog="python -m optima_fast.train", description=description)
         display, dry = Display(quiet=ranks.speechless()), given.pop("dry_run", False)
         config = experiment.settings(given)
         first = stages.first(config)

@@ -25,8 +25,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 LIST = Path(__file__).with_suffix(".toml")
 COPIED = (
-    "optima_fast", "kernels", "tests", "bench", "examples", "pyproject.toml", "LICENSE",
-    "README.md",
+    "optima_fast", "kernels", "tests", "bench", "examples", "docs", "configs", "pyproject.toml",
+    "LICENSE", "README.md", "CONTRIBUTING.md", "CHANGELOG.md",
 )  # fmt: skip
 SECONDS = 600  # a fault that makes the tests hang is caught too
 PASSED, FAILED = 0, 1  # pytest's exit codes; the others mean that it could not run the tests

@@ -1,13 +1,14 @@
 """``python -m optima_fast.bandit replay RUN...``: compare policies on recorded rewards.
 
-Not a run: rewards of distillation depend on the round and on what was trained before. Two
-estimates, each biased in its own way:
-  rejection  the recorded rounds in which a policy would have pulled the recorded arm (Li et al.,
-             2011); unbiased only if the arms were recorded uniformly at random (--policy random)
-             and rewards do not change with the round or with earlier pulls
-  world      every round, with rewards drawn from the nearest recorded ones of the arm pulled;
-             follows drift, but biased: what was pulled before changes nothing, and the luck of one
-             recording is taken for the truth
+This trains nothing. It estimates what other policies would have earned, although rewards of
+distillation depend on the round and on what was trained before. It makes two estimates, each
+biased in its own way:
+  rejection  uses the recorded rounds in which a policy would have pulled the recorded arm (Li et
+             al., 2011); unbiased only if the arms were recorded uniformly at random (--policy
+             random) and rewards do not change with the round or with earlier pulls
+  world      uses every round, with rewards drawn from the nearest recorded ones of the arm pulled;
+             it follows drift, but is biased: earlier pulls change nothing, and the luck of one
+             recording counts as the truth
 """
 
 from __future__ import annotations
@@ -44,19 +45,24 @@ def _main(argv: Sequence[str] | None) -> int:
     )
     command = parser.add_subparsers(dest="command", required=True, metavar="replay").add_parser(
         "replay",
-        help="compare policies on the recorded rewards of runs",
+        help="compare policies on the rewards that runs recorded",
         description=(__doc__ or "").partition(": ")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_argument("runs", metavar="RUN", nargs="+", help="run folders with rewards")
+    command.add_argument("runs", metavar="RUN", nargs="+", help="run folders that have rewards")
     command.add_argument("--policies", default="all", help="all (default), or a list such as a,b")
     command.add_argument("--seed", type=int, default=0, help="the first seed (default 0)")
     command.add_argument("--repeats", type=int, default=20, help="number of seeds (default 20)")
     command.add_argument(
-        "--init-rounds", type=int, help="pulls of each arm first, for policies that have it"
+        "--init-rounds",
+        type=int,
+        help="pulls of each arm before the policy chooses, for policies that have this",
     )
     command.add_argument(
-        "--least", type=int, default=3, help="recorded rounds that each arm needs (default 3)"
+        "--least",
+        type=int,
+        default=3,
+        help="how many recorded rounds each arm must have (default 3)",
     )
     command.add_argument("--json", action="store_true", help="print JSON instead of tables")
     given = parser.parse_args(argv)

@@ -18,14 +18,17 @@ extension: Any = None
 try:
     from optima_fast import _bandit
 except ImportError:
-    BACKEND = "python"
+    pass
 else:
     if _bandit.ABI != _ABI:
         raise ImportError(
             f"optima_fast._bandit must have ABI {_ABI}, got {_bandit.ABI}: reinstall optima-fast, "
             f"or delete {_bandit.__file__}"
         )
-    BACKEND, extension = "c++", _bandit
+    extension = _bandit
+
+BACKEND = "python" if extension is None else "c++"
+"""What computes the policies: ``"c++"``, or ``"python"`` where the extension was not built."""
 
 State = dict[str, Any]
 

@@ -59,7 +59,7 @@ class StructuredUcb(Policy):
 
     Args:
         arms: K, or a sequence of K arms, of which only the length is used.
-        features: 0/1 matrix [K][c] of at most 12 units, or a string of 0 and 1 for each arm.
+        features: 0/1 matrix ``[K, c]`` of at most 12 units, or a string of 0 and 1 for each arm.
             Default: for :math:`K = 2^c - 1` arms the sets of c units in the order of
             ``optima_fast.distill.arms``: by size, then by the position of the members. For other
             numbers of arms, or more units, none: :math:`\theta` is left out, and :math:`o_k` has

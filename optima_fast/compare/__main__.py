@@ -1,11 +1,11 @@
-"""``python -m optima_fast.compare``: methods on tasks and seeds, and a table of what came of them.
+"""``python -m optima_fast.compare``: compare methods on tasks and seeds, in a table.
 
-Each run is ``python -m optima_fast.train`` in a process and a folder of its own, with the flags of
-the trainer that are given here. An entry of --methods is a method and settings of its own, each
-after a colon: optima:gamma=0.9:round-steps=20; fixed:image is short for fixed:arm=image. An entry
-FILE.yaml is a file of settings, as --config takes it, and the file's name is its label. The first
-run of a task trains its teacher, which the other runs wait for and share. Ctrl-C saves all runs
-that are being made; the same command goes on, and does no finished run again.
+Each run is optima_fast.train in a process and a folder of its own. Flags of the trainer that are
+given here hold for all runs. An entry of --methods is a method, with settings of its own after
+colons: optima:gamma=0.9:round-steps=20. fixed:image is short for fixed:arm=image. An entry
+FILE.yaml is a file of settings, as --config takes it, and is labelled by the file's name. The first
+run of a task trains the teacher; the other runs wait for it and share it. Ctrl-C saves the runs in
+progress; the same command goes on, and repeats no finished run.
 """
 
 from __future__ import annotations
@@ -77,10 +77,16 @@ def _parser() -> Parser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--task", default="vqa", metavar="TASK,...", help="the tasks; default %(default)s"
+        "--task",
+        default="vqa",
+        metavar="TASK,...",
+        help="the tasks, separated by commas; default %(default)s",
     )
     parser.add_argument(
-        "--methods", default=METHODS, metavar="ENTRY,...", help="default %(default)s"
+        "--methods",
+        default=METHODS,
+        metavar="ENTRY,...",
+        help="the methods to compare; default %(default)s",
     )
     parser.add_argument(
         "--seeds", type=_whole, default=3, metavar="N", help="seeds 0 to N - 1; default %(default)s"
@@ -88,26 +94,29 @@ def _parser() -> Parser:
     parser.add_argument(
         "--baseline",
         metavar="ENTRY",
-        help="what the others are compared with; default layerwise, else the first",
+        help="the method that the others are compared with; default layerwise, else the first one",
     )
     parser.add_argument(
         "--teacher-per-seed",
         action="store_true",
-        help="seed S learns from a teacher of seed S, so that the standard errors hold the "
-        "teachers' draw too; by default all seeds of a task share one teacher",
+        help="the student of seed S learns from a teacher of seed S, so that the standard errors "
+        "include the teachers; by default all seeds of a task share one teacher",
     )
     parser.add_argument(
         "--out",
         type=Path,
         default=Path("runs/compare"),
         metavar="FOLDER",
-        help="of all runs and the tables; default %(default)s",
+        help="the folder of all runs and tables; default %(default)s",
     )
     parser.add_argument(
-        "--jobs", type=_whole, metavar="N", help="runs at a time; default one a core, or one a GPU"
+        "--jobs",
+        type=_whole,
+        metavar="N",
+        help="runs at a time; default one per core, or one per GPU",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="list the runs with their commands, and stop"
+        "--dry-run", action="store_true", help="list the runs and their commands, and stop"
     )
     return parser
 

@@ -1,9 +1,9 @@
-"""``python -m optima_fast.demo``: two students of one teacher side by side, and what came of it.
+"""``python -m optima_fast.demo``: distil two students from one teacher and compare them.
 
-Both learn a task on canvases of handwritten digits, on the CPU: one distils the modules with most
-left to teach for their cost, the other all of them. At the end it prints both results, what may be
-concluded from them, and four examples, and writes a page of it. Ctrl-C saves; the same command goes
-on. A demo that is finished is shown again.
+Both students learn a task on images of handwritten digits, on the CPU. One distils the modules with
+most left to teach for their cost, the other distils all modules. At the end the demo prints both
+results, what may be concluded from them, and four examples, and writes them to an HTML page. Ctrl-C
+saves, and the same command goes on. A finished demo is shown again.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ def _main(argv: Sequence[str] | None) -> int:
         "--seed", type=_whole, default=usual.seed, metavar="N", help="default %(default)s"
     )
     parser.add_argument(
-        "--steps", type=_whole, metavar="N", help="of each student; default the trainer's, 1000"
+        "--steps", type=_whole, metavar="N", help="steps of each student; default 1000"
     )
     parser.add_argument(
         "--teacher-steps",
         type=_whole,
         metavar="N",
-        help="train a teacher for N steps, also where one comes with the package",
+        help="train a teacher for N steps, even where the package has one",
     )
     parser.add_argument(
         "--out",
         type=Path,
         metavar="FOLDER",
-        help="default below runs/, by task and seed",
+        help="the folder of both runs; default one below runs/, named by task and seed",
     )
     parser.add_argument(
-        "--open", action="store_true", help="show the page in a browser, where there is a screen"
+        "--open", action="store_true", help="open the page in a browser, if there is a screen"
     )
     given = parser.parse_args(argv)
     settings = Settings(given.task, given.seed, given.steps, given.teacher_steps)

@@ -79,7 +79,7 @@ def make(task: str, to: Path, **settings: Any) -> Path:
     Args:
         task: what it answers.
         to: a folder for the two files.
-        settings: of :class:`TrainConfig`, over the defaults.
+        settings: of :class:`optima_fast.training.TrainConfig`, over the defaults.
 
     Raises:
         UserError: as a run of these settings.

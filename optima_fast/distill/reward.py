@@ -78,6 +78,7 @@ REWARDS: dict[str, Reward] = {
     "normalised": normalised,
     "prediction": prediction,
 }
+"""Rewards of a round of one arm, by name; :func:`parse_reward` also takes terms."""
 
 
 def parse_reward(text: str) -> Reward:

@@ -32,8 +32,7 @@ def greedy(
         max_length: Most tokens of a caption, ``bos_id`` and ``eos_id`` included.
 
     Returns:
-        ``[I, n]`` int64, n at most ``max_length``: ``bos_id``, the caption, ``eos_id`` if it came
-        in time, then padding.
+        ``[I, n]`` int64 of ``bos_id``, the caption, ``eos_id`` if it came in time, then padding.
     """
     if not 1 <= max_length <= model.longest:
         raise ValueError(

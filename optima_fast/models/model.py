@@ -21,9 +21,13 @@ from optima_fast.models.layers import LayerTap, Pooler
 from optima_fast.models.towers import ImageEncoder, MultimodalDecoder, TextDecoder
 
 MODULES = ("image", "text", "multimodal")
+"""The modules of a CoCa, in the order in which they run."""
+
 # whether a token of each module sees only those before it
 CAUSAL = {"image": False, "text": True, "multimodal": True}
+
 TapRequest = Mapping[str, Sequence[int]]
+"""The layers whose records a forward pass gives: numbers by module, 0 is the first layer."""
 
 
 class CoCaOutput(NamedTuple):

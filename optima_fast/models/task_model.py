@@ -17,6 +17,7 @@ from optima_fast.models.model import CAUSAL, MODULES, CoCa, CoCaOutput, TapReque
 from optima_fast.taps.records import Layer
 
 HEADS = ("classification", "pair", "caption")
+"""The heads that :func:`build` puts on a CoCa."""
 
 
 class TaskOutput(NamedTuple):

@@ -15,6 +15,7 @@ from optima_fast.tasks.text import Vocabulary
 __all__ = ["TASKS", "Split", "TaskData", "Vocabulary", "check", "load"]
 
 TASKS = ("vqa", "snli_ve", "nlvr2", "coco")
+"""The tasks that `load` knows."""
 
 
 def load(task: str, data: str = "digits", *, seed: int = 0, **options: Any) -> TaskData:

@@ -72,25 +72,29 @@ class TrainConfig:
     method: str = _field(
         "headroom",
         "which modules are distilled: headroom, those with most left to teach for their cost; "
-        "optima, the choice of the paper's bandit; gradient-cosine, those whose gradient agrees "
+        "optima, those that the paper's bandit picks; gradient-cosine, those whose gradient agrees "
         "with the task's on a batch; layerwise, all; balanced, all, each module's loss and the "
-        "task's divided by its running mean; random; fixed, those of --arm; kd and finetune, none",
+        "task's divided by its running mean; random, a subset drawn anew each round; fixed, those "
+        "of --arm; kd, none, only the teacher's logits; finetune, none, without a teacher",
         METHODS,
     )
-    arm: str | None = _field(None, "for --method fixed, such as image+text or image[1-3]")
+    arm: str | None = _field(
+        None, "the modules of --method fixed, such as image+text or image[1-3]"
+    )
     recipe: str | None = _field(
         None,
-        "the losses of another system, layerwise unless --method is given; other settings beside "
-        "it override it; optima_fast.doctor describes each",
+        "use the losses of another system, on all modules unless --method says otherwise; a "
+        "setting given as well overrides the recipe's; optima_fast.doctor describes each",
         tuple(RECIPES),
     )
     arms: str = _field(
         "modules",
-        "subsets of modules, one module, or subsets of groups of their layers",
+        "what is chosen among: subsets of modules, single modules, or subsets of groups of their "
+        "layers",
         ARM_SPACES,
     )
     policy: str | None = _field(
-        None, f"bandit of --method optima: {', '.join(policies.choices())}; default thompson"
+        None, f"the bandit of --method optima: {', '.join(policies.choices())}; default thompson"
     )
     reward: str | None = _field(
         None,
@@ -101,154 +105,189 @@ class TrainConfig:
     reward_clip: bool = _field(True, "count a loss that rose as 0, not as a negative drop")
     reward_cost: str | None = _field(
         None,
-        "divide the reward by the arm's cost; default flops for headroom, else none",
+        "flops divides the reward by the arm's arithmetic; default flops for headroom, else none",
         ("none", "flops"),
     )
     reward_split: str = _field(
-        "train", "where its examples are from: held-out ones are not trained on", REWARD_SPLITS
+        "train",
+        "where the reward's examples come from; held-out ones are not trained on",
+        REWARD_SPLITS,
     )
 
     teacher: str | None = _field(
-        None, "a preset or checkpoint (hf-hub:ORG/NAME, trained on the task first), or a run folder"
+        None,
+        "a preset or a checkpoint such as hf-hub:ORG/NAME, which is trained on the task first, or "
+        "a run folder, whose student teaches",
     )
-    student: str | None = _field(None, "a preset, or a checkpoint or run folder to go on with")
+    student: str | None = _field(None, "a preset, or a checkpoint or run folder to train further")
     stages: str | None = _field(
-        None, "students, one after the other, each the next one's teacher: coca_tiny12,coca_tiny6"
+        None,
+        "distil in stages: a list of students, each of which teaches the next, such as "
+        "coca_tiny12,coca_tiny6",
     )
-    student_init: str | None = _field(None, "teacher, random, a checkpoint or a run folder")
+    student_init: str | None = _field(
+        None, "where the student's weights start: teacher, random, a checkpoint or a run folder"
+    )
     tokenizer: str | None = _field(
         None,
-        "clip, sentencepiece, words or a FILE.model; default the teacher's or checkpoint's "
-        "own, else sentencepiece; the digits have words",
+        "clip, sentencepiece, words or a FILE.model; default that of the teacher or checkpoint, "
+        "else sentencepiece; on digits words",
     )
     image_size: int | None = _field(None, "side of an image in pixels; default the teacher's")
     dropout: float = _field(0.0, "dropout before the task's classifier")
 
-    steps: int | None = _field(None, "optimizer steps in all")
-    round_steps: int | None = _field(None, "P, steps per round of the bandit")
-    init_rounds: int | None = _field(None, "T0, rounds per arm before the bandit chooses")
-    gamma: float | None = _field(None, "what a round keeps of the bandit's memory")
-    variance_scale: float | None = _field(None, "factor on the bandit's sampling variance")
-    reward_examples: int | None = _field(None, "training examples the reward is measured on")
+    steps: int | None = _field(None, "number of optimizer steps")
+    round_steps: int | None = _field(None, "P, steps of a round; each round chooses modules anew")
+    init_rounds: int | None = _field(None, "T0, pulls of each arm before the bandit chooses")
+    gamma: float | None = _field(None, "the share of the bandit's memory that a round keeps")
+    variance_scale: float | None = _field(
+        None, "a factor on the variance that the bandit samples with"
+    )
+    reward_examples: int | None = _field(None, "how many examples the reward is measured on")
     reward_memory: float = _field(
         2.0,
-        "GiB of the device for what the teacher says of them; where it is not enough, the teacher "
-        "runs again in every round",
+        "GiB of device memory for the teacher's outputs on these examples; where that is too "
+        "little, the teacher runs again in every round",
     )
 
-    train_images: int | None = _field(None, "digits: training canvases; a tenth more to test on")
+    train_images: int | None = _field(
+        None, "digits: how many training images to draw; a tenth as many are drawn to test on"
+    )
     extra_images: str | None = _field(
         None,
-        "coco: a folder of images without captions, which the teacher captions once, greedily, "
-        "to train on too",
+        "coco: a folder of further images without captions; the teacher captions them once, "
+        "greedily, and the student trains on them too",
     )
     augment: str | None = _field(
         None,
-        "RandAugment of training images: none (or off), or LAYERS,MAGNITUDE; default 1,10 for "
-        "folders of vqa and snli_ve, else none",
+        "RandAugment of training images: none (or off), or LAYERS,MAGNITUDE; it is "
+        "1,10 on folders of vqa and snli_ve unless you say otherwise",
     )
     image_errors: str = _field(
-        "fail", "at an image that cannot be read: fail, or skip what shows it", ("fail", "skip")
+        "fail",
+        "what to do about an image that cannot be read: fail, or skip its examples",
+        ("fail", "skip"),
     )
-    batch_size: int | None = _field(None, "images (nlvr2: sentences) per step")
+    batch_size: int | None = _field(
+        None, "images (nlvr2: sentences) in a step, of all processes together"
+    )
     lr: float | None = _field(None, "peak learning rate")
-    head_lr: float | None = _field(None, "peak learning rate of the task head; default --lr")
+    head_lr: float | None = _field(None, "peak learning rate of the task's head; default --lr")
     warmup_steps: int | None = _field(None, "steps of linear warm-up")
     weight_decay: float = _field(0.1, "decoupled weight decay")
     clip: float = _field(1.0, "largest gradient norm")
     hidden_weight: float | Mapping[str, Any] = _field(
         1.0,
-        "a2, weight of the hidden-state losses; or by module, as YAML: {image: 0.1, text: [0, 1], "
-        "multimodal: {last: 1}} is of all layers, of each, of the last alone",
+        "a2, weight of the hidden-state losses: a number, or YAML by module, such as {image: 0.1, "
+        "text: [0, 1], multimodal: {last: 1}}: one for all layers, one for each, or the last alone",
     )
     attention_weight: float | Mapping[str, Any] = _field(
-        1e-2, "a3, of the attention losses, likewise; cross: that of --cross-attention"
+        1e-2,
+        "a3, weight of the attention losses, likewise; the key cross is that of --cross-attention",
     )
     prediction_weight: float = _field(1.0, "weight of the task's own loss")
     soft_labels: str = _field(
         "kl",
-        "what the KL term is: kl, or for vqa bce with the teacher's probabilities",
+        "how the student's logits are compared with the teacher's: by kl, or for vqa by bce with "
+        "its probabilities",
         SOFT_LABELS,
     )
-    kl_weight: float | None = _field(None, "a1, weight of the KL term; default 1 for kd, else 0")
+    kl_weight: float | None = _field(
+        None, "a1, weight of that comparison; default 1 for kd, else 0"
+    )
     attention_loss: str = _field(
         "scores",
-        "of attention maps: of the mean over heads, of each, or of each where both models have as "
-        "many (auto); relations: among queries and among keys",
+        "how attention is compared: the mean over heads; each head (-each); each head where both "
+        "models have as many, else the mean (-auto); or relations among queries and among keys",
         maps.NAMES,
     )
     attention_scale: str = _field(
-        "none", "multiply attention losses by their number of keys", maps.SCALES
+        "none", "length multiplies an attention loss by its number of keys", maps.SCALES
     )
-    relation_heads: int | None = _field(None, "of --attention-loss relations")
-    hidden_loss: str = _field("mse", "of hidden states", tuple(HIDDEN_LOSSES))
-    negatives: int = _field(4096, "teacher tokens of earlier steps, of --hidden-loss contrastive")
-    hidden_temperature: float = _field(0.07, "of --hidden-loss contrastive")
+    relation_heads: int | None = _field(None, "number of heads of --attention-loss relations")
+    hidden_loss: str = _field("mse", "how hidden states are compared", tuple(HIDDEN_LOSSES))
+    negatives: int = _field(
+        4096, "how many teacher tokens of earlier steps --hidden-loss contrastive keeps"
+    )
+    hidden_temperature: float = _field(0.07, "temperature of --hidden-loss contrastive")
     hidden_scale: str = _field(
-        "none", "divide hidden losses by the teacher's", ("none", "variance")
+        "none", "variance divides a hidden loss by the teacher's variance", ("none", "variance")
     )
-    reduction: str = _field("sum", "over the layers of a loss", ("sum", "mean"))
+    reduction: str = _field("sum", "how the losses of the layers are put together", ("sum", "mean"))
     layer_mapping: str = _field(
         "even",
-        "the teacher layer of each student layer: spread evenly, the last of the last; the same "
-        "reversed; or random, drawn by --seed",
+        "which teacher layer each student layer learns from: even spreads them, last from last; "
+        "reversed turns that round; random is drawn from --seed",
         matching.MAPPINGS,
     )
     cross_attention: bool = _field(False, "match the decoder's cross-attention too")
-    cross_both_ways: bool = _field(False, "and what its image tokens see of the text")
+    cross_both_ways: bool = _field(
+        False, "with --cross-attention, also match what the image tokens see of the text"
+    )
 
     teacher_steps: int | None = _field(
-        None, "optimizer steps of the teacher's own training; 0: a checkpoint captions as it is"
+        None,
+        "optimizer steps of the teacher's own training; 0 takes a captioning checkpoint as it is",
     )
-    teacher_lr: float | None = _field(None, "its peak learning rate")
-    teacher_head_lr: float | None = _field(None, "and of its task head; default --teacher-lr")
-    teacher_batch_size: int | None = _field(None, "its images per step")
-    cell_stage: float = _field(0.0, "digits: share of steps that also name the digit in each cell")
+    teacher_lr: float | None = _field(None, "the teacher's peak learning rate")
+    teacher_head_lr: float | None = _field(None, "that of the teacher's head; default --teacher-lr")
+    teacher_batch_size: int | None = _field(None, "images in a step of the teacher's training")
+    cell_stage: float = _field(
+        0.0, "digits: the share of steps, at the start, that train the image encoder to name digits"
+    )
 
-    seed: int = _field(0, "student's start, order of the batches, bandit")
-    teacher_seed: int = _field(0, "the same for the teacher's own training")
-    data_seed: int = _field(0, "what the built-in data is drawn from")
+    seed: int = _field(0, "seed of the student's start, the order of batches and the bandit")
+    teacher_seed: int = _field(0, "seed of the teacher's own training")
+    data_seed: int = _field(0, "seed of the built-in data")
     device: str = _field("auto", "auto, cpu, cuda or cuda:N")
     compile: str = _field("auto", "torch.compile: auto is on for CUDA only", ("auto", "on", "off"))
     precision: str = _field("auto", "auto is bf16 on CUDA, else fp32", ("auto", "fp32", "bf16"))
     threads: int = _field(0, "CPU threads; 0 is one per core that this process may use")
     workers: str = _field(
         "auto",
-        "processes that read images; auto is none for digits, else the usable cores but one",
+        "processes that read images; auto is none for digits, else all usable cores but one",
     )
-    accumulate: int = _field(1, "parts that a process works on one after the other, to save memory")
+    accumulate: int = _field(
+        1, "parts of a batch that a process takes one after the other, to save memory"
+    )
     recompute: bool = _field(
-        False, "activation checkpointing: compute a student's layers again in the backward pass"
+        False, "activation checkpointing: compute the student's layers again in the backward pass"
     )
     fsdp: bool = _field(False, "with torchrun: shard student and teacher over the processes")
     keep: str = _field(
-        "last", "the student that is kept: last, or best on the validation split", ("last", "best")
+        "last",
+        "which student is kept: the last, or the best on the validation split",
+        ("last", "best"),
     )
     max_hours: float | None = _field(
-        None, "stop, saved, so many hours after the command began; it goes on later"
+        None, "save and stop this many hours after the command began; the same command goes on"
     )
     track: str = _field(
         "none",
-        "send the lines of metrics.jsonl to a service too",
+        "send the lines of metrics.jsonl to this service too",
         ("none", "tensorboard", "wandb"),
     )
     log_every: int | None = _field(None, "steps between lines of metrics.jsonl")
     eval_every: int | None = _field(None, "steps between measurements on the validation split")
     checkpoint_every: int | None = _field(None, "steps between checkpoints")
-    out: str | None = _field(None, "run folder; default runs/TASK-METHOD-seedSEED")
+    out: str | None = _field(None, "the run's folder; default runs/TASK-METHOD-seedSEED")
     cache: str | None = _field(
-        None, "where trained teachers are kept; default ~/.cache/optima_fast"
+        None, "the folder for trained teachers; default ~/.cache/optima_fast"
     )
     teacher_cache: str | None = _field(
         None,
-        "a folder that keeps what the teacher says of each training sample, for later epochs and "
-        "runs; with --augment none",
+        "a folder for the teacher's outputs on each training example, for later epochs and runs; "
+        "needs --augment none",
     )
     teacher_cache_dtype: str = _field(
-        "bf16", "what it is rounded to; fp32 is not rounded, bf16 is half the size", CACHE_DTYPES
+        "bf16",
+        "the dtype of these outputs; bf16 is half the size, fp32 is not rounded",
+        CACHE_DTYPES,
     )
-    teacher_cache_gb: float = _field(50.0, "how much that folder may hold")
-    resume: str = _field("auto", "auto, never, or the run folder to go on with")
+    teacher_cache_gb: float = _field(50.0, "the most gigabytes that folder may hold")
+    resume: str = _field(
+        "auto", "whether to go on with a run: auto, never, or the folder of the run"
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -552,10 +591,13 @@ def flag(name: str) -> str:
 def default_text(field: dataclasses.Field[Any]) -> str:
     """What ``--help`` says of a setting's default."""
     if field.default is not None:
-        return f" (default {field.default})"
+        usual = str(field.default)
+        return f" (default {usual.lower() if field.type == 'bool' else usual})"
     if field.name in _PAPER_POLICY:
         return f" (default {_PAPER_POLICY[field.name]} for thompson, else the policy's own)"
     if field.name in _DIGITS:
-        paper = (_PAPER | _OWN).get(field.name, "by task")
-        return f" (default {_DIGITS[field.name]} on digits, else {paper})"
+        digits, paper = _DIGITS[field.name], (_PAPER | _OWN).get(field.name, "by task")
+        if digits == paper or field.metadata["help"].startswith("digits:"):
+            return f" (default {digits})"
+        return f" (default {digits} on digits, else {paper})"
     return ""

@@ -33,16 +33,24 @@ def parse(argv: Sequence[str] | None, *, prog: str, description: str) -> dict[st
     Raises:
         UserError: an unknown flag or key (with the nearest name), or a value of the wrong type.
     """
-    parser = Parser(prog=prog, description=description, allow_abbrev=False)
+    parser = Parser(
+        prog=prog,
+        usage=f"{prog} [--config FILE.yaml] [--dry-run] [--SETTING VALUE ...]",
+        description=description,
+        allow_abbrev=False,
+    )
     parser.add_argument("--config", metavar="FILE.yaml", help="read settings from a YAML file")
     parser.add_argument(
         "--dry-run",
         action="store_true",
         default=argparse.SUPPRESS,
-        help="check files and settings, print sizes, arithmetic and memory of a step, and stop",
+        help="check files and settings, print the size, arithmetic and memory of a step, and stop",
     )
+    group: argparse._ActionsContainer = parser
     for field in dataclasses.fields(TrainConfig):
-        parser.add_argument(
+        if field.name in _GROUPS:
+            group = parser.add_argument_group(_GROUPS[field.name])
+        group.add_argument(
             flag(field.name),
             metavar=_metavar(field),
             default=argparse.SUPPRESS,
@@ -100,6 +108,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
         values[name] = _value(f"{path}: {key}", name, node)
     return values
 
+
+# headings of --help, each above the setting that it begins with
+_GROUPS = {
+    "task": "what is distilled",
+    "policy": "how modules are chosen",
+    "teacher": "models",
+    "steps": "steps and rounds",
+    "train_images": "data and optimizer",
+    "hidden_weight": "losses",
+    "teacher_steps": "the teacher's own training",
+    "seed": "seeds and machine",
+    "keep": "files and records",
+}
 
 _NULL = "tag:yaml.org,2002:null"
 
