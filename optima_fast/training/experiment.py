@@ -25,6 +25,7 @@ from optima_fast.tasks.workers import usable_cores
 from optima_fast.training import (
     cache_plan,
     checkpoints,
+    compiling,
     loader,
     parallel,
     policies,
@@ -311,7 +312,8 @@ def train(
     student = models.new_student(data, teacher, config.dropout).to(device)
     if config.recompute:
         student.recompute()
-    compile_modules(config, [student, *([teacher] if teacher else [])], device)
+    if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
+        compiling.compile_modules({"student": student, "teacher": teacher}, display.note)
     trained_on = data
     if config.extra_images is not None and teacher is not None:
         trained_on = pseudo.extended(
@@ -453,21 +455,6 @@ def data_of(run: Run, config: TrainConfig, further: tuple[str, ...] = ()) -> Tas
         task = _load_folder(config, run.reading(), further)
     run.check_fits(task)
     return task
-
-
-def compile_modules(
-    config: TrainConfig, task_models: list[TaskModel], device: torch.device
-) -> None:
-    """torch.compile each module in place.
-
-    A teacher's module has a graph for each of: recorded, run for another module only. The limit
-    is raised as student and teacher share the code that is compiled.
-    """
-    if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        for model in task_models:
-            for name in MODULES:
-                getattr(model.coca, name).compile()
 
 
 def count(model: torch.nn.Module) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from typing import Any
 
@@ -11,9 +12,10 @@ import pytest
 import torch
 from small_run import QUIET, small, trainer
 
+import optima_fast
 from optima_fast.errors import UserError
 from optima_fast.models import MODULES
-from optima_fast.training import checkpoints, experiment, overview, sources, teachers
+from optima_fast.training import checkpoints, compiling, experiment, overview, sources, teachers
 from optima_fast.training.config import resolve
 from optima_fast.training.display import Display
 from optima_fast.training.run import Run
@@ -278,7 +280,7 @@ def graphs(monkeypatch):
     """Modules are compiled whole, by the compiler's front half; gives the number of graphs."""
     real = torch.nn.Module.compile
     monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda m: real(m, backend="eager", fullgraph=True)
+        torch.nn.Module, "compile", lambda m, **options: real(m, backend="eager", **options)
     )
     torch._dynamo.reset()
     yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -290,14 +292,56 @@ def test_a_step_is_the_same_compiled(tmp_path, graphs):
     before, found = graphs(), {}
     for name in ("off", "on"):
         t = trainer(tmp_path / name, method="layerwise", steps=4, compile=name)
-        models = [t.student, t.distiller.teacher]
-        experiment.compile_modules(t.config, models, t.device)
+        models = {"student": t.student, "teacher": t.distiller.teacher}
+        if name == "on":
+            compiling.compile_modules(models, pytest.fail)
         t.arm = MODULES
         found[name] = [t._train_step() for _ in range(2)]
     assert graphs() - before >= len(MODULES) * len(models)
     for eager, compiled in zip(*found.values(), strict=True):
         torch.testing.assert_close(compiled.total, eager.total)
         torch.testing.assert_close(compiled.hidden, eager.hidden)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler's own
+def test_another_arm_compiles_nothing(tmp_path, graphs):
+    """A teacher's module is recorded, or runs for another's sake: then there are no more graphs."""
+    t = trainer(tmp_path, method="layerwise", steps=30)
+    models = {"student": t.student, "teacher": t.distiller.teacher}
+    compiling.compile_modules(models, pytest.fail)
+    arms = optima_fast.arms(MODULES)
+    for arm in arms:
+        t.arm = arm
+        t._train_step()
+    before = graphs()
+    for arm in (*arms, *reversed(arms)):
+        t.arm = arm
+        t._train_step()
+    assert graphs() == before
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler's own
+def test_a_module_that_cannot_be_compiled_runs_as_it_is(tmp_path, graphs, monkeypatch):
+    plain, t = (trainer(tmp_path / x, method="layerwise", steps=4) for x in "ab")
+    real = type(t.student.coca.text).forward
+
+    def breaks(self, *args, **options):
+        torch._dynamo.graph_break()
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(type(t.student.coca.text), "forward", breaks)
+    said = []
+    compiling.compile_modules({"student": t.student, "teacher": None}, said.append)
+    for x in (plain, t):
+        x.arm = MODULES
+    for _ in range(2):
+        torch.testing.assert_close(t._train_step().total, plain._train_step().total)
+    assert len(said) == 1
+    assert re.match(
+        r"torch.compile fails for the student's text module; .*: Unsupported: .*break.*"
+        r"--compile off",
+        said[0],
+    )
 
 
 @pytest.mark.slow
