@@ -36,7 +36,9 @@ def compile_modules(models: Mapping[str, TaskModel | None], say: Callable[[str],
 
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for owner, model in models.items():
-        for name in MODULES if model is not None else ():
+        if model is None:
+            continue
+        for name in MODULES:
             module = getattr(model.coca, name)
             module.compile(fullgraph=True)
             _or_plain(module, f"the {owner}'s {name} module", warn)
