@@ -55,7 +55,7 @@ TIMED = "timed on an H200: another program on the multiprocessor is worth more t
 AROUND_PRODUCTS = "addresses and masks kept for after the products; smaller tiles read more"
 WHOLE_ROWS = "whole rows of a map in registers"
 FLOAT32 = "without tensor cores products take many registers"
-# (kernel, architecture, tile): bytes a thread that it may spill, and why
+# (kernel, or operator and kernel, architecture, tile): bytes a thread that it may spill, and why
 MAY_SPILL: dict[tuple[str, int, str], tuple[int, str]] = {
     ("residual", 90, "64x128x128 w4 s3"): (24, TIMED),
     ("residual", 90, "128x64x128 w8 s2"): (16, TIMED),
@@ -105,6 +105,12 @@ MAY_SPILL: dict[tuple[str, int, str], tuple[int, str]] = {
     ("index_dq", 90, "64x64x128 w4 s3"): (8, AROUND_PRODUCTS),
     ("index_dq", 100, "32x32x16 w8 s1"): (24, FLOAT32),
     ("index_dk", 100, "32x32x16 w8 s1"): (24, FLOAT32),
+    ("strips scores_backward", 90, "128x256x64 w8 s3"): (
+        384,
+        "what earlier strips left is added after the products, once for many of them",
+    ),
+    ("strips residual", 90, "64x128x128 w4 s3"): (32, AROUND_PRODUCTS),
+    ("strips index_dq", 90, "64x64x128 w4 s3"): (32, AROUND_PRODUCTS),
 }
 
 CANDIDATE = "to be timed beside "
@@ -287,7 +293,8 @@ def measured(op: str, arch: int, dtype: str, quick: bool) -> Iterator[Compiled]:
         waits = arch == 90 and half and bool(own) and serialised(binary.asm["ptx"], arch)
         long = arch == 90 and dtype == "bf16" and plain and name in LOOPS and "x128 w" in tile
         code = disassembled(binary.asm["cubin"]) if arch == 90 and half and own else []
-        allowed, _ = MAY_SPILL.get((name, arch, tile), (0, ""))
+        allowances = (MAY_SPILL.get((x, arch, tile), (0, "")) for x in (name, f"{op} {name}"))
+        allowed = max(bytes_ for bytes_, _ in allowances)
         served = not any(x.startswith(CANDIDATE) for x in entries)
         wrong = {
             "spills registers": served and spills > allowed,
