@@ -91,7 +91,8 @@ def hidden_cosine(
     .. math:: L_l = \frac{1}{n} \sum_{i \text{ counts}} 1 - \cos(h^s_i W, h^t_i)
 
     The cosine of a state that is 0 is 0. Arguments, gradients, dtypes and errors are those of
-    :func:`hidden_mse`. Backends ``blockwise`` and ``reference``.
+    :func:`hidden_mse`. ``triton`` rounds projected states to the student's dtype, as a product
+    under autocast does.
 
     DistilBERT's cosine loss, and that of hidden states in NVIDIA's Model Optimizer.
 

@@ -140,7 +140,7 @@ def launches(stub: Path, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_kernels_from_an_archive_are_launched_as_triton_s_are(archive_file, stub):
-    assert "3 compiled ahead, 0 now" in launches(stub, archive_file.parent).stdout
+    assert "6 compiled ahead, 0 now" in launches(stub, archive_file.parent).stdout
 
 
 def test_binaries_that_the_driver_refuses_are_compiled_now(archive_file, stub, tmp_path):
@@ -150,7 +150,7 @@ def test_binaries_that_the_driver_refuses_are_compiled_now(archive_file, stub, t
             content = old.read(name)
             new.writestr(name, content if name == ahead.INDEX else b"?" * len(content))
     done = launches(stub, tmp_path)
-    assert "0 compiled ahead, 3 now" in done.stdout
+    assert "0 compiled ahead, 6 now" in done.stdout
     assert done.stderr.count("RuntimeWarning") == 1
     assert f"{refused} does not load: loading _hidden_forward_tma_kernel: an error" in done.stderr
 

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = {
-    "dk", "dq", "hidden_backward_tma", "hidden_forward_tma", "index_dk",
+    "cosine", "dk", "dq", "hidden_backward_tma", "hidden_forward_tma", "index_dk",
     "index_dq", "index_lse", "index_merge", "index_residual", "kl_dk", "kl_dq", "kl_forward", "lse",
     "one_block", "residual",
     "rows_backward", "rows_forward", "scores_backward", "scores_forward", "total",
