@@ -443,9 +443,10 @@ def attention_scores_backward(
             (student_q, student_k, need_q),
             (student_k, student_q, need_k),
         ):
-            out = {i: torch.empty_like(x, dtype=dtype) for i, x in enumerate(outer) if need[i]}
             if sums and outer is student_k:
                 out = dict(enumerate(sums))
+            else:
+                out = {i: torch.empty_like(x, dtype=dtype) for i, x in enumerate(outer) if need[i]}
             _gradients(out, inner, pairs, r, factor, student_scale, of, outer is student_k)
             results.append([out.get(i) for i in range(len(outer))])
     return results[0], results[1]

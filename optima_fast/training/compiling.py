@@ -30,7 +30,7 @@ def compile_modules(models: Mapping[str, TaskModel | None], say: Callable[[str],
         if why not in told:
             told.add(why)
             say(
-                f"torch.compile fails for {name}; what it fails for runs without it, slower: {why} "
+                f"torch.compile fails for {name}; such modules run without it, slower: {why} "
                 "(--compile off leaves it out)"
             )
 

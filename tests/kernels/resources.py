@@ -294,7 +294,7 @@ def measured(op: str, arch: int, dtype: str, quick: bool) -> Iterator[Compiled]:
         long = arch == 90 and dtype == "bf16" and plain and name in LOOPS and "x128 w" in tile
         code = disassembled(binary.asm["cubin"]) if arch == 90 and half and own else []
         allowances = (MAY_SPILL.get((x, arch, tile), (0, "")) for x in (name, f"{op} {name}"))
-        allowed = max(bytes_ for bytes_, _ in allowances)
+        allowed = max(size for size, _ in allowances)
         served = not any(x.startswith(CANDIDATE) for x in entries)
         wrong = {
             "spills registers": served and spills > allowed,

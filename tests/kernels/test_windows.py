@@ -4,33 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_tiles import shrink
 from tolerance import assert_as_good_as_eager
 
 import optima_fast
 
 pytest.importorskip("triton", reason="needs triton")
-from optima_fast.kernels import launch
 
 # of numpy in the interpreter, about nan and inf that are discarded afterwards
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-
-TILES = {
-    "PROBS_LSE": (32, 16),
-    "PROBS_RESIDUAL": (32, 16),
-    "PROBS_DQ": (16, 32),
-    "PROBS_DK": (32, 16),
-    "SCORES_FORWARD": (32, 16),
-    "SCORES_BACKWARD": (16, 16),
-}
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """So that a window ends inside a tile, at its edge, and several tiles away."""
-    for name, (block_m, block_n) in TILES.items():
-        table = getattr(launch, name)
-        for key, entry in table.items():
-            monkeypatch.setitem(table, key, entry._replace(block_m=block_m, block_n=block_n))
+    shrink(monkeypatch)
 
 
 def problem(tokens, dtype, masked, device, seed=0):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_tiles import shrink
 from tolerance import assert_as_good_as_eager
 from torch import Tensor
 
@@ -20,7 +21,8 @@ ROWS = 16
 
 @pytest.fixture
 def small_strips(monkeypatch):
-    """Room for 16 queries of a map of 40 keys."""
+    """Room for 16 queries of a map of 40 keys, which are several tiles."""
+    shrink(monkeypatch)
     monkeypatch.setattr(strips, "ROWS", ROWS)
     monkeypatch.setattr(strips, "ROOM", ROWS * 40 * 4)
 
